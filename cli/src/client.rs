@@ -1,0 +1,104 @@
+//! Connections to a running cluster, for the subcommands that ask it something.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use grokpipe_proto::{
+    snapshot::ClusterSnapshot,
+    transport::{self, Keepalive, Net, Tcp},
+    v1::{
+        GetPlanRequest, GetPlanResponse, GetStatusRequest, cluster_service_client::ClusterServiceClient,
+        inference_service_client::InferenceServiceClient,
+    },
+};
+use tonic::{Request, transport::Channel};
+
+use crate::{
+    config,
+    error::{CliError, Code},
+};
+
+/// Where a cluster listens unless told otherwise.
+pub(crate) const DEFAULT_SERVER: &str = "127.0.0.1:7070";
+
+/// Deadline of GetStatus, as the protocol states it.
+const STATUS_DEADLINE: Duration = Duration::from_secs(5);
+/// Deadline of GetPlan, as the protocol states it.
+const PLAN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A value of `--server`.
+pub(crate) fn parse_server(text: &str) -> Result<String, String> {
+    config::host_port(text).ok_or_else(|| "expected a host and a port, as 127.0.0.1:7070".to_owned())
+}
+
+/// A connected channel.
+#[derive(Clone)]
+pub(crate) struct Client {
+    channel: Channel,
+    server: String,
+}
+
+impl Client {
+    /// Connects to a gRPC address.
+    ///
+    /// # Errors
+    /// Exit code 3 when nobody answers within two seconds.
+    pub(crate) async fn connect(server: &str) -> Result<Self, CliError> {
+        let net: Arc<dyn Net> = Arc::new(Tcp);
+        let channel = transport::connect(&net, server, Keepalive::Client)
+            .await
+            .map_err(|error| CliError::unreachable(server, &error))?;
+        Ok(Self { channel, server: server.to_owned() })
+    }
+
+    /// Address of the server, for messages.
+    pub(crate) fn server(&self) -> &str {
+        &self.server
+    }
+
+    /// For generations.
+    pub(crate) fn inference(&self) -> InferenceServiceClient<Channel> {
+        InferenceServiceClient::new(self.channel.clone())
+    }
+
+    /// The cluster as it is now.
+    ///
+    /// # Errors
+    /// What the server said, or that it said something that makes no sense.
+    pub(crate) async fn status(&self) -> Result<ClusterSnapshot, CliError> {
+        let mut client = ClusterServiceClient::new(self.channel.clone());
+        let mut request = Request::new(GetStatusRequest {});
+        request.set_timeout(STATUS_DEADLINE);
+        let answer = client.get_status(request).await.map_err(|status| CliError::from_status(&self.server, &status))?;
+        let nonsense =
+            |why: String| CliError::failed("the server's status makes no sense").at(self.server()).because(why);
+        let snapshot = answer.into_inner().snapshot.ok_or_else(|| nonsense("it is empty".to_owned()))?;
+        ClusterSnapshot::try_from(snapshot).map_err(|error| nonsense(error.to_string()))
+    }
+
+    /// The plan in force.
+    ///
+    /// # Errors
+    /// What the server said.
+    pub(crate) async fn plan(&self) -> Result<GetPlanResponse, CliError> {
+        let mut client = ClusterServiceClient::new(self.channel.clone());
+        let mut request = Request::new(GetPlanRequest {});
+        request.set_timeout(PLAN_DEADLINE);
+        let answer = client.get_plan(request).await.map_err(|status| CliError::from_status(&self.server, &status))?;
+        Ok(answer.into_inner())
+    }
+}
+
+/// Runs a client's future to its end on this thread.
+///
+/// # Errors
+/// What the future fails with, or that the system gives no event queue.
+pub(crate) fn block_on<T>(work: impl Future<Output = Result<T, CliError>>) -> Result<T, CliError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| CliError::new(Code::Failed, "the runtime could not start").because(error))?;
+    let result = runtime.block_on(work);
+    // A read of standard input may still block a thread; nobody waits for it.
+    runtime.shutdown_background();
+    result
+}

@@ -1,0 +1,279 @@
+//! The configuration: defaults, `cluster.toml`, environment and flags, in this order, merged and checked before any port opens.
+//!
+//! Decides what may be configured and what may not. Knows nothing of models or sockets: whether a path holds a model or a port
+//! is free is found out by those who use them. Unknown keys are refused wherever they come from.
+
+mod places;
+mod secret;
+mod sections;
+mod table;
+#[cfg(test)]
+mod tests;
+mod units;
+
+use std::{
+    collections::HashMap,
+    env,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use config::{ConfigError, File, FileFormat, Map, Source, Value};
+use grokpipe_proto::secret::needs_secret;
+
+use self::{
+    places::{FLAGS, Places},
+    table::Table,
+};
+pub(crate) use self::{
+    secret::SecretText,
+    sections::{
+        ClusterSection, CoordinatorSection, DEVICES, KvSection, LimitsSection, ModelSection, Objective, PlanSection,
+        Split, WorkerSection, device, is_name,
+    },
+    units::{ByteSize, duration, host_port, socket_addr},
+};
+use crate::error::CliError;
+
+/// Looked for in the current folder when no `--config` is given.
+pub(crate) const DEFAULT_FILE: &str = "cluster.toml";
+
+/// Everything that can be configured, checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    /// What is served.
+    pub(crate) model: ModelSection,
+    /// What belongs together.
+    pub(crate) cluster: ClusterSection,
+    /// Where the coordinator listens.
+    pub(crate) coordinator: CoordinatorSection,
+    /// The cache of keys and values.
+    pub(crate) kv: KvSection,
+    /// What requests and micro-batches may take.
+    pub(crate) limits: LimitsSection,
+    /// How layers are given to workers.
+    pub(crate) plan: PlanSection,
+    /// The workers, in order; empty if none is described.
+    pub(crate) workers: Vec<WorkerSection>,
+    /// The file in use.
+    pub(crate) file: Option<PathBuf>,
+    /// The shared secret, read from its file.
+    pub(crate) secret: SecretText,
+}
+
+/// Where to read from.
+#[derive(Debug, Default)]
+pub(crate) struct Layers {
+    /// `--config`; without it, [`DEFAULT_FILE`] if there is one.
+    pub(crate) file: Option<PathBuf>,
+    /// Use no file, whatever lies in the current folder.
+    pub(crate) no_file: bool,
+    /// Variables of the environment; only those that begin with `GROKPIPE__` count.
+    pub(crate) environment: HashMap<String, String>,
+    /// Values that flags set: `model.path` and the like.
+    pub(crate) flags: Vec<(&'static str, String)>,
+}
+
+impl Layers {
+    /// The layers of this process.
+    pub(crate) fn of_process(file: Option<PathBuf>) -> Self {
+        let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
+            Some((name.into_string().ok()?, value.to_string_lossy().into_owned()))
+        };
+        Self { file, environment: env::vars_os().filter_map(text).collect(), ..Self::default() }
+    }
+
+    /// Sets a key if the flag was given.
+    pub(crate) fn flag(mut self, key: &'static str, value: Option<impl ToString>) -> Self {
+        self.flags.extend(value.map(|value| (key, value.to_string())));
+        self
+    }
+
+    /// Merges and checks.
+    ///
+    /// # Errors
+    /// A [`CliError`] that names key, value, place and what is allowed.
+    pub(crate) fn load(self) -> Result<Config, CliError> {
+        let file = self.file_in_use()?;
+        let places = read_places(file)?;
+        let merged = merge(&places, &self.environment, &self.flags)?;
+        let folder = places.path.as_deref().and_then(Path::parent).map(Path::to_path_buf).unwrap_or_default();
+        let resolve = |outside: bool, path: PathBuf| if outside { path } else { folder.join(path) };
+
+        let mut root = Table::root(merged, &places)?;
+        let model = ModelSection::read(root.section("model")?, &resolve)?;
+        let cluster = ClusterSection::read(root.section("cluster")?, &resolve)?;
+        let coordinator = CoordinatorSection::read(root.section("coordinator")?)?;
+        let kv = KvSection::read(root.section("kv")?)?;
+        let limits = LimitsSection::read(root.section("limits")?)?;
+        let plan = PlanSection::read(root.section("plan")?)?;
+        let tables = root.sections("worker")?;
+        root.finish()?;
+        let workers = tables
+            .into_iter()
+            .enumerate()
+            .map(|(index, table)| WorkerSection::read(table, index))
+            .collect::<Result<Vec<_>, _>>()?;
+        let secret = match &cluster.secret_file {
+            Some(path) => SecretText::read(path, &cluster.secret_place)?,
+            None => SecretText::default(),
+        };
+        let config = Config { model, cluster, coordinator, kv, limits, plan, workers, file: places.path, secret };
+        config.check_together()?;
+        Ok(config)
+    }
+
+    fn file_in_use(&self) -> Result<Option<PathBuf>, CliError> {
+        if self.no_file {
+            return Ok(None);
+        }
+        match &self.file {
+            Some(path) if path.is_file() => Ok(Some(path.clone())),
+            Some(path) => Err(CliError::usage("the configuration file cannot be read")
+                .at(path.display().to_string())
+                .because("there is no such file")
+                .advise("name an existing one with --config, or leave it out for the demo")),
+            None => Ok(Some(PathBuf::from(DEFAULT_FILE)).filter(|path| path.is_file())),
+        }
+    }
+}
+
+impl Config {
+    /// Checks that concern more than one key.
+    fn check_together(&self) -> Result<(), CliError> {
+        let place = self.file.as_deref().map_or_else(|| "the configuration".to_owned(), |f| f.display().to_string());
+        let limits = &self.limits;
+        if limits.prefill_chunk_tokens > limits.max_batch_tokens {
+            return Err(CliError::usage(format!(
+                "limits.prefill_chunk_tokens is {}, limits.max_batch_tokens is {}",
+                limits.prefill_chunk_tokens, limits.max_batch_tokens
+            ))
+            .at(place)
+            .because("expected a chunk to fit into a micro-batch"));
+        }
+        let pinned = self.workers.iter().find(|worker| worker.layers.is_some());
+        if let (Split::Even, Some(worker)) = (self.plan.split, pinned) {
+            return Err(CliError::usage(format!(
+                "plan.split is \"even\", and worker {} has layers of its own",
+                worker.name
+            ))
+            .at(place)
+            .because("expected layers from one place only")
+            .advise("remove the layers of all workers, or set plan.split = \"best\""));
+        }
+        for (index, worker) in self.workers.iter().enumerate() {
+            for other in &self.workers[..index] {
+                if other.name == worker.name {
+                    return Err(CliError::usage(format!("two workers have the name {:?}", worker.name))
+                        .at(place)
+                        .because("expected a name of its own for every [[worker]]"));
+                }
+                if let (Some(a), Some(b)) = (&other.layers, &worker.layers)
+                    && a.start < b.end
+                    && b.start < a.end
+                {
+                    return Err(CliError::usage(format!(
+                        "{} is to run layers {}..{} and {} layers {}..{}",
+                        other.name, a.start, a.end, worker.name, b.start, b.end
+                    ))
+                    .at(place)
+                    .because("expected every layer on one worker"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses an address that others can reach, unless a secret guards it or the user insists.
+    ///
+    /// # Errors
+    /// [`CliError`] that names `key`.
+    pub(crate) fn check_exposure(&self, key: &str, address: &SocketAddr, insecure: bool) -> Result<(), CliError> {
+        if insecure || self.secret.is_set() || !needs_secret(address) {
+            return Ok(());
+        }
+        Err(CliError::usage(format!("{key} is {address}, which other machines can reach, and there is no secret"))
+            .because("expected a loopback address, or [cluster] secret_file")
+            .advise("set [cluster] secret_file, or give --insecure if you trust the network"))
+    }
+
+    /// The description of the worker of this name; a plain one if there is none.
+    pub(crate) fn worker(&self, name: &str) -> WorkerSection {
+        self.workers.iter().find(|w| w.name == name).cloned().unwrap_or_else(|| WorkerSection::named(name))
+    }
+}
+
+/// Values of flags as a layer of their own, so that messages can say where a value comes from.
+#[derive(Clone, Debug)]
+struct Flags(Vec<(&'static str, String)>);
+
+impl Source for Flags {
+    fn clone_into_box(&self) -> Box<dyn Source + Send + Sync> {
+        Box::new(self.clone())
+    }
+
+    fn collect(&self) -> Result<Map<String, Value>, ConfigError> {
+        let origin = FLAGS.to_owned();
+        let value = |(key, text): &(&'static str, String)| ((*key).to_owned(), Value::new(Some(&origin), text.clone()));
+        Ok(self.0.iter().map(value).collect())
+    }
+}
+
+fn read_places(path: Option<PathBuf>) -> Result<Places, CliError> {
+    let Some(path) = path else { return Ok(Places::default()) };
+    let text = std::fs::read_to_string(&path).map_err(|error| {
+        CliError::usage("the configuration file cannot be read").at(path.display().to_string()).because(error)
+    })?;
+    Ok(Places { path: Some(path), text })
+}
+
+fn merge(
+    places: &Places,
+    environment: &HashMap<String, String>,
+    flags: &[(&'static str, String)],
+) -> Result<Value, CliError> {
+    let mut builder = config::Config::builder();
+    if let Some(path) = &places.path {
+        builder = builder.add_source(File::from(path.as_path()).format(FileFormat::Toml));
+    }
+    let ours: Map<String, String> = environment
+        .iter()
+        .filter(|(name, _)| name.to_ascii_uppercase().starts_with("GROKPIPE__"))
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect();
+    check_variables(&ours)?;
+    builder = builder
+        .add_source(
+            config::Environment::with_prefix("GROKPIPE").prefix_separator("__").separator("__").source(Some(ours)),
+        )
+        .add_source(Flags(flags.to_vec()));
+    let merged = builder.build().map_err(|error| match error {
+        ConfigError::FileParse { cause, .. } => CliError::usage("the configuration file is not TOML")
+            .at(places.path.as_deref().map_or_else(String::new, |path| path.display().to_string()))
+            .because(cause.to_string().trim_end().replace('\n', "\n         ")),
+        other => CliError::usage("the configuration cannot be read").because(other),
+    })?;
+    Ok(merged.cache)
+}
+
+/// A variable names one section and one key; lists of tables cannot be written in the environment.
+fn check_variables(variables: &Map<String, String>) -> Result<(), CliError> {
+    let mut names: Vec<&String> = variables.keys().collect();
+    names.sort();
+    for name in names {
+        let parts: Vec<&str> = name.split("__").skip(1).collect();
+        let refuse = |why: &str| {
+            CliError::usage(format!("environment variable {name} sets no key"))
+                .at(format!("environment variable {name}"))
+                .because(why)
+                .advise("unset it, or set it as GROKPIPE__KV__TOKENS=8192")
+        };
+        if parts.len() != 2 || parts.iter().any(|part| part.is_empty()) {
+            return Err(refuse("expected GROKPIPE__SECTION__KEY"));
+        }
+        if parts[0].eq_ignore_ascii_case("worker") {
+            return Err(refuse("workers are described in the file only, each under [[worker]]"));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,248 @@
+//! The one error type of the command line: what went wrong, where, why, and what to do, with the exit code that it ends in.
+//!
+//! Decides exit codes. Knows nothing of the subcommands; they wrap what they meet with the `From` and helper functions here.
+
+use std::{error::Error, fmt};
+
+use grokpipe_kernels::KernelError;
+use grokpipe_model::ModelError;
+
+/// What `grokpipe` exits with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Code {
+    /// The work failed.
+    Failed = 1,
+    /// The command line, the configuration or the environment makes no sense.
+    Usage = 2,
+    /// A server could not be reached.
+    Unreachable = 3,
+    /// A deadline passed.
+    TimedOut = 4,
+    /// Memory does not suffice.
+    OutOfMemory = 5,
+}
+
+impl Code {
+    /// The code that a child process, also a `grokpipe`, ended with; anything unknown is a plain failure.
+    pub(crate) fn from_exit(status: i32) -> Self {
+        match status {
+            2 => Self::Usage,
+            3 => Self::Unreachable,
+            4 => Self::TimedOut,
+            5 => Self::OutOfMemory,
+            _ => Self::Failed,
+        }
+    }
+}
+
+/// A failure as people read it. Parts that are not known are left out.
+#[derive(Debug)]
+pub(crate) struct CliError {
+    code: Code,
+    what: String,
+    place: Option<String>,
+    why: Option<String>,
+    advice: Option<String>,
+}
+
+impl CliError {
+    /// An error that ends in `code`; `what` went wrong.
+    pub(crate) fn new(code: Code, what: impl Into<String>) -> Self {
+        Self { code, what: what.into(), place: None, why: None, advice: None }
+    }
+
+    /// [`CliError::new`] with [`Code::Usage`].
+    pub(crate) fn usage(what: impl Into<String>) -> Self {
+        Self::new(Code::Usage, what)
+    }
+
+    /// [`CliError::new`] with [`Code::Failed`].
+    pub(crate) fn failed(what: impl Into<String>) -> Self {
+        Self::new(Code::Failed, what)
+    }
+
+    /// Where: a file and line, a flag, an address.
+    pub(crate) fn at(mut self, place: impl Into<String>) -> Self {
+        self.place = Some(place.into());
+        self
+    }
+
+    /// Why it is wrong.
+    pub(crate) fn because(mut self, why: impl fmt::Display) -> Self {
+        self.why = Some(why.to_string());
+        self
+    }
+
+    /// What to do about it.
+    pub(crate) fn advise(mut self, advice: impl Into<String>) -> Self {
+        self.advice = Some(advice.into());
+        self
+    }
+
+    /// What the process exits with.
+    pub(crate) fn code(&self) -> Code {
+        self.code
+    }
+
+    /// The failure of a call to a server at `server`.
+    pub(crate) fn from_status(server: &str, status: &tonic::Status) -> Self {
+        use tonic::Code as Grpc;
+        let (code, advice) = match status.code() {
+            // Without a source it is the server's own answer: it was reached, and cannot serve now.
+            Grpc::Unavailable if status.source().is_none() => (Code::Failed, "see `grokpipe status` for the nodes"),
+            Grpc::Unavailable => {
+                (Code::Unreachable, "check that the cluster runs and that --server names its gRPC address")
+            }
+            Grpc::DeadlineExceeded => (Code::TimedOut, "try again, or allow more time"),
+            Grpc::ResourceExhausted => (Code::Failed, "try again later"),
+            Grpc::InvalidArgument | Grpc::OutOfRange => (Code::Failed, "change the request"),
+            Grpc::Unimplemented => (Code::Failed, "this server does not offer it yet"),
+            _ => (Code::Failed, ""),
+        };
+        let error = Self::new(code, format!("the server answered {}", grpc_name(status.code())))
+            .at(server.to_owned())
+            .because(with_sources(status.message(), status.source()));
+        if advice.is_empty() { error } else { error.advise(advice) }
+    }
+
+    /// A server at `server` that could not be dialled.
+    pub(crate) fn unreachable(server: &str, error: &(dyn Error + 'static)) -> Self {
+        Self::new(Code::Unreachable, "no server answers")
+            .at(server.to_owned())
+            .because(with_sources(&error.to_string(), error.source()))
+            .advise("check that the cluster runs and that --server names its gRPC address")
+    }
+}
+
+impl fmt::Display for CliError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.what)?;
+        for (label, part) in [("where", &self.place), ("why", &self.why), ("do", &self.advice)] {
+            if let Some(part) = part {
+                write!(f, "\n  {label:<6} {part}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Error for CliError {}
+
+impl From<ModelError> for CliError {
+    fn from(error: ModelError) -> Self {
+        Self::failed("the model cannot be used").because(error)
+    }
+}
+
+impl From<KernelError> for CliError {
+    fn from(error: KernelError) -> Self {
+        let code = if matches!(error, KernelError::OutOfMemory { .. }) { Code::OutOfMemory } else { Code::Failed };
+        Self::new(code, "the device cannot do this").because(error)
+    }
+}
+
+/// What `logits` and `bench` return: any error, of which the known ones keep their codes.
+impl From<Box<dyn Error + Send + Sync>> for CliError {
+    fn from(error: Box<dyn Error + Send + Sync>) -> Self {
+        let error = match error.downcast::<Self>() {
+            Ok(own) => return *own,
+            Err(other) => other,
+        };
+        let error = match error.downcast::<KernelError>() {
+            Ok(kernel) => return (*kernel).into(),
+            Err(other) => other,
+        };
+        match error.downcast::<ModelError>() {
+            Ok(model) => (*model).into(),
+            Err(other) => Self::failed("the command failed").because(with_sources(&other.to_string(), other.source())),
+        }
+    }
+}
+
+/// Writing to standard output failed, as it does when a pipe is closed.
+pub(crate) fn output(error: &std::io::Error) -> CliError {
+    CliError::failed("the output could not be written").at("standard output").because(error)
+}
+
+/// A message and those of its causes that say something new.
+fn with_sources(message: &str, mut source: Option<&(dyn Error + 'static)>) -> String {
+    let mut text = message.to_owned();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// A gRPC code as the standard spells it.
+fn grpc_name(code: tonic::Code) -> &'static str {
+    use tonic::Code as Grpc;
+    match code {
+        Grpc::Ok => "OK",
+        Grpc::Cancelled => "CANCELLED",
+        Grpc::Unknown => "UNKNOWN",
+        Grpc::InvalidArgument => "INVALID_ARGUMENT",
+        Grpc::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Grpc::NotFound => "NOT_FOUND",
+        Grpc::AlreadyExists => "ALREADY_EXISTS",
+        Grpc::PermissionDenied => "PERMISSION_DENIED",
+        Grpc::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Grpc::FailedPrecondition => "FAILED_PRECONDITION",
+        Grpc::Aborted => "ABORTED",
+        Grpc::OutOfRange => "OUT_OF_RANGE",
+        Grpc::Unimplemented => "UNIMPLEMENTED",
+        Grpc::Internal => "INTERNAL",
+        Grpc::Unavailable => "UNAVAILABLE",
+        Grpc::DataLoss => "DATA_LOSS",
+        Grpc::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn four_parts_are_shown_in_order_and_missing_ones_left_out() {
+        let full =
+            CliError::usage("kv.tokens is \"many\"").at("cluster.toml:3").because("expected a number").advise("8192");
+        assert_eq!(
+            full.to_string(),
+            "kv.tokens is \"many\"\n  where  cluster.toml:3\n  why    expected a number\n  do     8192"
+        );
+        assert_eq!(CliError::failed("no").to_string(), "no");
+    }
+
+    #[test]
+    fn out_of_memory_keeps_its_code_through_a_boxed_error() {
+        let error = KernelError::OutOfMemory {
+            what: "layer 3".into(),
+            needed_bytes: 9,
+            available_bytes: 4,
+            device: "cpu".into(),
+        };
+        let boxed: Box<dyn Error + Send + Sync> = Box::new(error);
+        assert_eq!(CliError::from(boxed).code(), Code::OutOfMemory);
+        let boxed: Box<dyn Error + Send + Sync> = Box::new(CliError::usage("x"));
+        assert_eq!(CliError::from(boxed).code(), Code::Usage);
+        assert_eq!(CliError::from(Box::<dyn Error + Send + Sync>::from("other")).code(), Code::Failed);
+    }
+
+    #[test]
+    fn grpc_codes_map_to_exit_codes() {
+        let cases = [
+            (tonic::Status::unavailable("layers 3..4 are missing"), Code::Failed),
+            (tonic::Status::deadline_exceeded("10 s"), Code::TimedOut),
+            (tonic::Status::invalid_argument("empty prompt"), Code::Failed),
+        ];
+        for (status, code) in cases {
+            let error = CliError::from_status("127.0.0.1:7070", &status);
+            assert_eq!(error.code(), code, "{status:?}");
+            assert!(error.to_string().contains(status.message()), "{error}");
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! `grokpipe plan`: which worker runs which layers, what that takes, and how fast it should be.
+//!
+//! With `--server` it shows the plan of a running cluster. Otherwise it predicts one from the configuration, before anything is
+//! loaded or started; speeds are then assumed, because only a worker that runs can measure them.
+
+use std::{
+    collections::HashMap,
+    fmt::Write as _,
+    io::{self, Write},
+    ops::Range,
+};
+
+use grokpipe_coordinator::{
+    facts::{ModelFacts, PlanWishes},
+    planner::{self, Plan, Refusal, WorkerResources},
+};
+use grokpipe_model::Model;
+use grokpipe_proto::{
+    snapshot::ClusterSnapshot,
+    v1::{GetPlanResponse, PlannedStage},
+};
+use serde_json::{Value, json};
+
+use crate::{
+    client::{self, Client},
+    common::ConfigArgs,
+    config::{ByteSize, Config, Objective, Split},
+    error::{CliError, Code, output},
+    machine,
+    text::Table,
+    up,
+};
+
+/// Assumed read bandwidth of a machine that nobody has measured: two channels of ordinary memory.
+const ASSUMED_BYTES_PER_SECOND: f64 = 30e9;
+/// Assumed rate of such a machine, in multiply-adds times two a second.
+const ASSUMED_FLOPS: f64 = 200e9;
+
+/// Arguments of `plan`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Show the plan of the running cluster with this gRPC address instead
+    #[arg(long, value_name = "ADDR", value_parser = client::parse_server)]
+    server: Option<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// A plan and what its workers offer.
+pub(crate) struct PlanView {
+    /// The plan.
+    pub(crate) plan: GetPlanResponse,
+    /// Bytes that each worker may fill, where known.
+    pub(crate) offered: HashMap<String, u64>,
+    /// Speeds were assumed, not measured.
+    pub(crate) assumed: bool,
+}
+
+/// Runs `plan`.
+///
+/// # Errors
+/// Exit code 5 when memory does not suffice, 3 when the server cannot be reached.
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    let view = match &args.server {
+        Some(server) => client::block_on(async { PlanView::of_cluster(&Client::connect(server).await?).await })?,
+        None => PlanView::predicted(&args.config.layers().load()?)?,
+    };
+    let text = if args.json { format!("{}\n", view.to_json()) } else { view.render() };
+    io::stdout().write_all(text.as_bytes()).map_err(|error| output(&error))
+}
+
+impl PlanView {
+    /// The plan of a running cluster.
+    ///
+    /// # Errors
+    /// What the server said.
+    pub(crate) async fn of_cluster(client: &Client) -> Result<Self, CliError> {
+        let (plan, snapshot) = (client.plan().await?, client.status().await?);
+        Ok(Self { plan, offered: offered(&snapshot), assumed: false })
+    }
+
+    /// The plan that the configuration's workers would get.
+    fn predicted(config: &Config) -> Result<Self, CliError> {
+        let facts = ModelFacts::of(&Model::open(&config.model.path)?);
+        let mut workers = resources(config)?;
+        let names: Vec<String> = workers.iter().map(|worker| worker.name.clone()).collect();
+        for (worker, pinned) in workers.iter_mut().zip(pins(config, &names, facts.config.num_hidden_layers)) {
+            worker.pinned_layers = pinned;
+        }
+        let offered = workers.iter().map(|worker| (worker.name.clone(), worker.memory_bytes)).collect();
+        let problem = facts.problem(&wishes(config), workers, None);
+        let plan = planner::plan(&problem).map_err(|refusal| refused(&refusal))?;
+        Ok(Self { plan: wire(&plan, &names), offered, assumed: true })
+    }
+
+    /// For people: a row a stage, then what to expect.
+    pub(crate) fn render(&self) -> String {
+        let plan = &self.plan;
+        let mut table = Table::new(&["worker", "layers", "weights", "kv", "scratch", "in all", "of", "step"]);
+        for stage in &plan.stages {
+            table.row(vec![
+                stage.worker.clone(),
+                format!("{}..{}", stage.layer_start, stage.layer_end),
+                ByteSize(stage.weights_bytes).to_string(),
+                ByteSize(stage.kv_bytes).to_string(),
+                ByteSize(stage.scratch_bytes).to_string(),
+                ByteSize(stage.memory_bytes).to_string(),
+                self.offered.get(&stage.worker).map_or_else(|| "-".to_owned(), |&bytes| ByteSize(bytes).to_string()),
+                format!("{:.2} ms", stage.step_seconds * 1e3),
+            ]);
+        }
+        let mut text = table.to_string();
+        if !plan.standby.is_empty() {
+            let _ = writeln!(text, "standby: {}", plan.standby.join(", "));
+        }
+        let _ = writeln!(
+            text,
+            "predicted: {:.1} tokens/s with every stage busy, {:.1} tokens/s for one stream alone",
+            plan.predicted_tokens_per_second, plan.predicted_stream_tokens_per_second
+        );
+        if self.assumed {
+            let _ = writeln!(
+                text,
+                "speeds are assumed ({:.0} GB/s a machine, shared by its workers); a running cluster measures them",
+                ASSUMED_BYTES_PER_SECOND / 1e9
+            );
+        }
+        text
+    }
+
+    fn to_json(&self) -> Value {
+        let stage = |stage: &PlannedStage| {
+            json!({
+                "worker": stage.worker,
+                "layers": [stage.layer_start, stage.layer_end],
+                "weights_bytes": stage.weights_bytes,
+                "kv_bytes": stage.kv_bytes,
+                "scratch_bytes": stage.scratch_bytes,
+                "memory_bytes": stage.memory_bytes,
+                "offered_bytes": self.offered.get(&stage.worker),
+                "step_seconds": stage.step_seconds,
+            })
+        };
+        json!({
+            "epoch": Some(self.plan.plan_epoch).filter(|_| !self.assumed),
+            "stages": self.plan.stages.iter().map(stage).collect::<Vec<_>>(),
+            "standby": self.plan.standby,
+            "predicted_tokens_per_second": self.plan.predicted_tokens_per_second,
+            "predicted_stream_tokens_per_second": self.plan.predicted_stream_tokens_per_second,
+            "speeds_assumed": self.assumed,
+        })
+    }
+}
+
+/// What a plan makes room for, as the coordinator states it from the same configuration.
+fn wishes(config: &Config) -> PlanWishes {
+    PlanWishes {
+        kv_tokens: u64::from(config.kv.tokens),
+        max_batch_tokens: config.limits.max_batch_tokens as usize,
+        batch_tokens: 1,
+        objective: objective(config.plan.objective),
+    }
+}
+
+/// The layers that each worker must run: as described for it, or an even share of the model. The shares of workers beyond the
+/// number of layers are none.
+pub(crate) fn pins(config: &Config, names: &[String], layers: u32) -> Vec<Option<Range<u32>>> {
+    let count = u32::try_from(names.len()).unwrap_or(u32::MAX).min(layers).max(1);
+    let share = |index: u32| {
+        let bound = |i: u32| (u64::from(layers) * u64::from(i) / u64::from(count)) as u32;
+        (index < count).then(|| bound(index)..bound(index + 1))
+    };
+    match config.plan.split {
+        Split::Best => names.iter().map(|name| config.worker(name).layers).collect(),
+        Split::Even => (0..).zip(names).map(|(index, _name)| share(index)).collect(),
+    }
+}
+
+/// The planner's word for an objective.
+pub(crate) fn objective(objective: Objective) -> planner::Objective {
+    match objective {
+        Objective::Throughput => planner::Objective::Throughput,
+        Objective::Latency => planner::Objective::Latency,
+    }
+}
+
+/// Memory as configured, else a share of this machine's; speeds shared by the workers of a machine.
+fn resources(config: &Config) -> Result<Vec<WorkerResources>, CliError> {
+    let workers = up::roster(config, None);
+    let local = workers.iter().filter(|worker| worker.host.is_none()).count().max(1) as u64;
+    let here = machine::available_memory_bytes();
+    let resource = |worker: &crate::config::WorkerSection| {
+        let memory = match (worker.memory, &worker.host, here) {
+            (Some(memory), _, _) => memory.0,
+            (None, None, Some(bytes)) => bytes / local,
+            _ => {
+                return Err(CliError::usage(format!("the memory of worker {} is not known", worker.name))
+                    .because(
+                        "expected [[worker]] memory for a worker on another host, or where the system does not say",
+                    )
+                    .advise("set memory = \"64 GiB\", or the like, under its [[worker]]"));
+            }
+        };
+        let share = if worker.host.is_none() { local as f64 } else { 1.0 };
+        Ok(WorkerResources {
+            name: worker.name.clone(),
+            memory_bytes: memory,
+            read_bandwidth: ASSUMED_BYTES_PER_SECOND / share,
+            flop_rate: ASSUMED_FLOPS / share,
+            pinned_layers: None,
+            held_layers: None,
+        })
+    };
+    workers.iter().map(resource).collect()
+}
+
+fn refused(refusal: &Refusal) -> CliError {
+    let code = match refusal {
+        Refusal::DoesNotFit { .. } | Refusal::PinDoesNotFit { .. } => Code::OutOfMemory,
+        _ => Code::Usage,
+    };
+    let error = CliError::new(code, "there is no plan for these workers").because(refusal);
+    if code == Code::OutOfMemory {
+        error.advise("add a worker, give one more memory, or lower kv.tokens")
+    } else {
+        error
+    }
+}
+
+fn wire(plan: &Plan, names: &[String]) -> GetPlanResponse {
+    let name = |index: usize| names.get(index).cloned().unwrap_or_default();
+    let stages = plan.stages.iter().map(|stage| PlannedStage {
+        worker: name(stage.worker),
+        layer_start: stage.layers.start,
+        layer_end: stage.layers.end,
+        weights_bytes: stage.weight_bytes,
+        kv_bytes: stage.kv_bytes,
+        scratch_bytes: stage.scratch_bytes,
+        memory_bytes: stage.memory_bytes,
+        step_seconds: stage.step_seconds,
+    });
+    GetPlanResponse {
+        stages: stages.collect(),
+        plan_epoch: 0,
+        predicted_tokens_per_second: plan.predicted_tokens_per_second,
+        predicted_stream_tokens_per_second: plan.predicted_stream_tokens_per_second,
+        standby: plan.standby.iter().map(|&index| name(index)).collect(),
+    }
+}
+
+fn offered(snapshot: &ClusterSnapshot) -> HashMap<String, u64> {
+    let of = |node: &grokpipe_proto::snapshot::SnapshotNode| {
+        let memory = node.memory;
+        let parts = [memory.weights_bytes, memory.kv_bytes, memory.free_bytes];
+        Some((node.name.clone(), parts.into_iter().flatten().sum())).filter(|_| memory.free_bytes.is_some())
+    };
+    snapshot.nodes.iter().filter_map(of).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_and_prediction_are_shown() {
+        let stage =
+            PlannedStage { worker: "w1".into(), layer_end: 16, memory_bytes: 1 << 30, ..PlannedStage::default() };
+        let plan = GetPlanResponse {
+            stages: vec![stage],
+            predicted_tokens_per_second: 41.0,
+            standby: vec!["w9".into()],
+            ..GetPlanResponse::default()
+        };
+        let view = PlanView { plan, offered: HashMap::from([("w1".into(), 2 << 30)]), assumed: true };
+        let text = view.render();
+        for part in ["0..16", "1.0 GiB", "2.0 GiB", "standby: w9", "41.0 tokens/s", "assumed"] {
+            assert!(text.contains(part), "{text}");
+        }
+        let json = view.to_json();
+        assert_eq!(json["stages"][0]["layers"], json!([0, 16]));
+        assert_eq!((&json["epoch"], &json["speeds_assumed"]), (&Value::Null, &json!(true)));
+    }
+
+    #[test]
+    fn an_even_split_covers_every_layer_once() {
+        let mut config = crate::config::Layers { no_file: true, ..Default::default() }.load().unwrap();
+        let names = |count: u32| (1..=count).map(|number| format!("w{number}")).collect::<Vec<_>>();
+        assert_eq!(pins(&config, &names(2), 64), [None, None]);
+        config.plan.split = Split::Even;
+        assert_eq!(pins(&config, &names(4), 64), [Some(0..16), Some(16..32), Some(32..48), Some(48..64)]);
+        for (count, layers) in [(1, 64), (7, 64), (3, 2), (64, 64), (200, 64)] {
+            let shares: Vec<Range<u32>> = pins(&config, &names(count), layers).into_iter().flatten().collect();
+            assert_eq!((shares[0].start, shares[shares.len() - 1].end), (0, layers), "{count} {layers}");
+            assert!(shares.iter().all(|share| !share.is_empty()));
+            assert!(shares.windows(2).all(|pair| pair[0].end == pair[1].start), "{count} {layers}");
+        }
+    }
+
+    #[test]
+    fn too_little_memory_is_exit_code_5() {
+        let refusal =
+            Refusal::DoesNotFit { missing_bytes: 9, holes: Vec::new(), needed_bytes: 10, memory_bytes: 1, workers: 1 };
+        assert_eq!(refused(&refusal).code(), Code::OutOfMemory);
+        assert_eq!(refused(&Refusal::NoLayers).code(), Code::Usage);
+    }
+}

@@ -1,0 +1,497 @@
+//! `grokpipe up`: a whole cluster with one command. Starts the coordinator and the workers as processes of this same program,
+//! shows how they load, says where they are reached, and ends all of them when it ends.
+//!
+//! Decides which processes there are and how they find each other. What a process does is its own subcommand's.
+
+mod child;
+mod command;
+mod reach;
+mod screen;
+
+use std::{
+    future::Future,
+    io::{self, Write},
+    net::{SocketAddr, TcpListener},
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use grokpipe_proto::{
+    snapshot::VerdictPhase,
+    v1::{GenerateRequest, generate_request::Prompt},
+};
+use serde::Deserialize;
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{self, Instant},
+};
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    child::{Child, Event},
+    command::Common,
+    screen::Screen,
+};
+use crate::{
+    client::Client,
+    common::{self, ConfigArgs, parse_device},
+    config::{Config, WorkerSection},
+    error::{CliError, Code, output},
+    generate::generate,
+    machine,
+    plan::PlanView,
+};
+
+/// Workers of a cluster that nobody described.
+const DEFAULT_WORKERS: u32 = 4;
+/// Name of the coordinator's process in messages.
+const COORDINATOR: &str = "coordinator";
+/// Time between two looks at the cluster while it starts.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
+/// Time for the coordinator to open its ports; it reads no weights before that.
+const LISTEN_WITHIN: Duration = Duration::from_secs(60);
+/// How long a cluster with all its workers may go without a plan before that is worth a word, or with `--once` an end.
+const PLAN_WITHIN: Duration = Duration::from_secs(20);
+/// What the first generated text continues.
+const FIRST_PROMPT: &str = "The capital of France is";
+/// Its length, and that of `--once`.
+const FIRST_TOKENS: u32 = 16;
+const ONCE_TOKENS: u32 = 32;
+
+/// Arguments of `up`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Number of workers: the first ones described, and plain local ones beyond
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    workers: Option<u32>,
+    /// Folder or file of the model
+    #[arg(long, value_name = "PATH")]
+    model: Option<PathBuf>,
+    /// Device of all workers: auto, cpu, gpu or gpu:PART OF ITS NAME
+    #[arg(long, value_name = "D", value_parser = parse_device)]
+    device: Option<String>,
+    /// CPU threads of each worker
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    threads: Option<u32>,
+    /// The tokenizer.model
+    #[arg(long, value_name = "F")]
+    tokenizer: Option<PathBuf>,
+    /// Address of the page and the HTTP routes
+    #[arg(long, value_name = "ADDR")]
+    http: Option<String>,
+    /// Address of gRPC
+    #[arg(long, value_name = "ADDR")]
+    grpc: Option<String>,
+    /// Print the continuation of PROMPT, end everything
+    #[arg(long, value_name = "PROMPT")]
+    once: Option<String>,
+    /// Do not start processes again that died
+    #[arg(long)]
+    no_restart: bool,
+    /// Allow addresses that others can reach without a secret
+    #[arg(long)]
+    insecure: bool,
+}
+
+/// Where the coordinator listens, as it says on its standard output.
+#[derive(Clone, Copy, Debug, Deserialize)]
+struct Listening {
+    grpc: SocketAddr,
+    http: SocketAddr,
+}
+
+/// Runs `up` until it is told to end.
+///
+/// # Errors
+/// [`CliError`] with the exit code of what failed; nothing is left running.
+pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    let config = load(args)?;
+    let mut roster = roster(&config, args.workers);
+    for worker in &mut roster {
+        worker.device = args.device.clone().unwrap_or_else(|| worker.device.clone());
+        worker.threads = args.threads.or(worker.threads);
+    }
+    check_addresses(&config, &roster, args.insecure)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| CliError::failed("the runtime could not start").because(error))?;
+    let done = runtime.block_on(Up::start(args, config, roster));
+    runtime.shutdown_background();
+    done
+}
+
+fn load(args: &Args) -> Result<Config, CliError> {
+    args.config
+        .layers()
+        .flag("model.path", args.model.as_ref().map(|path| path.display()))
+        .flag("model.tokenizer", args.tokenizer.as_ref().map(|path| path.display()))
+        .flag("coordinator.grpc", args.grpc.as_ref())
+        .flag("coordinator.http", args.http.as_ref())
+        .load()
+}
+
+/// The workers of a cluster: those described, cut to or filled up to `count`; four plain ones if none is described.
+pub(crate) fn roster(config: &Config, count: Option<u32>) -> Vec<WorkerSection> {
+    let mut roster = config.workers.clone();
+    let count = match count {
+        Some(count) => count as usize,
+        None if roster.is_empty() => DEFAULT_WORKERS as usize,
+        None => roster.len(),
+    };
+    roster.truncate(count);
+    let names = (1..).map(|number: u32| format!("w{number}"));
+    let free: Vec<String> =
+        names.filter(|name| roster.iter().all(|w| w.name != *name)).take(count - roster.len()).collect();
+    roster.extend(free.into_iter().map(WorkerSection::named));
+    roster
+}
+
+/// Refuses addresses that need a secret, hosts that could not meet, and ports that are taken, before anything runs.
+fn check_addresses(config: &Config, roster: &[WorkerSection], insecure: bool) -> Result<(), CliError> {
+    let listen = &config.coordinator;
+    for (key, address) in [("coordinator.grpc", listen.grpc), ("coordinator.http", listen.http)] {
+        config.check_exposure(key, &address, insecure)?;
+    }
+    for worker in roster {
+        let reach = reach::of(worker, roster, config, listen.grpc)?;
+        config.check_exposure(&format!("the address of worker {}", worker.name), &reach.listen, insecure)?;
+    }
+    // Held together, so that the two are not one address; both are closed again when this ends.
+    let _held =
+        [free_port("coordinator.grpc", listen.grpc, "--grpc")?, free_port("coordinator.http", listen.http, "--http")?];
+    Ok(())
+}
+
+fn free_port(key: &str, address: SocketAddr, flag: &str) -> Result<TcpListener, CliError> {
+    TcpListener::bind(address).map_err(|error| {
+        let error_is_taken = error.kind() == io::ErrorKind::AddrInUse;
+        let what = if error_is_taken { "is in use" } else { "cannot be opened" };
+        CliError::failed(format!("{key} = {address} {what}"))
+            .because(error)
+            .advise(format!("end what uses it, or choose another one with {flag}"))
+    })
+}
+
+/// A cluster that is being started or runs.
+struct Up<'a> {
+    args: &'a Args,
+    config: Config,
+    roster: Vec<WorkerSection>,
+    program: PathBuf,
+    screen: Arc<Screen>,
+    events: mpsc::Sender<Event>,
+    stop: CancellationToken,
+    children: JoinSet<child::Ended>,
+}
+
+impl<'a> Up<'a> {
+    async fn start(args: &'a Args, config: Config, roster: Vec<WorkerSection>) -> Result<(), CliError> {
+        let program = std::env::current_exe()
+            .map_err(|error| CliError::failed("this program's own path is not known").because(error))?;
+        let interrupted = common::shutdown_token(false)?;
+        let (events, mut inbox) = mpsc::channel(256);
+        let mut up = Self {
+            args,
+            config,
+            roster,
+            program,
+            screen: Arc::new(Screen::new()),
+            events,
+            stop: CancellationToken::new(),
+            children: JoinSet::new(),
+        };
+        let outcome = tokio::select! {
+            outcome = up.live(&mut inbox) => outcome,
+            () = interrupted.cancelled() => match args.once {
+                Some(_) => Err(CliError::failed("cancelled")),
+                None => Ok(()),
+            },
+        };
+        drop(inbox);
+        up.end().await;
+        outcome
+    }
+
+    /// Starts everything, serves, and returns only with `--once` or with an error.
+    async fn live(&mut self, inbox: &mut mpsc::Receiver<Event>) -> Result<(), CliError> {
+        let listening = self.start_coordinator(inbox).await?;
+        self.start_workers(listening)?;
+        let grpc = reach::dialled_here(listening.grpc).to_string();
+        let client = attended(Client::connect(&grpc), inbox, |event| self.early(event)).await?;
+        attended(self.until_serving(&client), inbox, |event| self.early(event)).await?;
+        self.screen.clear();
+        if let Some(prompt) = &self.args.once {
+            return attended(once(&client, prompt), inbox, |event| self.late(event)).await;
+        }
+        attended(self.introduce(&client, listening), inbox, |event| self.late(event)).await?;
+        while let Some(event) = inbox.recv().await {
+            self.late(event)?;
+        }
+        Ok(())
+    }
+
+    async fn start_coordinator(&mut self, inbox: &mut mpsc::Receiver<Event>) -> Result<Listening, CliError> {
+        // A coordinator that is started again must be found where it was.
+        let known: Arc<OnceLock<Listening>> = Arc::default();
+        let wanted = Listening { grpc: self.config.coordinator.grpc, http: self.config.coordinator.http };
+        let (launch, found) = (self.coordinator_launch(), Arc::clone(&known));
+        self.keep_alive(COORDINATOR.to_owned(), Box::new(move || launch(found.get().unwrap_or(&wanted))));
+        let listening = async {
+            while let Some(event) = inbox.recv().await {
+                match event {
+                    Event::Line { text, .. } => {
+                        return serde_json::from_str::<Listening>(&text).map_err(|error| {
+                            CliError::failed("the coordinator does not say where it listens").because(error)
+                        });
+                    }
+                    event => self.early(event)?,
+                }
+            }
+            Err(CliError::failed("the coordinator is gone"))
+        };
+        let listening = time::timeout(LISTEN_WITHIN, listening).await.map_err(|_elapsed| {
+            CliError::new(Code::TimedOut, "the coordinator does not open its ports")
+                .because(format!("expected them within {} s", LISTEN_WITHIN.as_secs()))
+        })??;
+        let _ = known.set(listening);
+        Ok(listening)
+    }
+
+    /// How the coordinator is started at given addresses. Owns what it needs, so that it can outlive this borrow.
+    fn coordinator_launch(&self) -> impl Fn(&Listening) -> command::Launch + Send + Sync + use<> {
+        let (config, roster, program) = (self.config.clone(), self.roster.clone(), self.program.clone());
+        let (pretty, filter, insecure) = (self.screen.is_terminal(), self.filter(), self.args.insecure);
+        move |at| {
+            let common = Common { config: &config, program: &program, insecure, pretty, filter };
+            common.coordinator(&at.grpc.to_string(), &at.http.to_string(), &roster)
+        }
+    }
+
+    fn start_workers(&mut self, listening: Listening) -> Result<(), CliError> {
+        let local = self.roster.iter().filter(|worker| worker.host.is_none()).count().max(1);
+        let threads = (machine::cores() / u32::try_from(local).unwrap_or(u32::MAX)).max(1);
+        let share = machine::available_memory_bytes().map(|bytes| bytes / local as u64);
+        let mut launches = Vec::new();
+        for worker in &self.roster {
+            let reach = reach::of(worker, &self.roster, &self.config, listening.grpc)?;
+            let launch = match &worker.host {
+                None => self.common().local_worker(worker, &reach, worker.threads.unwrap_or(threads), share),
+                Some(host) => self.common().remote_worker(worker, host, &reach)?,
+            };
+            launches.push((worker.name.clone(), launch));
+        }
+        for (name, launch) in launches {
+            self.keep_alive(name, Box::new(move || launch.clone()));
+        }
+        Ok(())
+    }
+
+    fn keep_alive(&mut self, name: String, launch: Box<dyn Fn() -> command::Launch + Send + Sync>) {
+        let child = Child {
+            name,
+            launch,
+            restart: !self.args.no_restart,
+            screen: Arc::clone(&self.screen),
+            events: self.events.clone(),
+            stop: self.stop.clone(),
+        };
+        self.children.spawn(child.supervise());
+    }
+
+    fn common(&self) -> Common<'_> {
+        Common {
+            config: &self.config,
+            program: &self.program,
+            insecure: self.args.insecure,
+            pretty: self.screen.is_terminal(),
+            filter: self.filter(),
+        }
+    }
+
+    fn filter(&self) -> &'static str {
+        if self.args.once.is_some() { "error" } else { "info" }
+    }
+
+    /// An event before the cluster served for the first time: a process that gives up by itself ends the start.
+    fn early(&self, event: Event) -> Result<(), CliError> {
+        match event {
+            Event::NotStarted { name, error } => {
+                Err(CliError::failed(format!("{name} cannot be started")).because(error))
+            }
+            Event::Exited { name, code: Some(code), how } => {
+                let remote = self.roster.iter().find(|worker| worker.name == name).and_then(|w| w.host.as_deref());
+                // ssh itself ends with 255 when it reaches nobody.
+                let kind = if remote.is_some() && code == 255 { Code::Unreachable } else { Code::from_exit(code) };
+                let error = CliError::new(kind, format!("{name} {how} before the cluster served"));
+                Err(match remote {
+                    Some(host) => {
+                        error.at(host.to_owned()).advise(format!("try it by hand: ssh -o BatchMode=yes {host}"))
+                    }
+                    None => error.because("its own message stands above"),
+                })
+            }
+            event => self.late(event),
+        }
+    }
+
+    /// An event of a cluster that has served: it is told, and the process is started again.
+    fn late(&self, event: Event) -> Result<(), CliError> {
+        let next = if self.args.no_restart { "it stays down" } else { "it is started again in 1 s" };
+        match event {
+            Event::Exited { name, how, .. } => self.screen.say(&format!("{name} {how}; {next}")),
+            Event::NotStarted { name, error } => self.screen.say(&format!("{name} cannot be started: {error}; {next}")),
+            Event::Line { name, text } => {
+                // A coordinator that was started again says where it listens; that has not changed.
+                if name != COORDINATOR {
+                    self.screen.say(&format!("{name} | {text}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Shows progress until all layers are loaded.
+    async fn until_serving(&self, client: &Client) -> Result<(), CliError> {
+        let mut waiting_since: Option<Instant> = None;
+        let mut told = false;
+        loop {
+            match client.status().await {
+                Ok(snapshot) if snapshot.verdict.serving => return Ok(()),
+                Ok(snapshot) => {
+                    self.screen.progress(&snapshot);
+                    let all_here = snapshot.nodes.len() >= self.roster.len();
+                    if snapshot.verdict.phase == VerdictPhase::Waiting && all_here {
+                        let since = *waiting_since.get_or_insert_with(Instant::now);
+                        if since.elapsed() >= PLAN_WITHIN && self.args.once.is_some() {
+                            return Err(CliError::failed("the cluster cannot serve").because(snapshot.verdict.text));
+                        }
+                        if since.elapsed() >= PLAN_WITHIN && !told {
+                            told = true;
+                            self.screen.say(&snapshot.verdict.text);
+                        }
+                    } else {
+                        waiting_since = None;
+                    }
+                }
+                // A coordinator that is being started again does not answer for a moment.
+                Err(error) if matches!(error.code(), Code::Unreachable | Code::TimedOut) => {}
+                Err(error) => return Err(error),
+            }
+            time::sleep(POLL_INTERVAL).await;
+        }
+    }
+
+    /// Prints the plan, the addresses and a first generated text.
+    async fn introduce(&self, client: &Client, listening: Listening) -> Result<(), CliError> {
+        let plan = PlanView::of_cluster(client).await?;
+        let http = reach::dialled_here(listening.http);
+        let mut text = plan.render();
+        text.push_str(&format!("\ngRPC  {}\npage  http://{http}/\n", listening.grpc));
+        print(&format!("{text}\n"))?;
+        match generate(client, prompt(FIRST_PROMPT, FIRST_TOKENS), |_text| Ok(())).await {
+            Ok(generation) => print(&format!("{FIRST_PROMPT}{}\n\n", generation.text.trim_end()))?,
+            Err(error) => self.screen.say(&format!("no first text: {error}")),
+        }
+        print("Ctrl-C ends the cluster.\n")
+    }
+
+    /// Ends every process and says which ones had to be killed.
+    async fn end(mut self) {
+        self.screen.clear();
+        self.stop.cancel();
+        while let Some(ended) = self.children.join_next().await {
+            match ended {
+                Ok(ended) if ended.killed => {
+                    self.screen.say(&format!("{} did not end within 5 s and was killed", ended.name))
+                }
+                Ok(_) => {}
+                Err(error) => self.screen.say(&format!("a process could not be watched: {error}")),
+            }
+        }
+        if self.args.once.is_none() {
+            self.screen.say("all processes have ended");
+        }
+    }
+}
+
+/// Waits for `work` while events are told to `on_event`, whose error ends the wait.
+async fn attended<T>(
+    work: impl Future<Output = Result<T, CliError>>,
+    inbox: &mut mpsc::Receiver<Event>,
+    on_event: impl Fn(Event) -> Result<(), CliError>,
+) -> Result<T, CliError> {
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            Some(event) = inbox.recv() => on_event(event)?,
+        }
+    }
+}
+
+/// Prints the continuation of a prompt and nothing else.
+async fn once(client: &Client, text: &str) -> Result<(), CliError> {
+    generate(client, prompt(text, ONCE_TOKENS), print).await?;
+    print("\n")
+}
+
+fn prompt(text: &str, max_tokens: u32) -> GenerateRequest {
+    GenerateRequest {
+        prompt: Some(Prompt::Text(text.to_owned())),
+        max_tokens: Some(max_tokens),
+        ..GenerateRequest::default()
+    }
+}
+
+fn print(text: &str) -> Result<(), CliError> {
+    let mut stdout = io::stdout();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(|error| output(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Layers;
+
+    fn config(described: &[&str]) -> Config {
+        let mut config = Layers { no_file: true, ..Layers::default() }.load().unwrap();
+        config.workers = described.iter().map(|name| WorkerSection::named(*name)).collect();
+        config
+    }
+
+    #[test]
+    fn the_roster_is_cut_and_filled_to_the_number_wanted() {
+        let cases: [(&[&str], Option<u32>, &[&str]); 6] = [
+            (&[], None, &["w1", "w2", "w3", "w4"]),
+            (&["a", "b"], None, &["a", "b"]),
+            (&["w1", "w2", "w3", "w4"], Some(1), &["w1"]),
+            (&["w1", "w2", "w3", "w4"], Some(7), &["w1", "w2", "w3", "w4", "w5", "w6", "w7"]),
+            (&["w2", "x"], Some(4), &["w2", "x", "w1", "w3"]),
+            (&[], Some(2), &["w1", "w2"]),
+        ];
+        for (described, count, expected) in cases {
+            let names: Vec<String> = roster(&config(described), count).into_iter().map(|worker| worker.name).collect();
+            assert_eq!(names, expected, "{described:?} {count:?}");
+        }
+    }
+
+    #[test]
+    fn a_port_in_use_is_named() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut config = config(&[]);
+        config.coordinator.http = taken.local_addr().unwrap();
+        config.coordinator.grpc.set_port(0);
+        let error = check_addresses(&config, &roster(&config, None), false).unwrap_err();
+        let message = error.to_string();
+        assert_eq!(error.code(), Code::Failed);
+        assert!(
+            message.contains("coordinator.http") && message.contains("in use") && message.contains("--http"),
+            "{message}"
+        );
+    }
+}

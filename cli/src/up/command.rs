@@ -1,0 +1,232 @@
+//! The command lines of a cluster's processes: the same program again, here or over SSH. Pure.
+
+use std::{ffi::OsString, path::Path, process::Stdio};
+
+use tokio::process::Command;
+
+use super::reach::Reach;
+use crate::{
+    config::{Config, WorkerSection},
+    error::CliError,
+    logging,
+};
+
+/// How to start a process.
+#[derive(Clone, Debug)]
+pub(super) struct Launch {
+    program: OsString,
+    args: Vec<OsString>,
+    /// Written to its standard input first; the input then stays open until the process is to end.
+    pub(super) first_line: Option<String>,
+    /// Its log lines are read and shown with its name.
+    pub(super) relayed: bool,
+    environment: Vec<(&'static str, &'static str)>,
+}
+
+impl Launch {
+    /// The command, with pipes. In a process group of its own, so that Ctrl-C reaches `up` alone, which then ends the others.
+    pub(super) fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(&self.args).envs(self.environment.iter().copied());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.stderr(if self.relayed { Stdio::piped() } else { Stdio::inherit() });
+        command.kill_on_drop(true);
+        #[cfg(unix)]
+        command.process_group(0);
+        command
+    }
+}
+
+/// What all processes of this cluster share.
+pub(super) struct Common<'a> {
+    pub(super) config: &'a Config,
+    pub(super) program: &'a Path,
+    pub(super) insecure: bool,
+    /// Lines go to a terminal, so they are made for people.
+    pub(super) pretty: bool,
+    /// Filter of the processes' logs where the environment has none.
+    pub(super) filter: &'static str,
+}
+
+impl Common<'_> {
+    fn environment(&self) -> Vec<(&'static str, &'static str)> {
+        let mut environment = vec![(logging::STYLE, if self.pretty { "pretty" } else { "json" })];
+        if std::env::var_os(logging::FILTER).is_none() {
+            environment.push((logging::FILTER, self.filter));
+        }
+        environment
+    }
+
+    fn local(&self, subcommand: &str) -> Vec<OsString> {
+        let mut args: Vec<OsString> = vec![subcommand.into(), "--exit-with-stdin".into()];
+        match &self.config.file {
+            Some(file) => args.extend(["--config".into(), file.into()]),
+            None => args.push("--no-config".into()),
+        }
+        args.extend(["--model".into(), self.config.model.path.clone().into()]);
+        if self.insecure {
+            args.push("--insecure".into());
+        }
+        args
+    }
+
+    /// The coordinator, listening at these addresses.
+    pub(super) fn coordinator(&self, grpc: &str, http: &str, roster: &[WorkerSection]) -> Launch {
+        let mut args = self.local("coordinator");
+        if let Some(tokenizer) = &self.config.model.tokenizer {
+            args.extend(["--tokenizer".into(), tokenizer.into()]);
+        }
+        let names: Vec<&str> = roster.iter().map(|worker| worker.name.as_str()).collect();
+        args.extend(["--grpc", grpc, "--http", http, "--expect"].map(OsString::from));
+        args.push(names.join(",").into());
+        Launch {
+            program: self.program.into(),
+            args,
+            first_line: None,
+            relayed: self.pretty,
+            environment: self.environment(),
+        }
+    }
+
+    /// A worker on this machine. `memory_share` is what it may take of the machine's memory when its device is the CPU.
+    pub(super) fn local_worker(
+        &self,
+        worker: &WorkerSection,
+        reach: &Reach,
+        threads: u32,
+        memory_share: Option<u64>,
+    ) -> Launch {
+        let mut args = self.local("worker");
+        args.extend(worker_args(worker, reach).into_iter().map(OsString::from));
+        args.extend(["--threads".into(), threads.to_string().into()]);
+        if let Some(bytes) = memory_share.filter(|_| worker.memory.is_none()) {
+            args.extend(["--memory-share".into(), bytes.to_string().into()]);
+        }
+        Launch {
+            program: self.program.into(),
+            args,
+            first_line: None,
+            relayed: self.pretty,
+            environment: self.environment(),
+        }
+    }
+
+    /// A worker on another host, started by OpenSSH as the user has set it up. Nothing here weakens the check of host keys.
+    ///
+    /// # Errors
+    /// When the model's path cannot be told to the other host.
+    pub(super) fn remote_worker(&self, worker: &WorkerSection, host: &str, reach: &Reach) -> Result<Launch, CliError> {
+        let model = worker.model.clone().map_or_else(|| std::path::absolute(&self.config.model.path), Ok);
+        let model = model.map_err(|error| CliError::usage("the model's path cannot be used").because(error))?;
+        let model = model.to_str().ok_or_else(|| {
+            CliError::usage(format!("the model's path {} cannot be told to {host}", model.display()))
+                .because("expected a path in UTF-8")
+        })?;
+        let mut words: Vec<String> = ["exec", "env"].map(str::to_owned).to_vec();
+        let filter = std::env::var(logging::FILTER).unwrap_or_else(|_| self.filter.to_owned());
+        words.push(quoted(&format!("{}={}", logging::STYLE, if self.pretty { "pretty" } else { "json" })));
+        words.push(quoted(&format!("{}={filter}", logging::FILTER)));
+        words.push(quoted(&worker.binary));
+        let mut args: Vec<String> = ["worker", "--exit-with-stdin", "--no-config"].map(str::to_owned).to_vec();
+        args.extend(["--model".to_owned(), model.to_owned()]);
+        args.extend(worker_args(worker, reach));
+        if let Some(threads) = worker.threads {
+            args.extend(["--threads".to_owned(), threads.to_string()]);
+        }
+        let first_line = self.config.secret.text().map(str::to_owned);
+        if first_line.is_some() {
+            args.push("--secret-stdin".to_owned());
+        }
+        if self.insecure {
+            args.push("--insecure".to_owned());
+        }
+        words.extend(args.iter().map(|arg| quoted(arg)));
+
+        // The first value of an option wins: batch mode is fixed, the rest are the user's before ours.
+        let mut ssh: Vec<OsString> = ["-o", "BatchMode=yes", "-T"].map(OsString::from).to_vec();
+        ssh.extend(self.config.cluster.ssh_options.iter().map(OsString::from));
+        ssh.extend(
+            ["-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3", "--", host]
+                .map(OsString::from),
+        );
+        ssh.push(words.join(" ").into());
+        Ok(Launch { program: "ssh".into(), args: ssh, first_line, relayed: true, environment: Vec::new() })
+    }
+}
+
+fn worker_args(worker: &WorkerSection, reach: &Reach) -> Vec<String> {
+    let mut args = vec![
+        "--coordinator".to_owned(),
+        reach.coordinator.clone(),
+        "--name".to_owned(),
+        worker.name.clone(),
+        "--device".to_owned(),
+        worker.device.clone(),
+        "--listen".to_owned(),
+        reach.listen.to_string(),
+    ];
+    if let Some(advertise) = &reach.advertise {
+        args.extend(["--advertise".to_owned(), advertise.clone()]);
+    }
+    if let Some(memory) = worker.memory {
+        args.extend(["--memory".to_owned(), memory.0.to_string()]);
+    }
+    args
+}
+
+/// A word as a POSIX shell reads it back.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@%+".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Layers, SecretText};
+
+    fn words(launch: &Launch) -> Vec<String> {
+        launch.args.iter().map(|arg| arg.to_string_lossy().into_owned()).collect()
+    }
+
+    #[test]
+    fn a_remote_worker_gets_its_secret_through_the_pipe_and_words_are_quoted() {
+        let flags = vec![("cluster.name", "x".to_owned())];
+        let mut config = Layers { no_file: true, flags, ..Layers::default() }.load().unwrap();
+        config.secret = SecretText::new("0123456789abcdef", "here").unwrap();
+        config.cluster.ssh_options = vec!["-p".into(), "2222".into()];
+        let program = Path::new("grokpipe");
+        let common = Common { config: &config, program, insecure: false, pretty: false, filter: "info" };
+        let mut worker = WorkerSection::named("w3");
+        worker.binary = "/opt/my tools/grokpipe".into();
+        worker.model = Some("/it's here".into());
+        worker.device = "gpu:A B; rm".into();
+        let reach = Reach {
+            coordinator: "n1:7070".into(),
+            listen: "0.0.0.0:0".parse().unwrap(),
+            advertise: Some("n3:0".into()),
+        };
+        let launch = common.remote_worker(&worker, "me@n3", &reach).unwrap();
+        let words = words(&launch);
+        assert_eq!(launch.program, "ssh");
+        assert_eq!(words[..5], ["-o", "BatchMode=yes", "-T", "-p", "2222"]);
+        assert_eq!(words[words.len() - 3..words.len() - 1], ["--", "me@n3"]);
+        let line = words.last().unwrap();
+        for part in ["'/opt/my tools/grokpipe' worker", r"'/it'\''s here'", "'gpu:A B; rm'", "--secret-stdin", "n3:0"] {
+            assert!(line.contains(part), "{line}");
+        }
+        assert_eq!(launch.first_line.as_deref(), Some("0123456789abcdef"));
+        assert!(!words.iter().any(|word| word.contains("0123456789") || word.contains("StrictHostKey")));
+    }
+
+    #[test]
+    fn shell_words_survive() {
+        for (word, quote) in [("plain-1.2/x:0", "plain-1.2/x:0"), ("", "''"), ("a'b", r"'a'\''b'"), ("$x", "'$x'")] {
+            assert_eq!(quoted(word), quote);
+        }
+    }
+}

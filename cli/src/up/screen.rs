@@ -1,0 +1,119 @@
+//! What `up` shows while it starts: a bar a node on a terminal, a line every ten seconds otherwise. All on standard error.
+
+use std::{
+    collections::HashMap,
+    io::{self, IsTerminal, Write},
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use grokpipe_proto::snapshot::{ClusterSnapshot, SnapshotNode};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use crate::config::ByteSize;
+
+/// Time between two lines where there is no terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Shows progress and lines without mixing them up.
+pub(super) struct Screen {
+    bars: Option<MultiProgress>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    by_node: HashMap<String, ProgressBar>,
+    last_line: Option<Instant>,
+}
+
+impl Screen {
+    /// Bars if standard error is a terminal.
+    pub(super) fn new() -> Self {
+        let is_terminal = io::stderr().is_terminal();
+        Self { bars: is_terminal.then(MultiProgress::new), state: Mutex::default() }
+    }
+
+    /// Whether people watch.
+    pub(super) fn is_terminal(&self) -> bool {
+        self.bars.is_some()
+    }
+
+    /// Shows a line above the bars.
+    pub(super) fn say(&self, line: &str) {
+        let print = || {
+            // Nobody may read standard error any more; that is no reason to end.
+            let _ = writeln!(io::stderr(), "{line}");
+        };
+        match &self.bars {
+            Some(bars) => bars.suspend(print),
+            None => print(),
+        }
+    }
+
+    /// Shows how far loading is.
+    pub(super) fn progress(&self, snapshot: &ClusterSnapshot) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match &self.bars {
+            Some(bars) => {
+                for node in &snapshot.nodes {
+                    update(state.by_node.entry(node.name.clone()).or_insert_with(|| bars.add(bar(&node.name))), node);
+                }
+            }
+            None => {
+                if state.last_line.is_some_and(|last| last.elapsed() < LINE_INTERVAL) {
+                    return;
+                }
+                // The first ten seconds need no line: most starts are over by then.
+                let is_first = state.last_line.replace(Instant::now()).is_none();
+                drop(state);
+                if !is_first {
+                    self.say(&line(snapshot));
+                }
+            }
+        }
+    }
+
+    /// Takes the bars away.
+    pub(super) fn clear(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        for (_name, bar) in state.by_node.drain() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn bar(name: &str) -> ProgressBar {
+    let bar = ProgressBar::new(1).with_prefix(name.to_owned());
+    // The template is fixed, so that it cannot be wrong; the default style is good enough if it ever is.
+    if let Ok(style) =
+        ProgressStyle::with_template("{prefix:<12} [{bar:24}] {bytes}/{total_bytes} {binary_bytes_per_sec} {msg}")
+    {
+        bar.set_style(style);
+    }
+    bar
+}
+
+fn update(bar: &ProgressBar, node: &SnapshotNode) {
+    // An empty range has no progress to show, and indicatif would draw it as done.
+    if let Some(total) = node.load.bytes_total.filter(|&total| total > 0) {
+        bar.set_length(total);
+    }
+    if let Some(bytes) = node.load.bytes {
+        bar.set_position(bytes);
+    }
+    let layers = node.layers.map_or_else(String::new, |span| format!(" {span}"));
+    bar.set_message(format!("{}{layers}", node.state.as_str()));
+}
+
+fn line(snapshot: &ClusterSnapshot) -> String {
+    let node = |node: &SnapshotNode| {
+        let loaded = match (node.load.bytes, node.load.bytes_total) {
+            (Some(bytes), Some(total)) => format!(" {} of {}", ByteSize(bytes), ByteSize(total)),
+            _ => String::new(),
+        };
+        format!("{} {}{loaded}", node.name, node.state.as_str())
+    };
+    let nodes: Vec<String> = snapshot.nodes.iter().map(node).collect();
+    format!("{} [{}]", snapshot.verdict.text, nodes.join(", "))
+}

@@ -1,0 +1,286 @@
+//! `grokpipe worker`: one stage. Opens the device and the model, and hands both to the worker library.
+//!
+//! Decides what a worker offers: its device, threads and memory. Layers come from the coordinator.
+
+use std::{
+    io::{self, BufRead, Read},
+    net::SocketAddr,
+    path::PathBuf,
+    sync::Arc,
+};
+
+use grokpipe_kernels::{CpuBackend, Device, KernelError, Stage, StageModel, StageOptions, select_device};
+use grokpipe_model::{Model, ModelConfig, WeightSource};
+use grokpipe_proto::transport::Tcp;
+use grokpipe_worker::{
+    Settings, WorkerError,
+    executor::ThreadExecutor,
+    loader::{DeviceFacts, LoadRequest, StageLoader},
+};
+use tracing::{info, warn};
+
+use crate::{
+    client,
+    common::{self, ConfigArgs, parse_device},
+    config::{self, ByteSize, SecretText, WorkerSection},
+    error::CliError,
+    machine,
+};
+
+/// Longest secret that is read from a pipe, with its line end.
+const SECRET_BYTES_MAX: u64 = 2048;
+
+/// Arguments of `worker`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// gRPC address of the coordinator
+    #[arg(long, value_name = "ADDR", value_parser = client::parse_server)]
+    coordinator: String,
+    /// Name within the cluster [default: this machine's name]
+    #[arg(long, value_name = "NAME", value_parser = parse_name)]
+    name: Option<String>,
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Folder or file of the model
+    #[arg(long, value_name = "PATH")]
+    model: Option<PathBuf>,
+    /// auto, cpu, gpu or gpu:PART OF ITS NAME
+    #[arg(long, value_name = "D", value_parser = parse_device)]
+    device: Option<String>,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    threads: Option<u32>,
+    /// Memory that it may fill, as 8GiB [default: what the device has free]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory: Option<ByteSize>,
+    /// Where it listens for the previous stage [default: 127.0.0.1:0, any free port]
+    #[arg(long, value_name = "ADDR", value_parser = parse_listen)]
+    listen: Option<SocketAddr>,
+    /// Where others reach it, if not where it listens; port 0 stands for the port it listens on
+    #[arg(long, value_name = "ADDR", value_parser = client::parse_server)]
+    advertise: Option<String>,
+    /// Allow an address that others can reach without a secret
+    #[arg(long)]
+    insecure: bool,
+    /// End when standard input closes
+    #[arg(long, hide = true)]
+    exit_with_stdin: bool,
+    /// The first line of standard input is the cluster's secret
+    #[arg(long, hide = true)]
+    secret_stdin: bool,
+    /// Bytes of the machine's memory that are this worker's, if its device is the CPU and nothing else is said
+    #[arg(long, value_name = "SIZE", hide = true, value_parser = parse_size)]
+    memory_share: Option<ByteSize>,
+}
+
+fn parse_name(text: &str) -> Result<String, String> {
+    let is_name = config::is_name(text);
+    is_name
+        .then(|| text.to_owned())
+        .ok_or_else(|| "expected 1 to 64 characters of a-z, 0-9, '.', '_' and '-'".to_owned())
+}
+
+fn parse_size(text: &str) -> Result<ByteSize, String> {
+    ByteSize::parse(text).filter(|size| size.0 > 0).ok_or_else(|| "expected a size, as 8GiB".to_owned())
+}
+
+fn parse_listen(text: &str) -> Result<SocketAddr, String> {
+    config::socket_addr(text).ok_or_else(|| "expected an IP address and a port, as 127.0.0.1:0".to_owned())
+}
+
+/// Runs `worker` until it is told to end.
+///
+/// # Errors
+/// [`CliError`] with the exit code of what failed.
+pub(crate) fn run(args: Args) -> Result<(), CliError> {
+    let mut config = args.config.layers().flag("model.path", args.model.as_ref().map(|path| path.display())).load()?;
+    if args.secret_stdin {
+        config.secret = secret_from_stdin()?;
+    }
+    let name = args.name.clone().unwrap_or_else(machine::worker_name);
+    let described = config.worker(&name);
+    let listen = args.listen.or(described.listen).unwrap_or_else(|| own_address(&args.coordinator));
+    config.check_exposure("the worker's address", &listen, args.insecure)?;
+    let model_path =
+        args.model.clone().or_else(|| described.model.clone()).unwrap_or_else(|| config.model.path.clone());
+    let model = Arc::new(Model::open(&model_path)?);
+    let loader = DeviceLoader::open(&args, &described, model)?;
+    let settings = Settings {
+        coordinator: args.coordinator.clone(),
+        name,
+        listen: listen.to_string(),
+        advertise: args.advertise.or(described.advertise),
+        secret: config.secret.to_secret(),
+        generation: machine::generation(),
+    };
+    info!(
+        worker = settings.name,
+        device = loader.facts.name,
+        memory = %ByteSize(loader.facts.memory_bytes),
+        gigabytes_per_second = loader.facts.read_bandwidth / 1e9,
+        coordinator = settings.coordinator,
+        "worker starts"
+    );
+    let executor =
+        ThreadExecutor::start().map_err(|error| CliError::failed("the device's thread cannot start").because(error))?;
+    // One thread suffices for frames and heartbeats; the device has its own.
+    common::serve(1, args.exit_with_stdin, |shutdown| async move {
+        let coordinator = settings.coordinator.clone();
+        let ran = grokpipe_worker::run(settings, Arc::new(Tcp), Arc::new(executor), Box::new(loader), shutdown).await;
+        ran.map_err(|error| explain(error, &coordinator))
+    })
+}
+
+/// The address of this machine that the coordinator would see, with a port of the system's choice; loopback when that is where the
+/// coordinator is, or when nobody knows.
+fn own_address(coordinator: &str) -> SocketAddr {
+    let loopback = SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 0));
+    // Connecting a datagram socket sends nothing; it only asks the system for the way.
+    let asked = std::net::UdpSocket::bind("0.0.0.0:0").and_then(|socket| {
+        socket.connect(coordinator)?;
+        socket.local_addr()
+    });
+    asked.map_or(loopback, |own| SocketAddr::new(own.ip(), 0))
+}
+
+fn secret_from_stdin() -> Result<SecretText, CliError> {
+    let mut line = String::new();
+    let read = io::stdin().lock().take(SECRET_BYTES_MAX).read_line(&mut line);
+    read.map_err(|error| CliError::usage("the secret cannot be read").at("standard input").because(error))?;
+    SecretText::new(&line, "standard input")
+}
+
+fn explain(error: WorkerError, coordinator: &str) -> CliError {
+    match error {
+        WorkerError::Listen { address, source } => CliError::failed(format!("{address} cannot be opened"))
+            .because(source)
+            .advise("end what uses it, or choose another one with --listen"),
+        WorkerError::Advertise { found } => CliError::usage("nobody could reach this worker")
+            .at(found)
+            .because("expected an address that other stages can dial")
+            .advise("give --advertise HOST:0"),
+        WorkerError::NameTaken { name } => CliError::usage(format!("another live worker has the name {name}"))
+            .at(coordinator.to_owned())
+            .advise("give this one another name with --name"),
+        WorkerError::Refused { coordinator, said } => {
+            CliError::failed("the coordinator refused this worker").at(coordinator).because(said)
+        }
+        error => CliError::failed("the worker failed").because(error),
+    }
+}
+
+/// Opens the device anew for each stage: a device belongs to the stage that was loaded on it.
+struct DeviceLoader {
+    device: String,
+    threads: usize,
+    model: Arc<Model>,
+    digest: String,
+    facts: DeviceFacts,
+}
+
+impl DeviceLoader {
+    fn open(args: &Args, described: &WorkerSection, model: Arc<Model>) -> Result<Self, CliError> {
+        let device = args.device.clone().unwrap_or_else(|| described.device.clone());
+        let threads = args.threads.or(described.threads).unwrap_or_else(machine::cores) as usize;
+        let mut opened = select_device(&device, threads)?;
+        let memory = args.memory.or(described.memory);
+        let memory_bytes = memory_offered(memory, args.memory_share, opened.as_ref())?;
+        let invariance = opened.check_batch_invariance()?;
+        let notes: Vec<String> = invariance.difference.into_iter().collect();
+        for note in &notes {
+            warn!(device = opened.info().name, note, "results depend on the batch: splits may change tokens");
+        }
+        let facts = DeviceFacts {
+            name: opened.info().name.clone(),
+            fingerprint: opened.info().fingerprint.clone(),
+            memory_bytes,
+            read_bandwidth: opened.measure_read_bandwidth()?,
+            flop_rate: opened.measure_flop_rate()?,
+            notes,
+        };
+        Ok(Self { device, threads, digest: model.digest(), model, facts })
+    }
+}
+
+/// What was said; else what the device has; else, for the CPU and devices that do not tell, this machine's free memory.
+fn memory_offered(said: Option<ByteSize>, share: Option<ByteSize>, device: &dyn Device) -> Result<u64, CliError> {
+    let info = device.info();
+    if let Some(said) = said {
+        return Ok(said.0);
+    }
+    if info.is_gpu && info.memory_bytes > 0 {
+        return Ok(info.memory_bytes);
+    }
+    if info.is_gpu {
+        warn!(device = info.name, "the device does not tell its memory, taking this machine's; give --memory");
+    }
+    let here = share.map(|share| share.0).or_else(machine::available_memory_bytes);
+    here.or(Some(info.memory_bytes).filter(|&bytes| bytes > 0)).ok_or_else(|| {
+        CliError::usage("the memory of this worker is not known")
+            .because("this system does not say how much is free")
+            .advise("give --memory, as 8GiB")
+    })
+}
+
+impl StageLoader for DeviceLoader {
+    fn device(&self) -> &DeviceFacts {
+        &self.facts
+    }
+
+    fn config(&self) -> &ModelConfig {
+        self.model.config()
+    }
+
+    fn model_digest(&self) -> &str {
+        &self.digest
+    }
+
+    fn load(
+        &mut self,
+        request: &LoadRequest,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Box<dyn Stage>, KernelError> {
+        let options = StageOptions {
+            kv_blocks: request.kv_blocks,
+            max_rows: request.max_batch_tokens,
+            ..StageOptions::default()
+        };
+        let layers = request.layers.clone();
+        // Which backend counts does not matter here: the need is that of the model.
+        let need = StageModel::<CpuBackend>::memory_needed(self.model.config(), layers.clone(), options).total_bytes();
+        if need > self.facts.memory_bytes {
+            return Err(KernelError::OutOfMemory {
+                what: format!("a stage of layers {}..{}", layers.start, layers.end),
+                needed_bytes: need,
+                available_bytes: self.facts.memory_bytes,
+                device: self.facts.name.clone(),
+            });
+        }
+        let weights: Arc<dyn WeightSource> = Arc::clone(&self.model) as Arc<dyn WeightSource>;
+        select_device(&self.device, self.threads)?.load(self.model.config(), weights, layers, options, progress)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Code;
+
+    #[test]
+    fn refusals_say_what_to_do() {
+        let taken = explain(WorkerError::NameTaken { name: "w1".into() }, "node:7070");
+        assert_eq!(taken.code(), Code::Usage);
+        assert!(taken.to_string().contains("--name"), "{taken}");
+        let source = io::Error::from(io::ErrorKind::AddrInUse);
+        let listen = explain(WorkerError::Listen { address: "127.0.0.1:7101".into(), source }, "node:7070");
+        assert!(listen.to_string().contains("127.0.0.1:7101") && listen.to_string().contains("--listen"), "{listen}");
+    }
+
+    #[test]
+    fn sizes_names_and_addresses_of_flags_are_checked() {
+        assert_eq!(parse_size("1KiB"), Ok(ByteSize(1024)));
+        assert!(parse_size("0").is_err() && parse_size("lots").is_err());
+        assert!(parse_name("w1").is_ok() && parse_name("W 1").is_err());
+        assert!(parse_listen("127.0.0.1:0").is_ok() && parse_listen("7070").is_err());
+    }
+}

@@ -1,0 +1,77 @@
+//! ClusterService: the snapshot and the plan, for operators.
+
+use std::{pin::Pin, sync::Arc};
+
+use futures_util::Stream;
+use grokpipe_proto::{
+    snapshot::ClusterSnapshot,
+    status::RequestError,
+    v1::{
+        DrainRequest, DrainResponse, GetPlanRequest, GetPlanResponse, GetStatusRequest, GetStatusResponse,
+        PlannedStage, ReplanRequest, ReplanResponse, WatchStatusRequest, WatchStatusResponse,
+        cluster_service_server::ClusterService,
+    },
+};
+use tokio_stream::{StreamExt, wrappers::WatchStream};
+use tonic::{Request, Response, Status};
+
+use crate::engine::Handle;
+
+/// Serves operators.
+#[derive(Clone)]
+pub struct Cluster {
+    /// The engine.
+    pub engine: Handle,
+}
+
+fn wire(snapshot: &Arc<ClusterSnapshot>) -> Option<grokpipe_proto::v1::ClusterSnapshot> {
+    Some(grokpipe_proto::v1::ClusterSnapshot::from(ClusterSnapshot::clone(snapshot)))
+}
+
+#[tonic::async_trait]
+impl ClusterService for Cluster {
+    type WatchStatusStream = Pin<Box<dyn Stream<Item = Result<WatchStatusResponse, Status>> + Send>>;
+
+    async fn get_status(&self, _request: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {
+        let snapshot = wire(&self.engine.snapshot().borrow());
+        Ok(Response::new(GetStatusResponse { snapshot }))
+    }
+
+    async fn watch_status(
+        &self,
+        _request: Request<WatchStatusRequest>,
+    ) -> Result<Response<Self::WatchStatusStream>, Status> {
+        let changes = WatchStream::new(self.engine.snapshot());
+        let changes = changes.map(|snapshot| Ok(WatchStatusResponse { snapshot: wire(&snapshot) }));
+        Ok(Response::new(Box::pin(changes)))
+    }
+
+    async fn get_plan(&self, _request: Request<GetPlanRequest>) -> Result<Response<GetPlanResponse>, Status> {
+        let view = self.engine.plan().await.map_err(Status::failed_precondition)?;
+        let stages = view.plan.stages.iter().zip(&view.workers).map(|(stage, (worker, _memory))| PlannedStage {
+            worker: worker.clone(),
+            layer_start: stage.layers.start,
+            layer_end: stage.layers.end,
+            weights_bytes: stage.weight_bytes,
+            kv_bytes: stage.kv_bytes,
+            scratch_bytes: stage.scratch_bytes,
+            memory_bytes: stage.memory_bytes,
+            step_seconds: stage.step_seconds,
+        });
+        Ok(Response::new(GetPlanResponse {
+            stages: stages.collect(),
+            plan_epoch: view.epoch,
+            predicted_tokens_per_second: view.plan.predicted_tokens_per_second,
+            predicted_stream_tokens_per_second: view.plan.predicted_stream_tokens_per_second,
+            standby: view.standby,
+        }))
+    }
+
+    async fn drain(&self, _request: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
+        Err(RequestError::NotBuilt("Drain").into())
+    }
+
+    async fn replan(&self, _request: Request<ReplanRequest>) -> Result<Response<ReplanResponse>, Status> {
+        Err(RequestError::NotBuilt("Replan").into())
+    }
+}

@@ -1,0 +1,245 @@
+//! InferenceService: checks what clients ask for, and streams what they get.
+//!
+//! Everything is checked here, before it reaches the engine: sizes before text is looked at, ids against the vocabulary, sampling
+//! values against their ranges.
+
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use futures_util::Stream;
+use grokpipe_model::{ModelConfig, tokenizer::Tokenizer};
+use grokpipe_proto::{
+    status::RequestError,
+    v1::{
+        DetokenizeRequest, DetokenizeResponse, GenerateRequest, GenerateResponse, ListModelsRequest,
+        ListModelsResponse, ModelDescription, Sampling, SamplingOptions, TokenizeRequest, TokenizeResponse,
+        generate_request::Prompt, inference_service_server::InferenceService,
+    },
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    engine::{Handle, NewRequest},
+    session::StopRules,
+};
+
+/// What a request may ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestLimits {
+    /// Time of a request that names none, and the most that one may name.
+    pub request_timeout: Duration,
+    /// Longest text.
+    pub max_prompt_bytes: usize,
+}
+
+/// Tokens of a request that names no number.
+const DEFAULT_MAX_TOKENS: u32 = 128;
+const MOST_STOPS: usize = 16;
+const LONGEST_STOP: usize = 1024;
+const LONGEST_LABEL: usize = 256;
+
+/// Serves clients.
+#[derive(Clone)]
+pub struct Inference {
+    /// The engine.
+    pub engine: Handle,
+    /// The model's sizes.
+    pub config: Arc<ModelConfig>,
+    /// Text to ids and back, if there is one.
+    pub tokenizer: Option<Arc<Tokenizer>>,
+    /// What a request may ask for.
+    pub limits: RequestLimits,
+}
+
+impl Inference {
+    async fn checked(&self, request: GenerateRequest) -> Result<NewRequest, RequestError> {
+        if request.from_index != 0 {
+            return Err(RequestError::NotBuilt("resuming a stream (from_index)"));
+        }
+        if !request.idempotency_key.is_empty() {
+            return Err(RequestError::NotBuilt("idempotency_key"));
+        }
+        if request.request_id.len() > LONGEST_LABEL {
+            let problem = format!("expected at most {LONGEST_LABEL} bytes, found {}", request.request_id.len());
+            return Err(RequestError::invalid("request_id", problem));
+        }
+        let stop = checked_stops(request.stop, self.tokenizer.is_some())?;
+        let sampling = checked_sampling(request.sampling.unwrap_or_default())?;
+        let prompt = self.prompt(request.prompt).await?;
+        let max_tokens = self.max_tokens(request.max_tokens, prompt.len())?;
+        let eos_token_id = (!request.ignore_eos).then_some(self.config.eos_token_id);
+        Ok(NewRequest {
+            id: random_id()?,
+            request_id: request.request_id,
+            prompt,
+            sampling,
+            rules: StopRules { max_tokens, stop, eos_token_id },
+            deadline: self.deadline(request.deadline_ms)?,
+        })
+    }
+
+    fn deadline(&self, asked_ms: u64) -> Result<Duration, RequestError> {
+        let most = self.limits.request_timeout;
+        match asked_ms {
+            0 => Ok(most),
+            asked if Duration::from_millis(asked) <= most => Ok(Duration::from_millis(asked)),
+            asked => {
+                let problem = format!("expected at most {} ms, found {asked}", most.as_millis());
+                Err(RequestError::invalid("deadline_ms", problem))
+            }
+        }
+    }
+
+    fn max_tokens(&self, asked: Option<u32>, prompt: usize) -> Result<u32, RequestError> {
+        let context = self.config.max_position_embeddings;
+        let room = context.saturating_sub(prompt);
+        match asked {
+            Some(0) => Err(RequestError::invalid("max_tokens", "expected at least 1, found 0")),
+            _ if room == 0 => Err(RequestError::TooLong {
+                limit: context,
+                found: prompt + 1,
+                what: "prompt and output share the context",
+            }),
+            Some(asked) if asked as usize > room => Err(RequestError::TooLong {
+                limit: context,
+                found: prompt.saturating_add(asked as usize),
+                what: "prompt and max_tokens share the context",
+            }),
+            Some(asked) => Ok(asked),
+            None => Ok(DEFAULT_MAX_TOKENS.min(room as u32)),
+        }
+    }
+
+    async fn prompt(&self, prompt: Option<Prompt>) -> Result<Vec<u32>, RequestError> {
+        let ids = match prompt {
+            None => return Err(RequestError::invalid("prompt", "expected text or token ids, found neither")),
+            Some(Prompt::Text(text)) => self.encode(text, "text").await?,
+            Some(Prompt::TokenIds(ids)) => ids.ids,
+        };
+        let limit = self.config.max_position_embeddings;
+        if ids.is_empty() {
+            return Err(RequestError::invalid("prompt", "expected at least one token, found none"));
+        }
+        if ids.len() > limit {
+            return Err(RequestError::TooLong { limit, found: ids.len(), what: "the prompt must fit the context" });
+        }
+        self.check_ids(&ids)?;
+        if ids[0] == self.config.pad_token_id {
+            let problem = format!("expected no padding (id {}) at the start", self.config.pad_token_id);
+            return Err(RequestError::invalid("token_ids", problem));
+        }
+        Ok(ids)
+    }
+
+    fn check_ids(&self, ids: &[u32]) -> Result<(), RequestError> {
+        match ids.iter().position(|id| *id as usize >= self.config.vocab_size) {
+            None => Ok(()),
+            Some(at) => Err(RequestError::invalid(
+                "token_ids",
+                format!("expected ids below {}, found {} at {at}", self.config.vocab_size, ids[at]),
+            )),
+        }
+    }
+
+    /// Off the async threads: a megabyte of text takes a while.
+    async fn encode(&self, text: String, field: &str) -> Result<Vec<u32>, RequestError> {
+        let tokenizer = Arc::clone(self.tokenizer.as_ref().ok_or(RequestError::NoTokenizer)?);
+        let most = self.limits.max_prompt_bytes;
+        if text.len() > most {
+            let problem = format!("expected at most {most} bytes of text, found {}", text.len());
+            return Err(RequestError::invalid(field, problem));
+        }
+        tokio::task::spawn_blocking(move || tokenizer.encode(&text))
+            .await
+            .map_err(|_panicked| RequestError::StageFailed("the tokenizer failed; the log says how".into()))
+    }
+}
+
+fn checked_stops(stop: Vec<String>, has_tokenizer: bool) -> Result<Vec<String>, RequestError> {
+    if stop.len() > MOST_STOPS {
+        return Err(RequestError::invalid(
+            "stop",
+            format!("expected at most {MOST_STOPS} texts, found {}", stop.len()),
+        ));
+    }
+    if let Some(bad) = stop.iter().find(|text| text.is_empty() || text.len() > LONGEST_STOP) {
+        let problem = format!("expected texts of 1 to {LONGEST_STOP} bytes, found one of {}", bad.len());
+        return Err(RequestError::invalid("stop", problem));
+    }
+    if !stop.is_empty() && !has_tokenizer {
+        return Err(RequestError::NoTokenizer);
+    }
+    Ok(stop)
+}
+
+fn checked_sampling(options: SamplingOptions) -> Result<Sampling, RequestError> {
+    let sampling = Sampling {
+        temperature: options.temperature.unwrap_or(0.0),
+        top_k: options.top_k.unwrap_or(0),
+        top_p: options.top_p.unwrap_or(1.0),
+        min_p: options.min_p.unwrap_or(0.0),
+        seed: match options.seed {
+            Some(seed) => seed,
+            None => random_u64()?,
+        },
+    };
+    // Written so that a value that is not a number is refused as well.
+    let fields = [
+        ("temperature", sampling.temperature, (0.0..=100.0).contains(&sampling.temperature), "in [0, 100]"),
+        ("top_p", sampling.top_p, sampling.top_p > 0.0 && sampling.top_p <= 1.0, "in (0, 1]"),
+        ("min_p", sampling.min_p, (0.0..=1.0).contains(&sampling.min_p), "in [0, 1]"),
+    ];
+    for (name, value, good, range) in fields {
+        if !good {
+            return Err(RequestError::invalid(
+                format!("sampling.{name}"),
+                format!("expected a number {range}, found {value}"),
+            ));
+        }
+    }
+    Ok(sampling)
+}
+
+fn random_u64() -> Result<u64, RequestError> {
+    getrandom::u64().map_err(|error| RequestError::StageFailed(format!("the system gives no random numbers: {error}")))
+}
+
+fn random_id() -> Result<String, RequestError> {
+    Ok(format!("gen-{:016x}{:016x}", random_u64()?, random_u64()?))
+}
+
+#[tonic::async_trait]
+impl InferenceService for Inference {
+    type GenerateStream = Pin<Box<dyn Stream<Item = Result<GenerateResponse, Status>> + Send>>;
+
+    async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        let request = self.checked(request.into_inner()).await?;
+        let stream = self.engine.submit(request).await?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn tokenize(&self, request: Request<TokenizeRequest>) -> Result<Response<TokenizeResponse>, Status> {
+        let token_ids = self.encode(request.into_inner().text, "text").await?;
+        Ok(Response::new(TokenizeResponse { token_ids }))
+    }
+
+    async fn detokenize(&self, request: Request<DetokenizeRequest>) -> Result<Response<DetokenizeResponse>, Status> {
+        let ids = request.into_inner().token_ids;
+        let tokenizer = self.tokenizer.as_ref().ok_or(RequestError::NoTokenizer)?;
+        self.check_ids(&ids)?;
+        Ok(Response::new(DetokenizeResponse { text: tokenizer.decode(&ids) }))
+    }
+
+    async fn list_models(&self, _request: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
+        let config = &self.config;
+        let model = ModelDescription {
+            name: config.name.clone(),
+            vocab_size: config.vocab_size as u32,
+            context_length: config.max_position_embeddings as u32,
+            num_layers: config.num_hidden_layers,
+            parameters: config.parameters(),
+            has_tokenizer: self.tokenizer.is_some(),
+        };
+        Ok(Response::new(ListModelsResponse { models: vec![model] }))
+    }
+}

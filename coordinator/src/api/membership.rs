@@ -1,0 +1,139 @@
+//! MembershipService: a worker's stream, from its hello to its end.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::Stream;
+use grokpipe_proto::v1::{
+    Hello, JoinRequest, JoinResponse, join_request, join_response, membership_service_server::MembershipService,
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{
+    cluster::JoinRefusal,
+    engine::{Event, Handle},
+};
+
+const HELLO_WITHIN: Duration = Duration::from_secs(5);
+/// Messages that may wait for a worker: a few assignments.
+const OUTBOX: usize = 64;
+
+/// Serves workers.
+#[derive(Clone)]
+pub struct Membership {
+    /// The engine.
+    pub engine: Handle,
+    /// The coordinator ends.
+    pub shutdown: CancellationToken,
+    /// Counts streams.
+    pub connections: Arc<AtomicU64>,
+}
+
+#[tonic::async_trait]
+impl MembershipService for Membership {
+    type JoinStream = Pin<Box<dyn Stream<Item = Result<JoinResponse, Status>> + Send>>;
+
+    async fn join(&self, request: Request<Streaming<JoinRequest>>) -> Result<Response<Self::JoinStream>, Status> {
+        let mut messages = request.into_inner();
+        let hello = hello(&mut messages).await?;
+        let (name, generation) = (hello.name.clone(), hello.generation);
+        let connection = self.connections.fetch_add(1, Ordering::Relaxed);
+        let (outbox, outgoing) = mpsc::channel(OUTBOX);
+        let (reply, answer) = oneshot::channel();
+        // The welcome must be the first message, so it is queued before the engine can send any other.
+        let (gate, gated) = mpsc::channel(OUTBOX);
+        self.engine.send(Event::Joined { connection, hello: Box::new(hello), outbox: gate, reply }).await;
+        let welcome = answer
+            .await
+            .map_err(|_gone| Status::unavailable("the coordinator is shutting down"))?
+            .map_err(|refusal| refused(&refusal))?;
+        let welcome = JoinResponse { message: Some(join_response::Message::Welcome(welcome)) };
+        let _ = outbox.try_send(Ok(welcome));
+        let worker = Worker { engine: self.engine.clone(), connection, name, generation, outbox, gated };
+        // Owned by the connection: ends with the worker's stream, with its outbox, or with the coordinator.
+        tokio::spawn(worker.serve(messages, self.shutdown.clone()));
+        Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
+    }
+}
+
+async fn hello(messages: &mut Streaming<JoinRequest>) -> Result<Hello, Status> {
+    let first = timeout(HELLO_WITHIN, messages.message())
+        .await
+        .map_err(|_late| Status::deadline_exceeded("expected a hello within 5 s, found nothing"))??;
+    match first.and_then(|request| request.message) {
+        Some(join_request::Message::Hello(hello)) => Ok(hello),
+        _ => Err(Status::invalid_argument("expected a hello as the first message, found another one")),
+    }
+}
+
+fn refused(refusal: &JoinRefusal) -> Status {
+    let said = refusal.to_string();
+    match refusal {
+        JoinRefusal::Invalid { .. } => Status::invalid_argument(said),
+        JoinRefusal::NameTaken(_) => Status::already_exists(said),
+        JoinRefusal::Version { .. } => Status::failed_precondition(said),
+    }
+}
+
+struct Worker {
+    engine: Handle,
+    connection: u64,
+    name: String,
+    generation: u64,
+    outbox: mpsc::Sender<Result<JoinResponse, Status>>,
+    gated: mpsc::Receiver<Result<JoinResponse, Status>>,
+}
+
+impl Worker {
+    async fn serve(mut self, mut messages: Streaming<JoinRequest>, shutdown: CancellationToken) {
+        let reason = loop {
+            tokio::select! {
+                () = shutdown.cancelled() => {
+                    let _ = self.outbox.try_send(Err(Status::unavailable("the coordinator is shutting down")));
+                    break "the coordinator is shutting down".to_owned();
+                }
+                () = self.outbox.closed() => break "its connection was closed".to_owned(),
+                order = self.gated.recv() => match order {
+                    // A worker that reads nothing is told nothing; its heartbeats will stop as well.
+                    Some(order) => if self.outbox.try_send(order).is_err() {
+                        break "it takes no messages".to_owned();
+                    },
+                    None => break "it was given up".to_owned(),
+                },
+                message = messages.message() => match message {
+                    Ok(Some(JoinRequest { message: Some(message) })) => {
+                        let (connection, name, generation) = (self.connection, self.name.clone(), self.generation);
+                        self.engine.send(Event::FromWorker { connection, name, generation, message }).await;
+                    }
+                    Ok(Some(JoinRequest { message: None })) => {}
+                    Ok(None) => break "it left".to_owned(),
+                    Err(status) => break broken(&status),
+                },
+            }
+        };
+        let Self { connection, name, generation, .. } = self;
+        self.engine.send(Event::Left { connection, name, generation, reason }).await;
+    }
+}
+
+/// How a stream broke, for people: tonic's words for a dead peer speak of HTTP/2 frames.
+fn broken(status: &Status) -> String {
+    let said = status.message();
+    if said.contains("reset") || said.contains("broken pipe") || said.contains("closed") || said.contains("h2") {
+        "its connection was reset".to_owned()
+    } else {
+        format!("its connection broke: {said}")
+    }
+}

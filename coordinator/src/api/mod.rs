@@ -1,0 +1,8 @@
+//! The coordinator's gRPC services. They check what comes in, hand it to the engine, and translate what comes back.
+//!
+//! `membership` and `results` are for workers and demand the cluster's secret; `inference` and `cluster` are for clients.
+
+pub mod cluster;
+pub mod inference;
+pub mod membership;
+pub mod results;

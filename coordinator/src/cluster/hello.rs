@@ -1,0 +1,46 @@
+//! Whether a worker's hello makes sense.
+
+use grokpipe_proto::v1::Hello;
+
+use super::JoinRefusal;
+
+/// Checks every value of a hello that a plan or a message would rest on.
+pub(super) fn check_hello(hello: &Hello) -> Result<(), JoinRefusal> {
+    let invalid = |field, expected: &str, found: String| {
+        Err(JoinRefusal::Invalid { field, expected: expected.to_owned(), found })
+    };
+    let name_ok = (1..=64).contains(&hello.name.len())
+        && hello.name.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'));
+    if !name_ok {
+        return invalid(
+            "name",
+            "1 to 64 of a-z, 0-9, '.', '_', '-'",
+            format!("{:?}", hello.name.chars().take(80).collect::<String>()),
+        );
+    }
+    if hello.generation == 0 {
+        return invalid("generation", "a positive number", "0".into());
+    }
+    if !(hello.read_bandwidth.is_finite() && hello.read_bandwidth > 0.0) {
+        return invalid("read_bandwidth", "a positive number of bytes a second", hello.read_bandwidth.to_string());
+    }
+    if !(hello.flop_rate.is_finite() && hello.flop_rate > 0.0) {
+        return invalid("flop_rate", "a positive number", hello.flop_rate.to_string());
+    }
+    let port = hello.data_address.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse::<u16>().ok()?)));
+    if !port.is_some_and(|(host, port)| !host.is_empty() && port > 0) || hello.data_address.len() > 256 {
+        return invalid(
+            "data_address",
+            "host:port",
+            format!("{:?}", hello.data_address.chars().take(80).collect::<String>()),
+        );
+    }
+    if hello.held_layer_start > hello.held_layer_end {
+        return invalid(
+            "held_layers",
+            "start before end",
+            format!("{}..{}", hello.held_layer_start, hello.held_layer_end),
+        );
+    }
+    Ok(())
+}

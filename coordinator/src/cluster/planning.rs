@@ -1,0 +1,187 @@
+//! When a plan is made, of which workers, and how it is put in force.
+
+use std::time::Duration;
+
+use grokpipe_proto::v1::{ActivationDtype, Assignment, Release, join_response::Message};
+
+use super::{Active, Cluster, Command, Node, SETTLE, StageState};
+use crate::planner::{self, Plan, PreviousStage, WorkerResources};
+
+impl Cluster {
+    /// The plan that is in force, or the one that the workers present would get.
+    ///
+    /// # Errors
+    /// In words, when they do not suffice.
+    pub fn plan(&self) -> Result<(Plan, Vec<String>), String> {
+        if let Some(active) = &self.active {
+            return Ok((active.plan.clone(), active.stages.iter().map(|stage| stage.node.clone()).collect()));
+        }
+        let names = self.candidates();
+        let plan = self.solve(&names).map_err(|refusal| refusal.to_string())?;
+        let order = plan.stages.iter().map(|stage| names[stage.worker].clone()).collect();
+        Ok((plan, order))
+    }
+
+    /// Workers that have no layers under the plan in force.
+    pub fn standby(&self) -> Vec<String> {
+        let used = |name: &str| {
+            self.active.as_ref().is_some_and(|active| active.stages.iter().any(|stage| stage.node == name))
+        };
+        let spare = self.nodes.values().filter(|node| node.present && !used(&node.hello.name));
+        spare.map(|node| node.hello.name.clone()).collect()
+    }
+
+    pub(super) fn advance(&mut self, now: Duration) {
+        match &self.active {
+            None => self.plan_when_due(now),
+            Some(active) => {
+                let Some(broken_since) = active.broken_since else { return };
+                let usable = |name: &String| self.nodes.get(name).is_some_and(|node| node.present && !node.unfit);
+                let whole = active.stages.iter().all(|stage| usable(&stage.node));
+                if whole {
+                    if active.retry_at.is_none_or(|at| now >= at) {
+                        let names: Vec<String> = active.stages.iter().map(|stage| stage.node.clone()).collect();
+                        let plan = active.plan.clone();
+                        self.start_epoch(now, plan, &names);
+                    }
+                } else if !self.standby_fit().is_empty()
+                    || now.saturating_sub(broken_since) >= self.settings.replan_after
+                {
+                    self.replan(now);
+                }
+            }
+        }
+    }
+
+    /// Spare workers that could take over a lost stage at once.
+    fn standby_fit(&self) -> Vec<String> {
+        self.standby().into_iter().filter(|name| self.nodes.get(name).is_some_and(|node| !node.unfit)).collect()
+    }
+
+    fn plan_when_due(&mut self, now: Duration) {
+        let missing = self.settings.expected.iter().any(|worker| {
+            // A worker that is there but cannot help is not waited for.
+            self.nodes.get(&worker.name).is_none_or(|node| !node.present)
+        });
+        let waited = now.saturating_sub(self.last_join);
+        let due = if self.settings.expected.is_empty() {
+            waited >= SETTLE
+        } else {
+            !missing || waited >= self.settings.replan_after
+        };
+        if due && !self.candidates().is_empty() {
+            self.replan(now);
+        }
+    }
+
+    fn candidates(&self) -> Vec<String> {
+        let fit = self.nodes.values().filter(|node| node.present && !node.unfit);
+        fit.map(|node| node.hello.name.clone()).collect()
+    }
+
+    fn solve(&self, names: &[String]) -> Result<Plan, planner::Refusal> {
+        // Pins describe the whole cluster: without one of the pinned workers they cannot all hold, and serving comes first.
+        let mut pinned = self.settings.expected.iter().filter(|worker| worker.layers.is_some());
+        let pins_hold = pinned.all(|worker| names.contains(&worker.name));
+        let workers: Vec<_> =
+            names.iter().filter_map(|name| self.nodes.get(name)).map(|node| self.resources(node, pins_hold)).collect();
+        let previous = self.active.as_ref().map(|active| {
+            let kept = active.stages.iter().filter_map(|stage| {
+                let worker = names.iter().position(|name| *name == stage.node)?;
+                Some(PreviousStage { worker, layers: stage.layers.clone() })
+            });
+            kept.collect()
+        });
+        planner::plan(&self.facts.problem(&self.settings.wishes, workers, previous))
+    }
+
+    fn resources(&self, node: &Node, pins_hold: bool) -> WorkerResources {
+        let hello = &node.hello;
+        let expected = self.settings.expected.iter().find(|worker| worker.name == hello.name);
+        let held = hello.held_layer_start..hello.held_layer_end;
+        let current =
+            self.active.as_ref().and_then(|active| active.stages.iter().find(|stage| stage.node == hello.name));
+        WorkerResources {
+            name: hello.name.clone(),
+            memory_bytes: hello.memory_bytes,
+            read_bandwidth: hello.read_bandwidth,
+            flop_rate: hello.flop_rate,
+            pinned_layers: expected.filter(|_| pins_hold).and_then(|worker| worker.layers.clone()),
+            held_layers: current.map(|stage| stage.layers.clone()).or((!held.is_empty()).then_some(held)),
+        }
+    }
+
+    fn replan(&mut self, now: Duration) {
+        if self.planned_for == Some(self.changes) {
+            return;
+        }
+        self.planned_for = Some(self.changes);
+        let names = self.candidates();
+        match self.solve(&names) {
+            Ok(plan) => {
+                let order: Vec<String> = plan.stages.iter().map(|stage| names[stage.worker].clone()).collect();
+                self.refusal = None;
+                self.start_epoch(now, plan, &order);
+            }
+            Err(refusal) => {
+                let text = refusal.to_string();
+                self.record(now, "no_plan", None, format!("no plan: {text}"));
+                self.refusal = Some(text);
+            }
+        }
+    }
+
+    /// Puts a plan in force: a new epoch, and every node is told its part.
+    fn start_epoch(&mut self, now: Duration, plan: Plan, names: &[String]) {
+        self.epoch += 1;
+        let stages: Vec<StageState> = plan
+            .stages
+            .iter()
+            .zip(names)
+            .map(|(stage, name)| StageState { node: name.clone(), layers: stage.layers.clone(), ready: false })
+            .collect();
+        let mut previous_generation = self.settings.generation;
+        for (index, stage) in stages.iter().enumerate() {
+            let next = stages.get(index + 1).and_then(|next| self.nodes.get(&next.node));
+            let assignment = self.assignment(stage, next, previous_generation);
+            let Some(node) = self.nodes.get_mut(&stage.node) else { continue };
+            node.load = None;
+            previous_generation = node.hello.generation;
+            self.commands.push(Command::Send {
+                node: stage.node.clone(),
+                generation: node.hello.generation,
+                message: Message::Assignment(assignment),
+            });
+        }
+        for node in self.nodes.values().filter(|node| node.present && !names.contains(&node.hello.name)) {
+            self.commands.push(Command::Send {
+                node: node.hello.name.clone(),
+                generation: node.hello.generation,
+                message: Message::Release(Release { plan_epoch: self.epoch }),
+            });
+        }
+        let text: Vec<String> =
+            stages.iter().map(|stage| format!("{} {}..{}", stage.node, stage.layers.start, stage.layers.end)).collect();
+        self.record(now, "plan_changed", None, format!("plan epoch {}: {}", self.epoch, text.join(", ")));
+        self.active = Some(Active { plan, stages, connected: false, broken_since: None, retry_at: None });
+    }
+
+    fn assignment(&self, stage: &StageState, next: Option<&Node>, previous_generation: u64) -> Assignment {
+        let settings = &self.settings;
+        Assignment {
+            plan_epoch: self.epoch,
+            layer_start: stage.layers.start,
+            layer_end: stage.layers.end,
+            model_digest: self.facts.digest.clone(),
+            model_name: self.facts.config.name.clone(),
+            next_address: next.map(|node| node.hello.data_address.clone()).unwrap_or_default(),
+            next_worker: next.map(|node| node.hello.name.clone()).unwrap_or_default(),
+            previous_generation,
+            kv_blocks: settings.wishes.kv_tokens.div_ceil(u64::from(settings.kv_block_tokens)) as u32,
+            kv_block_tokens: settings.kv_block_tokens,
+            max_batch_tokens: settings.wishes.max_batch_tokens as u32,
+            max_frames_in_flight: settings.max_frames_in_flight,
+            activation_dtype: ActivationDtype::F32 as i32,
+        }
+    }
+}

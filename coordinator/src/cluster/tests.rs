@@ -1,0 +1,331 @@
+//! The cluster's life, step by step, without clocks and sockets.
+
+use grokpipe_model::ModelConfig;
+use grokpipe_proto::snapshot::{NodeState, SnapshotRequests, VerdictPhase};
+
+use grokpipe_proto::v1::Assignment;
+
+use super::*;
+use crate::planner::Objective;
+
+const MIB: u64 = 1 << 20;
+
+fn facts() -> ModelFacts {
+    ModelFacts::new(ModelConfig { num_hidden_layers: 8, ..small_config() }, "test".into(), vec![MIB; 8])
+}
+
+fn small_config() -> ModelConfig {
+    let mut config = ModelConfig::grok_1();
+    config.hidden_size = 64;
+    config.vocab_size = 512;
+    config.num_attention_heads = 4;
+    config.num_key_value_heads = 2;
+    config.head_dim = 16;
+    config.intermediate_size = 96;
+    config
+}
+
+fn cluster(expected: &[&str]) -> Cluster {
+    let expected = expected.iter().map(|name| ExpectedWorker { name: (*name).into(), layers: None }).collect();
+    let settings = ClusterSettings {
+        name: "test".into(),
+        generation: 77,
+        expected,
+        replan_after: Duration::from_secs(30),
+        wishes: PlanWishes { kv_tokens: 1024, max_batch_tokens: 64, batch_tokens: 1, objective: Objective::Throughput },
+        kv_block_tokens: 16,
+        max_frames_in_flight: 8,
+    };
+    Cluster::new(settings, facts())
+}
+
+fn hello(name: &str, generation: u64) -> Hello {
+    Hello {
+        name: name.into(),
+        generation,
+        version_min: 1,
+        version_max: 1,
+        device: "test device".into(),
+        memory_bytes: 1 << 30,
+        read_bandwidth: 1e10,
+        flop_rate: 1e11,
+        data_address: format!("127.0.0.1:{}", 1000 + generation),
+        model_digest: facts().digest,
+        ..Hello::default()
+    }
+}
+
+fn at(seconds: f64) -> Duration {
+    Duration::from_secs_f64(seconds)
+}
+
+fn join(cluster: &mut Cluster, now: Duration, name: &str, generation: u64) {
+    cluster.join(now, hello(name, generation)).unwrap();
+    cluster.joined(now);
+}
+
+fn assignments(cluster: &mut Cluster) -> Vec<(String, Assignment)> {
+    let sent = cluster.take_commands().into_iter().filter_map(|command| match command {
+        Command::Send { node, message: Message::Assignment(assignment), .. } => Some((node, assignment)),
+        _ => None,
+    });
+    sent.collect()
+}
+
+/// Two workers, planned, loaded and connected.
+fn serving() -> Cluster {
+    let mut cluster = cluster(&["w1", "w2"]);
+    join(&mut cluster, at(0.0), "w1", 1);
+    join(&mut cluster, at(0.1), "w2", 2);
+    make_ready(&mut cluster, at(0.2), &[("w1", 1), ("w2", 2)]);
+    assert!(cluster.is_serving());
+    cluster.take_commands();
+    cluster
+}
+
+fn make_ready(cluster: &mut Cluster, now: Duration, workers: &[(&str, u64)]) {
+    let epoch = cluster.epoch();
+    for (name, generation) in workers {
+        cluster.stage_ready(now, name, *generation, epoch);
+    }
+    cluster.pipeline_open(now, epoch);
+}
+
+fn snapshot(cluster: &Cluster, now: Duration) -> grokpipe_proto::snapshot::ClusterSnapshot {
+    cluster.snapshot(now, SnapshotRequests::default())
+}
+
+#[test]
+fn a_plan_waits_for_the_workers_that_the_configuration_names() {
+    let mut cluster = cluster(&["w1", "w2"]);
+    join(&mut cluster, at(0.0), "w1", 1);
+    cluster.tick(at(2.0));
+    assert_eq!(cluster.epoch(), 0);
+    assert_eq!(snapshot(&cluster, at(2.0)).verdict.text, "Waiting for workers: 1 of 2 joined");
+    cluster.heartbeat(at(2.0), "w1", 1, Heartbeat::default());
+    join(&mut cluster, at(2.1), "w2", 2);
+    let sent = assignments(&mut cluster);
+    assert_eq!(sent.len(), 2);
+    let ranges: Vec<_> = sent.iter().map(|(_, a)| (a.layer_start, a.layer_end)).collect();
+    assert_eq!((ranges[0].0, ranges[0].1, ranges[1].1), (0, ranges[1].0, 8));
+    assert_eq!(sent[0].1.next_worker, sent[1].0);
+    assert_eq!(sent[0].1.previous_generation, 77);
+    assert!(sent[1].1.next_address.is_empty());
+}
+
+#[test]
+fn missing_workers_are_not_waited_for_for_ever() {
+    let mut cluster = cluster(&["w1", "w2"]);
+    join(&mut cluster, at(0.0), "w1", 1);
+    for second in 1..=31 {
+        cluster.heartbeat(at(f64::from(second)), "w1", 1, Heartbeat::default());
+        cluster.tick(at(f64::from(second)));
+    }
+    assert_eq!(assignments(&mut cluster).len(), 1);
+}
+
+#[test]
+fn a_lost_worker_interrupts_with_its_name_and_layers_and_its_return_begins_a_new_epoch() {
+    let mut cluster = serving();
+    let layers = snapshot(&cluster, at(1.0)).nodes.iter().find(|node| node.name == "w2").unwrap().layers.unwrap();
+    cluster.leave(at(1.0), "w2", 2, "its connection was reset");
+    let interrupted = cluster.take_commands();
+    let [Command::Interrupt(RequestError::WorkerLost { worker, layers: lost, .. })] = &interrupted[..] else {
+        panic!("{interrupted:?}")
+    };
+    assert_eq!((worker.as_str(), lost.start, lost.end), ("w2", layers.start(), layers.end()));
+    let seen = snapshot(&cluster, at(2.0));
+    assert_eq!(seen.verdict.phase, VerdictPhase::Down);
+    assert!(seen.verdict.text.contains("w2 lost: its connection was reset"), "{}", seen.verdict.text);
+    assert_eq!(seen.verdict.missing_layers, vec![layers]);
+
+    cluster.heartbeat(at(2.9), "w1", 1, Heartbeat::default());
+    join(&mut cluster, at(3.0), "w2", 9);
+    cluster.tick(at(4.0));
+    let sent = assignments(&mut cluster);
+    assert_eq!(sent.len(), 2);
+    assert!(sent.iter().all(|(_, a)| a.plan_epoch == 2));
+    assert_eq!(sent[0].1.next_address, "127.0.0.1:1009");
+    make_ready(&mut cluster, at(5.0), &[("w1", 1), ("w2", 9)]);
+    let seen = snapshot(&cluster, at(5.0));
+    assert!(seen.verdict.serving);
+    let returned = seen.nodes.iter().find(|node| node.name == "w2").unwrap();
+    assert_eq!((returned.joins, returned.last_error.as_deref()), (2, Some("its connection was reset")));
+}
+
+#[test]
+fn silence_for_three_seconds_is_a_loss() {
+    let mut cluster = serving();
+    cluster.heartbeat(at(3.0), "w1", 1, Heartbeat::default());
+    cluster.tick(at(3.15));
+    assert!(cluster.is_serving(), "2.95 s of silence are not a loss");
+    cluster.tick(at(3.3));
+    assert!(!cluster.is_serving());
+    assert!(snapshot(&cluster, at(3.3)).verdict.text.contains("no heartbeat for 3 s"));
+}
+
+#[test]
+fn without_its_worker_for_too_long_the_others_take_over() {
+    let mut cluster = serving();
+    cluster.leave(at(1.0), "w2", 2, "gone");
+    cluster.take_commands();
+    for second in 2..=31 {
+        cluster.heartbeat(at(f64::from(second)), "w1", 1, Heartbeat::default());
+        cluster.tick(at(f64::from(second)));
+    }
+    let sent = assignments(&mut cluster);
+    assert_eq!(sent.len(), 1);
+    assert_eq!((sent[0].1.layer_start, sent[0].1.layer_end), (0, 8));
+}
+
+#[test]
+fn pins_hold_while_all_pinned_workers_are_there() {
+    let mut cluster = cluster(&["w1", "w2"]);
+    cluster.settings.expected[0].layers = Some(0..3);
+    cluster.settings.expected[1].layers = Some(3..8);
+    join(&mut cluster, at(0.0), "w1", 1);
+    join(&mut cluster, at(0.1), "w2", 2);
+    let ranges =
+        |sent: &[(String, Assignment)]| sent.iter().map(|(_, a)| (a.layer_start, a.layer_end)).collect::<Vec<_>>();
+    assert_eq!(ranges(&assignments(&mut cluster)), [(0, 3), (3, 8)]);
+    cluster.leave(at(1.0), "w2", 2, "gone");
+    cluster.take_commands();
+    for second in 2..=31 {
+        cluster.heartbeat(at(f64::from(second)), "w1", 1, Heartbeat::default());
+        cluster.tick(at(f64::from(second)));
+    }
+    assert_eq!(ranges(&assignments(&mut cluster)), [(0, 8)]);
+}
+
+#[test]
+fn a_standby_takes_over_at_once() {
+    let mut cluster = cluster(&["w1"]);
+    join(&mut cluster, at(0.0), "w1", 1);
+    make_ready(&mut cluster, at(0.1), &[("w1", 1)]);
+    join(&mut cluster, at(0.2), "spare", 5);
+    cluster.take_commands();
+    assert_eq!(cluster.standby(), ["spare"]);
+    cluster.leave(at(1.0), "w1", 1, "gone");
+    let sent = assignments(&mut cluster);
+    assert_eq!((sent.len(), sent[0].0.as_str()), (1, "spare"));
+}
+
+#[test]
+fn what_an_earlier_incarnation_says_is_ignored() {
+    let mut cluster = serving();
+    cluster.leave(at(1.0), "w2", 2, "gone");
+    join(&mut cluster, at(1.1), "w2", 9);
+    cluster.tick(at(2.0));
+    let epoch = cluster.epoch();
+    cluster.leave(at(2.1), "w2", 2, "late news");
+    cluster.stage_ready(at(2.2), "w2", 2, epoch);
+    cluster.stage_failed(at(2.3), "w2", 9, &StageFailed { plan_epoch: epoch - 1, ..StageFailed::default() });
+    assert_eq!(cluster.epoch(), epoch);
+    assert!(cluster.standby().is_empty());
+    make_ready(&mut cluster, at(2.5), &[("w1", 1)]);
+    assert!(!cluster.is_serving(), "the new incarnation has not said that it is ready");
+}
+
+#[test]
+fn a_failed_stage_is_tried_again_with_growing_pauses() {
+    let mut cluster = serving();
+    let mut now = 1.0;
+    for _ in 0..4 {
+        let epoch = cluster.epoch();
+        let failed =
+            StageFailed { plan_epoch: epoch, message: "link broke".into(), retryable: true, lost_peer: String::new() };
+        cluster.stage_failed(at(now), "w1", 1, &failed);
+        assert_eq!(cluster.epoch(), epoch, "not at once");
+        while cluster.epoch() == epoch {
+            now += 0.1;
+            cluster.heartbeat(at(now), "w1", 1, Heartbeat::default());
+            cluster.heartbeat(at(now), "w2", 2, Heartbeat::default());
+            cluster.tick(at(now));
+            assert!(now < 20.0);
+        }
+    }
+    assert!(now > 3.0, "0.2 + 0.4 + 0.8 + 1.6 s, found {now}");
+}
+
+#[test]
+fn a_broken_link_is_blamed_on_the_worker_at_its_other_end() {
+    let mut cluster = serving();
+    let failed =
+        StageFailed { plan_epoch: 1, message: "the link to w2 broke".into(), retryable: true, lost_peer: "w2".into() };
+    cluster.stage_failed(at(1.0), "w1", 1, &failed);
+    let interrupted = cluster.take_commands();
+    assert!(
+        matches!(&interrupted[..], [Command::Interrupt(RequestError::WorkerLost { worker, .. })] if worker == "w2"),
+        "{interrupted:?}"
+    );
+}
+
+#[test]
+fn a_worker_that_failed_for_good_is_left_out() {
+    let mut cluster = serving();
+    let failed = StageFailed { plan_epoch: 1, message: "no such tensor".into(), ..StageFailed::default() };
+    cluster.stage_failed(at(1.0), "w2", 2, &failed);
+    cluster.take_commands();
+    for second in 2..=40 {
+        let now = at(f64::from(second));
+        cluster.heartbeat(now, "w1", 1, Heartbeat::default());
+        cluster.heartbeat(now, "w2", 2, Heartbeat::default());
+        cluster.tick(now);
+    }
+    let sent = assignments(&mut cluster);
+    assert_eq!((sent.len(), sent[0].0.as_str()), (1, "w1"));
+    let seen = snapshot(&cluster, at(41.0));
+    let node = seen.nodes.iter().find(|node| node.name == "w2").unwrap();
+    assert_eq!((node.state, node.last_error.as_deref()), (NodeState::Standby, Some("no such tensor")));
+}
+
+#[test]
+fn hellos_that_make_no_sense_are_refused() {
+    let good = hello("w9", 9);
+    let cases: Vec<(&str, Hello)> = vec![
+        ("empty name", Hello { name: String::new(), ..good.clone() }),
+        ("long name", Hello { name: "x".repeat(65), ..good.clone() }),
+        ("path as name", Hello { name: "../w".into(), ..good.clone() }),
+        ("upper case", Hello { name: "W1".into(), ..good.clone() }),
+        ("no generation", Hello { generation: 0, ..good.clone() }),
+        ("no bandwidth", Hello { read_bandwidth: 0.0, ..good.clone() }),
+        ("negative bandwidth", Hello { read_bandwidth: -1.0, ..good.clone() }),
+        ("bandwidth not a number", Hello { read_bandwidth: f64::NAN, ..good.clone() }),
+        ("infinite rate", Hello { flop_rate: f64::INFINITY, ..good.clone() }),
+        ("no port", Hello { data_address: "127.0.0.1".into(), ..good.clone() }),
+        ("port 0", Hello { data_address: "127.0.0.1:0".into(), ..good.clone() }),
+        ("port too large", Hello { data_address: "127.0.0.1:70000".into(), ..good.clone() }),
+        ("no host", Hello { data_address: ":80".into(), ..good.clone() }),
+        ("inverted layers", Hello { held_layer_start: 3, held_layer_end: 1, ..good.clone() }),
+        ("too old", Hello { version_min: 0, version_max: 0, ..good.clone() }),
+        ("too new", Hello { version_min: 2, version_max: 9, ..good.clone() }),
+    ];
+    for (name, bad) in cases {
+        let refusal = serving().join(at(1.0), bad).expect_err(name);
+        assert!(refusal.to_string().contains("expected"), "{name}: {refusal}");
+    }
+    let refusal = serving().join(at(1.0), hello("w1", 99)).unwrap_err();
+    assert_eq!(refusal, JoinRefusal::NameTaken("w1".into()));
+}
+
+#[test]
+fn a_worker_with_another_model_gets_no_layers() {
+    let mut cluster = cluster(&["w1"]);
+    let wrong = Hello { model_digest: "other".into(), ..hello("w1", 1) };
+    cluster.join(at(0.0), wrong).unwrap();
+    cluster.joined(at(0.0));
+    cluster.tick(at(1.0));
+    assert_eq!(cluster.epoch(), 0);
+    let seen = snapshot(&cluster, at(1.0));
+    assert!(seen.nodes[0].last_error.as_deref().unwrap().contains("digest other"));
+}
+
+#[test]
+fn too_little_memory_is_a_verdict_that_says_how_much_is_missing() {
+    let mut cluster = cluster(&["w1"]);
+    cluster.join(at(0.0), Hello { memory_bytes: 1000, ..hello("w1", 1) }).unwrap();
+    cluster.joined(at(0.0));
+    let verdict = snapshot(&cluster, at(0.1)).verdict;
+    assert!(!verdict.serving);
+    assert!(verdict.text.starts_with("No plan:") && verdict.text.contains("bytes"), "{}", verdict.text);
+}

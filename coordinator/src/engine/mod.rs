@@ -1,0 +1,475 @@
+//! The one task that owns the cluster's state, the scheduler and the requests, and connects them.
+//!
+//! Events come in through one bounded queue: from workers, from the pipeline, from clients, from the clock. The engine hands each
+//! to the pure part that decides, and carries out what that part says. It computes nothing itself and never waits on a peer:
+//! whatever may take time is a task that sends an event when it is done.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use grokpipe_model::tokenizer::Tokenizer;
+use grokpipe_proto::{
+    link::{Link, LinkEvent, LinkSettings},
+    max_frame_bytes,
+    secret::Secret,
+    snapshot::{ClusterSnapshot, SnapshotRequests},
+    status::RequestError,
+    transport::Net,
+    v1::{
+        FrameFailed, GenerateResponse, Hello, JoinResponse, MicroBatchResult, Sampling, StageUse, Welcome,
+        join_request, join_response,
+    },
+};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{Instant, MissedTickBehavior},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use tracing::{Span, debug};
+
+use crate::{
+    cluster::{Cluster, Command, JoinRefusal},
+    planner::Plan,
+    scheduler::{Scheduler, SchedulerConfig},
+    session::{Session, StopRules},
+};
+
+mod requests;
+
+/// What a client's stream carries.
+pub type ClientStream = mpsc::Receiver<Result<GenerateResponse, Status>>;
+
+/// A checked request.
+#[derive(Clone, Debug)]
+pub struct NewRequest {
+    /// Made by the server, unique.
+    pub id: String,
+    /// The client's label.
+    pub request_id: String,
+    /// Token ids of the prompt.
+    pub prompt: Vec<u32>,
+    /// How to draw.
+    pub sampling: Sampling,
+    /// When to end.
+    pub rules: StopRules,
+    /// Time for all of it.
+    pub deadline: Duration,
+}
+
+/// What happens to the engine.
+pub enum Event {
+    /// A worker said hello.
+    Joined {
+        /// Number of its stream: one process may come back on a new stream while the old one is not yet known to be dead.
+        connection: u64,
+        /// Its hello.
+        hello: Box<Hello>,
+        /// Where messages for it go.
+        outbox: mpsc::Sender<Result<JoinResponse, Status>>,
+        /// Welcome or refusal.
+        reply: oneshot::Sender<Result<Welcome, JoinRefusal>>,
+    },
+    /// A worker said something else.
+    FromWorker {
+        /// Its stream.
+        connection: u64,
+        /// Its name.
+        name: String,
+        /// Its incarnation.
+        generation: u64,
+        /// What it said.
+        message: join_request::Message,
+    },
+    /// A worker's stream ended.
+    Left {
+        /// Its stream.
+        connection: u64,
+        /// Its name.
+        name: String,
+        /// Its incarnation.
+        generation: u64,
+        /// How.
+        reason: String,
+    },
+    /// The last stage finished a micro-batch.
+    Result(Box<MicroBatchResult>),
+    /// The link to the first stage was opened, or could not be.
+    PipelineOpened {
+        /// For which epoch.
+        epoch: u64,
+        /// Number of stages.
+        stages: usize,
+        /// The link, or why there is none.
+        link: Result<Link, String>,
+    },
+    /// The link to the first stage said something.
+    Pipeline {
+        /// Of which epoch.
+        epoch: u64,
+        /// What.
+        event: LinkEvent,
+    },
+    /// A client's request.
+    Submit {
+        /// The request.
+        request: Box<NewRequest>,
+        /// Its stream, or why not.
+        reply: oneshot::Sender<Result<ClientStream, RequestError>>,
+    },
+    /// Somebody asks for the plan.
+    Plan {
+        /// The plan with its workers in order, memory of each, epoch and spare workers, or why there is none.
+        reply: oneshot::Sender<Result<PlanView, String>>,
+    },
+}
+
+/// A plan with the names of its workers.
+#[derive(Clone, Debug)]
+pub struct PlanView {
+    /// The plan.
+    pub plan: Plan,
+    /// Workers in stage order, with the memory they offer.
+    pub workers: Vec<(String, u64)>,
+    /// Workers without layers.
+    pub standby: Vec<String>,
+    /// Epoch in force; 0 when the plan is only what would be made.
+    pub epoch: u64,
+}
+
+/// What an engine is started with.
+pub struct EngineSettings {
+    /// How the scheduler works; `stages` follows the plan.
+    pub scheduler: SchedulerConfig,
+    /// Most tokens in a frame.
+    pub max_batch_tokens: usize,
+    /// Most unanswered frames on a link.
+    pub max_frames_in_flight: usize,
+    /// The coordinator's generation.
+    pub generation: u64,
+    /// The cluster's secret.
+    pub secret: Secret,
+    /// Name of the model.
+    pub model: String,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+}
+
+/// A way to reach the engine. Cheap to clone.
+#[derive(Clone)]
+pub struct Handle {
+    events: mpsc::Sender<Event>,
+    snapshot: watch::Receiver<Arc<ClusterSnapshot>>,
+}
+
+impl Handle {
+    /// Tells the engine; waits while its queue is full.
+    pub async fn send(&self, event: Event) {
+        // A gone engine means that the coordinator ends; whoever waits for a reply sees its sender dropped.
+        let _ = self.events.send(event).await;
+    }
+
+    /// Submits a request.
+    ///
+    /// # Errors
+    /// [`RequestError`] when it is refused.
+    pub async fn submit(&self, request: NewRequest) -> Result<ClientStream, RequestError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Event::Submit { request: Box::new(request), reply }).await;
+        answer.await.unwrap_or(Err(RequestError::ShuttingDown))
+    }
+
+    /// Asks for the plan.
+    ///
+    /// # Errors
+    /// In words, when there is none.
+    pub async fn plan(&self) -> Result<PlanView, String> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Event::Plan { reply }).await;
+        answer.await.unwrap_or_else(|_gone| Err("the coordinator is shutting down".into()))
+    }
+
+    /// The cluster as it was at the last change or tick.
+    pub fn snapshot(&self) -> watch::Receiver<Arc<ClusterSnapshot>> {
+        self.snapshot.clone()
+    }
+}
+
+struct Running {
+    request: NewRequest,
+    /// Everything that is logged about this request stands in it.
+    span: Span,
+    session: Session,
+    client: mpsc::Sender<Result<GenerateResponse, Status>>,
+    accepted_at: Instant,
+    first_scheduled: Option<Instant>,
+    first_token: Option<Instant>,
+    stages: BTreeMap<(u32, u32, String), StageUse>,
+}
+
+/// The way to a worker, and the stream that it belongs to.
+struct Outbox {
+    connection: u64,
+    messages: mpsc::Sender<Result<JoinResponse, Status>>,
+}
+
+struct Pipeline {
+    epoch: u64,
+    frames: mpsc::Sender<grokpipe_proto::v1::Frame>,
+}
+
+struct InFlight {
+    sequences: Vec<u64>,
+    since: Instant,
+}
+
+/// The engine's state. [`Engine::run`] is its life.
+pub struct Engine {
+    settings: EngineSettings,
+    net: Arc<dyn Net>,
+    cluster: Cluster,
+    scheduler: Scheduler,
+    tokenizer: Option<Arc<Tokenizer>>,
+    outboxes: HashMap<String, Outbox>,
+    running: HashMap<u64, Running>,
+    next_sequence: u64,
+    pipeline: Option<Pipeline>,
+    in_flight: HashMap<u64, InFlight>,
+    events: mpsc::Sender<Event>,
+    snapshot: watch::Sender<Arc<ClusterSnapshot>>,
+    started: Instant,
+    /// Ends tasks of the epoch in force.
+    epoch_stop: CancellationToken,
+}
+
+/// Events that may wait. Workers and clients wait when it is full, the clock does not.
+const EVENTS: usize = 1024;
+/// How often time is looked at: deadlines and lost heartbeats are this precise.
+const TICK: Duration = Duration::from_millis(50);
+/// A snapshot is published at least this often.
+const SNAPSHOT_EVERY: Duration = Duration::from_millis(500);
+
+impl Engine {
+    /// An engine and the handle to it.
+    pub fn new(
+        settings: EngineSettings,
+        net: Arc<dyn Net>,
+        cluster: Cluster,
+        tokenizer: Option<Arc<Tokenizer>>,
+    ) -> (Self, Handle, mpsc::Receiver<Event>) {
+        let (events, inbox) = mpsc::channel(EVENTS);
+        let first = cluster.snapshot(Duration::ZERO, SnapshotRequests::default());
+        let (snapshot, seen) = watch::channel(Arc::new(first));
+        let handle = Handle { events: events.clone(), snapshot: seen };
+        let engine = Self {
+            scheduler: Scheduler::new(settings.scheduler),
+            settings,
+            net,
+            cluster,
+            tokenizer,
+            outboxes: HashMap::new(),
+            running: HashMap::new(),
+            next_sequence: 1,
+            pipeline: None,
+            in_flight: HashMap::new(),
+            events,
+            snapshot,
+            started: Instant::now(),
+            epoch_stop: CancellationToken::new(),
+        };
+        (engine, handle, inbox)
+    }
+
+    /// Runs until `shutdown`; then every running request ends with a typed error.
+    pub async fn run(mut self, mut inbox: mpsc::Receiver<Event>, shutdown: CancellationToken) {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut published = Instant::now();
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => break,
+                event = inbox.recv() => match event {
+                    Some(event) => self.handle(event),
+                    None => break,
+                },
+                _now = tick.tick() => {
+                    self.cluster.tick(self.now());
+                    self.end_overdue();
+                }
+            }
+            let changed = self.carry_out();
+            self.schedule();
+            if changed || published.elapsed() >= SNAPSHOT_EVERY {
+                published = Instant::now();
+                self.publish();
+            }
+        }
+        self.interrupt(&RequestError::ShuttingDown);
+        self.epoch_stop.cancel();
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn handle(&mut self, event: Event) {
+        let now = self.now();
+        match event {
+            Event::Joined { connection, hello, outbox, reply } => {
+                let name = hello.name.clone();
+                let answer = self.cluster.join(now, *hello);
+                let welcomed = answer.is_ok();
+                let taken = reply.send(answer).is_ok();
+                if welcomed && taken {
+                    self.outboxes.insert(name, Outbox { connection, messages: outbox });
+                    self.cluster.joined(now);
+                }
+            }
+            Event::FromWorker { connection, name, generation, message } => {
+                if self.is_current(&name, connection) {
+                    self.worker_said(now, &name, generation, message);
+                }
+            }
+            Event::Left { connection, name, generation, reason } => {
+                if self.is_current(&name, connection) {
+                    self.cluster.leave(now, &name, generation, &reason);
+                }
+            }
+            Event::Result(result) => self.result(*result),
+            Event::PipelineOpened { epoch, stages, link } => self.pipeline_opened(epoch, stages, link),
+            Event::Pipeline { epoch, event } if epoch == self.cluster.epoch() => match event {
+                LinkEvent::FrameFailed { micro_batch_id, message } => self.frame_failed(micro_batch_id, &message),
+                LinkEvent::Lost { reason } => self.cluster.pipeline_failed(now, epoch, &reason),
+            },
+            Event::Pipeline { .. } => {}
+            Event::Submit { request, reply } => self.submit(*request, reply),
+            Event::Plan { reply } => {
+                let view = self.cluster.plan().map(|(plan, names)| PlanView {
+                    plan,
+                    workers: names.into_iter().map(|name| (name.clone(), self.cluster.memory_bytes(&name))).collect(),
+                    standby: self.cluster.standby(),
+                    epoch: self.cluster.epoch(),
+                });
+                let _ = reply.send(view);
+            }
+        }
+    }
+
+    fn is_current(&self, name: &str, connection: u64) -> bool {
+        self.outboxes.get(name).is_some_and(|outbox| outbox.connection == connection)
+    }
+
+    fn worker_said(&mut self, now: Duration, name: &str, generation: u64, message: join_request::Message) {
+        use join_request::Message;
+        match message {
+            Message::Heartbeat(heartbeat) => self.cluster.heartbeat(now, name, generation, heartbeat),
+            Message::LoadProgress(progress) => self.cluster.load_progress(now, name, generation, &progress),
+            Message::StageReady(ready) => self.cluster.stage_ready(now, name, generation, ready.plan_epoch),
+            Message::StageFailed(failed) => self.cluster.stage_failed(now, name, generation, &failed),
+            Message::FrameFailed(FrameFailed { plan_epoch, micro_batch_id, message }) => {
+                if plan_epoch == self.cluster.epoch() {
+                    self.frame_failed(micro_batch_id, &message);
+                }
+            }
+            Message::Hello(_) => debug!(name, "a second hello is ignored"),
+        }
+    }
+
+    /// Carries out what the cluster decided; whether there was anything.
+    fn carry_out(&mut self) -> bool {
+        // A dropped outbox ends its worker's stream: a worker that was given up must join anew.
+        self.outboxes.retain(|name, _| self.cluster.is_present(name));
+        let commands = self.cluster.take_commands();
+        let changed = !commands.is_empty();
+        for command in commands {
+            match command {
+                Command::Send { node, generation, message } => self.tell(&node, generation, message),
+                Command::Interrupt(error) => self.interrupt(&error),
+                Command::OpenPipeline { epoch, address, worker, stages } => {
+                    self.open_pipeline(epoch, address, worker, stages);
+                }
+            }
+        }
+        changed
+    }
+
+    fn tell(&mut self, node: &str, generation: u64, message: join_response::Message) {
+        let Some(outbox) = self.outboxes.get(node) else { return };
+        if outbox.messages.try_send(Ok(JoinResponse { message: Some(message) })).is_err() {
+            let now = self.now();
+            self.outboxes.remove(node);
+            self.cluster.leave(now, node, generation, "it takes no messages");
+        }
+    }
+
+    fn open_pipeline(&mut self, epoch: u64, address: String, worker: String, stages: usize) {
+        self.epoch_stop.cancel();
+        self.epoch_stop = CancellationToken::new();
+        let (net, events, stop) = (Arc::clone(&self.net), self.events.clone(), self.epoch_stop.clone());
+        let settings = LinkSettings {
+            address,
+            worker,
+            secret: self.settings.secret.clone(),
+            max_frame_bytes: max_frame_bytes(self.settings.max_batch_tokens, self.settings.hidden_size),
+            max_in_flight: self.settings.max_frames_in_flight,
+        };
+        // Owned by the epoch: ends with it.
+        tokio::spawn(async move {
+            let (link_events, mut said) = mpsc::channel(64);
+            let opened = Link::open(&net, settings, link_events, stop.clone()).await.map_err(|error| error.to_string());
+            let _ = events.send(Event::PipelineOpened { epoch, stages, link: opened }).await;
+            loop {
+                let event = tokio::select! {
+                    () = stop.cancelled() => return,
+                    event = said.recv() => event,
+                };
+                let Some(event) = event else { return };
+                let _ = events.send(Event::Pipeline { epoch, event }).await;
+            }
+        });
+    }
+
+    fn pipeline_opened(&mut self, epoch: u64, stages: usize, link: Result<Link, String>) {
+        let now = self.now();
+        if epoch != self.cluster.epoch() {
+            return;
+        }
+        match link {
+            Err(reason) => self.cluster.pipeline_failed(now, epoch, &reason),
+            Ok(link) => {
+                // The engine never waits for a stage: a task of the epoch does, and the scheduler's limit bounds what it holds.
+                let (frames, mut queue) = mpsc::channel(self.settings.max_frames_in_flight);
+                let stop = self.epoch_stop.clone();
+                tokio::spawn(async move {
+                    loop {
+                        let frame = tokio::select! {
+                            () = stop.cancelled() => return,
+                            frame = queue.recv() => frame,
+                        };
+                        let Some(frame) = frame else { return };
+                        if link.send(frame).await.is_err() {
+                            return;
+                        }
+                    }
+                });
+                self.pipeline = Some(Pipeline { epoch, frames });
+                self.scheduler.reconfigure(stages);
+                self.cluster.pipeline_open(now, epoch);
+                self.publish();
+            }
+        }
+    }
+
+    fn snapshot_now(&self) -> ClusterSnapshot {
+        let requests =
+            SnapshotRequests { running: self.scheduler.running() as u32, waiting: self.scheduler.waiting() as u32 };
+        self.cluster.snapshot(self.now(), requests)
+    }
+
+    fn publish(&self) {
+        self.snapshot.send_replace(Arc::new(self.snapshot_now()));
+    }
+}

@@ -1,0 +1,254 @@
+//! The engine's part that concerns requests: taking them, keeping the pipeline full, passing tokens on, ending them.
+
+use std::collections::{BTreeMap, HashMap};
+
+use grokpipe_proto::{
+    status::RequestError,
+    v1::{
+        Accepted, Finished, Frame, GenerateResponse, GeneratedToken, MicroBatchResult, StageTiming, StageUse, Timings,
+        generate_response::Event as ClientEvent,
+    },
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+use tracing::{debug, info, info_span, warn};
+
+use super::{ClientStream, Engine, InFlight, NewRequest, Running};
+use crate::{
+    facts::STEP_TIMEOUT,
+    frames::frame_of,
+    scheduler::{MicroBatch, Rejected},
+    session::{End, Session},
+};
+
+impl Engine {
+    /// All running requests end with this error; nothing of the old epoch is waited for.
+    pub(super) fn interrupt(&mut self, error: &RequestError) {
+        self.pipeline = None;
+        self.epoch_stop.cancel();
+        self.in_flight.clear();
+        for sequence in self.scheduler.abort_all() {
+            self.end_with(sequence, error.clone());
+        }
+        let left: Vec<u64> = self.running.keys().copied().collect();
+        for sequence in left {
+            self.end_with(sequence, error.clone());
+        }
+    }
+
+    fn end_with(&mut self, sequence: u64, error: RequestError) {
+        if let Some(running) = self.running.remove(&sequence) {
+            info!(parent: &running.span, tokens = running.session.produced(), %error, "request ended early");
+            // The channel has room for every event of the request, and for its end.
+            let _ = running.client.try_send(Err(error.into()));
+        }
+    }
+
+    pub(super) fn submit(&mut self, request: NewRequest, reply: oneshot::Sender<Result<ClientStream, RequestError>>) {
+        let answer = self.try_submit(request);
+        // A client that went away meanwhile has dropped the stream, which the next tick notices.
+        let _ = reply.send(answer);
+    }
+
+    fn try_submit(&mut self, request: NewRequest) -> Result<ClientStream, RequestError> {
+        if !self.cluster.is_serving() {
+            return Err(RequestError::NotServing(self.snapshot_now().verdict.text));
+        }
+        let sequence = self.next_sequence;
+        self.scheduler.submit(sequence, request.prompt.clone(), request.rules.max_tokens).map_err(rejected)?;
+        self.next_sequence += 1;
+        // Accepted, every token, the end: the queue of a client can never be full.
+        let (client, stream) = mpsc::channel(request.rules.max_tokens as usize + 3);
+        let accepted = Accepted {
+            id: request.id.clone(),
+            request_id: request.request_id.clone(),
+            prompt_token_ids: request.prompt.clone(),
+            seed: request.sampling.seed,
+            model: self.settings.model.clone(),
+        };
+        let _ = client.try_send(Ok(GenerateResponse { event: Some(ClientEvent::Accepted(accepted)) }));
+        let span = info_span!("request", id = request.id, sequence);
+        info!(parent: &span, prompt_tokens = request.prompt.len(), "request accepted");
+        let session = Session::new(request.rules.clone(), self.tokenizer.as_deref(), &request.prompt);
+        let running = Running {
+            request,
+            span,
+            session,
+            client,
+            accepted_at: Instant::now(),
+            first_scheduled: None,
+            first_token: None,
+            stages: BTreeMap::new(),
+        };
+        self.running.insert(sequence, running);
+        Ok(stream)
+    }
+
+    /// Sends micro-batches while the scheduler has any and the pipeline takes them.
+    pub(super) fn schedule(&mut self) {
+        let Some(pipeline) = self.pipeline.as_ref().filter(|pipeline| pipeline.epoch == self.cluster.epoch()) else {
+            return;
+        };
+        while let Some(batch) = self.scheduler.next_micro_batch() {
+            let now = Instant::now();
+            let sequences: Vec<u64> = batch.slices.iter().map(|slice| slice.sequence).collect();
+            for sequence in &sequences {
+                if let Some(running) = self.running.get_mut(sequence) {
+                    running.first_scheduled.get_or_insert(now);
+                }
+            }
+            let frame = self.frame(pipeline.epoch, &batch);
+            self.in_flight.insert(batch.id, InFlight { sequences, since: now });
+            if pipeline.frames.try_send(frame).is_err() {
+                warn!("the pipeline takes no frames");
+                break;
+            }
+        }
+    }
+
+    fn frame(&self, epoch: u64, batch: &MicroBatch) -> Frame {
+        let sampling = |sequence: u64| self.running.get(&sequence).map(|running| running.request.sampling);
+        frame_of(epoch, self.settings.generation, batch, sampling)
+    }
+
+    pub(super) fn result(&mut self, result: MicroBatchResult) {
+        if result.plan_epoch != self.cluster.epoch() || self.in_flight.remove(&result.micro_batch_id).is_none() {
+            debug!(epoch = result.plan_epoch, micro_batch = result.micro_batch_id, "a result of the past is ignored");
+            return;
+        }
+        let drawn: Vec<(u64, u32)> = result.tokens.iter().map(|token| (token.sequence_id, token.token_id)).collect();
+        let logprobs: HashMap<u64, f32> =
+            result.tokens.iter().map(|token| (token.sequence_id, token.logprob)).collect();
+        match self.scheduler.complete(result.micro_batch_id, &drawn) {
+            Err(error) => {
+                warn!(%error, "a result does not fit its micro-batch");
+                let now = self.now();
+                self.cluster.pipeline_failed(now, result.plan_epoch, &error.to_string());
+            }
+            Ok(completions) => {
+                for completion in completions {
+                    let logprob = logprobs.get(&completion.sequence).copied().unwrap_or(f32::NAN);
+                    self.advance(completion.sequence, completion.token, logprob, &result.timings);
+                }
+            }
+        }
+    }
+
+    /// A micro-batch came back: one of its sequences has a token, or a chunk of its prompt is done.
+    fn advance(&mut self, sequence: u64, token: Option<u32>, logprob: f32, timings: &[StageTiming]) {
+        let Some(running) = self.running.get_mut(&sequence) else { return };
+        for timing in timings {
+            let key = (timing.layer_start, timing.layer_end, timing.worker.clone());
+            let usage = running.stages.entry(key).or_insert_with(|| StageUse {
+                worker: timing.worker.clone(),
+                layer_start: timing.layer_start,
+                layer_end: timing.layer_end,
+                ..StageUse::default()
+            });
+            usage.frames += 1;
+            usage.compute_us = usage.compute_us.saturating_add(timing.compute_us);
+            usage.queue_us = usage.queue_us.saturating_add(timing.queue_us);
+        }
+        let Some(token) = token else { return };
+        running.first_token.get_or_insert_with(Instant::now);
+        let step = running.session.push(self.tokenizer.as_deref(), token);
+        let event = GeneratedToken {
+            id: running.request.id.clone(),
+            index: step.index,
+            token_id: token,
+            text: step.text,
+            logprob,
+        };
+        let sent = running.client.try_send(Ok(GenerateResponse { event: Some(ClientEvent::Token(event)) }));
+        if sent.is_err() {
+            self.abandon(sequence);
+        } else if let Some(end) = step.end {
+            self.finish(sequence, end);
+        }
+    }
+
+    fn finish(&mut self, sequence: u64, end: End) {
+        self.scheduler.release(sequence);
+        let Some(running) = self.running.remove(&sequence) else { return };
+        let since = |at: Option<Instant>| at.map_or(0, |at| at.duration_since(running.accepted_at).as_micros() as u64);
+        let timings = Timings {
+            queued_us: since(running.first_scheduled),
+            first_token_us: since(running.first_token),
+            total_us: running.accepted_at.elapsed().as_micros() as u64,
+            prompt_tokens: running.request.prompt.len() as u32,
+            output_tokens: running.session.produced(),
+        };
+        info!(parent: &running.span, tokens = timings.output_tokens, total_us = timings.total_us, "request finished");
+        let finished = Finished {
+            id: running.request.id.clone(),
+            reason: end.reason as i32,
+            stop_text: end.stop_text,
+            text: end.text,
+            timings: Some(timings),
+            stages: running.stages.into_values().collect(),
+        };
+        let _ = running.client.try_send(Ok(GenerateResponse { event: Some(ClientEvent::Finished(finished)) }));
+    }
+
+    /// The client is gone: its blocks are free again once its micro-batch is back.
+    fn abandon(&mut self, sequence: u64) {
+        self.scheduler.release(sequence);
+        if let Some(running) = self.running.remove(&sequence) {
+            info!(parent: &running.span, tokens = running.session.produced(), "client gone, request ended");
+        }
+    }
+
+    /// A stage refused a frame for good: its requests end, the others go on.
+    pub(super) fn frame_failed(&mut self, micro_batch: u64, message: &str) {
+        let Some(failed) = self.in_flight.remove(&micro_batch) else { return };
+        for sequence in failed.sequences {
+            self.scheduler.release(sequence);
+            self.end_with(sequence, RequestError::StageFailed(message.to_owned()));
+        }
+        // Without tokens: the sequences were released and only their blocks come back.
+        if let Err(error) = self.scheduler.complete(micro_batch, &[]) {
+            debug!(%error, "a failed micro-batch was unknown");
+        }
+    }
+
+    pub(super) fn end_overdue(&mut self) {
+        let overdue: Vec<(u64, RequestError)> = self
+            .running
+            .iter()
+            .filter(|(_, running)| running.accepted_at.elapsed() >= running.request.deadline)
+            .map(|(sequence, running)| {
+                let error =
+                    RequestError::Deadline { limit: running.request.deadline, produced: running.session.produced() };
+                (*sequence, error)
+            })
+            .collect();
+        for (sequence, error) in overdue {
+            self.scheduler.release(sequence);
+            self.end_with(sequence, error);
+        }
+        let gone: Vec<u64> = self
+            .running
+            .iter()
+            .filter(|(_, running)| running.client.is_closed())
+            .map(|(sequence, _)| *sequence)
+            .collect();
+        for sequence in gone {
+            self.abandon(sequence);
+        }
+        if self.in_flight.values().any(|batch| batch.since.elapsed() > STEP_TIMEOUT) {
+            let (now, epoch) = (self.now(), self.cluster.epoch());
+            let reason = format!("no result of a step within {} s", STEP_TIMEOUT.as_secs());
+            self.cluster.pipeline_failed(now, epoch, &reason);
+        }
+    }
+}
+
+fn rejected(rejected: Rejected) -> RequestError {
+    match rejected {
+        Rejected::QueueFull { limit, .. } => RequestError::QueueFull { limit },
+        Rejected::TooLong { limit, found, what } => RequestError::TooLong { limit, found, what },
+        other => RequestError::invalid("prompt", other.to_string()),
+    }
+}

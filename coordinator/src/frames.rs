@@ -1,0 +1,41 @@
+//! A scheduler's micro-batch as the frame that enters the pipeline. Pure.
+
+use grokpipe_proto::v1::{Frame, Sampling, SequenceOpen, SequenceSlice, WantedLogits};
+
+use crate::scheduler::MicroBatch;
+
+/// The frame of a micro-batch; `sampling` tells how a sequence's tokens are drawn.
+pub fn frame_of(
+    plan_epoch: u64,
+    sender_generation: u64,
+    batch: &MicroBatch,
+    sampling: impl Fn(u64) -> Option<Sampling>,
+) -> Frame {
+    let sequences = batch.slices.iter().map(|slice| {
+        let last = slice.first_position + slice.token_ids.len() as u32 - 1;
+        let draw = slice.wants_token.then(|| WantedLogits { position: last, draw: true, target_ids: Vec::new() });
+        let open = slice.opens.then(|| SequenceOpen {
+            sampling: sampling(slice.sequence),
+            choice_index: 0,
+            token_counts: Vec::new(),
+        });
+        SequenceSlice {
+            sequence_id: slice.sequence,
+            first_position: slice.first_position,
+            token_ids: slice.token_ids.clone(),
+            new_blocks: slice.new_blocks.clone(),
+            truncate_to: None,
+            wanted: draw.into_iter().collect(),
+            open,
+        }
+    });
+    Frame {
+        plan_epoch,
+        sender_generation,
+        micro_batch_id: batch.id,
+        sequences: sequences.collect(),
+        hidden_states: None,
+        timings: Vec::new(),
+        closed_sequences: batch.closed.clone(),
+    }
+}

@@ -1,0 +1,111 @@
+//! Errors in the shape that OpenAI's clients read: `{"error": {"message", "type", "param", "code"}}`.
+//!
+//! Those clients try again by themselves on 408, 409, 429 and all of 5xx. So an error that a second try cannot mend says
+//! `x-should-retry: false`, and one that time mends says `Retry-After`.
+
+use std::time::Duration;
+
+use axum::{
+    Json,
+    http::{HeaderName, HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use grokpipe_proto::snapshot::{Verdict, VerdictPhase};
+use serde_json::{Value, json};
+
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+
+/// A refusal.
+#[derive(Debug)]
+pub(super) struct ApiError {
+    status: StatusCode,
+    kind: &'static str,
+    code: &'static str,
+    message: String,
+    /// Seconds after which a second try may succeed; `None` when it cannot.
+    retry_after: Option<Duration>,
+    /// Further members of the answer, beside `error`.
+    more: Vec<(&'static str, Value)>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, code: &'static str, message: impl Into<String>) -> Self {
+        Self { status, kind, code, message: message.into(), retry_after: None, more: Vec::new() }
+    }
+
+    fn client(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(status, "invalid_request_error", code, message)
+    }
+
+    pub(super) fn not_found() -> Self {
+        Self::client(StatusCode::NOT_FOUND, "not_found", "expected one of the documented paths, found another")
+    }
+
+    pub(super) fn method_not_allowed() -> Self {
+        let message = "expected a method that this path has (see the Allow header), found another";
+        Self::client(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
+    }
+
+    pub(super) fn body_too_large(limit: usize) -> Self {
+        let message = format!("expected a body of at most {limit} bytes, found a larger one");
+        Self::client(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+    }
+
+    pub(super) fn no_host() -> Self {
+        Self::client(StatusCode::BAD_REQUEST, "no_host", "expected one Host header, found none or an unreadable one")
+    }
+
+    /// The client meant another server, or a foreign page has pointed its own name at this one (DNS rebinding).
+    pub(super) fn foreign_host() -> Self {
+        let message = "expected a loopback name or the address this server is bound to in the Host header, found another; \
+                       further names can be allowed in the configuration";
+        Self::client(StatusCode::MISDIRECTED_REQUEST, "foreign_host", message)
+    }
+
+    pub(super) fn too_many_streams(limit: usize) -> Self {
+        let message =
+            format!("expected fewer than {limit} open event streams, found {limit}; poll /api/v1/cluster instead");
+        let retry_after = Some(Duration::from_secs(5));
+        Self { retry_after, ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", "too_many_streams", message) }
+    }
+
+    /// The cluster does not serve; `verdict` says which layers are missing.
+    pub(super) fn not_serving(verdict: &Verdict) -> Self {
+        // A lost worker is restarted within a second or two; reading weights takes longer.
+        let (status_word, wait) = match verdict.phase {
+            VerdictPhase::Loading => ("loading", 5),
+            VerdictPhase::Waiting => ("waiting", 5),
+            VerdictPhase::Down | VerdictPhase::Serving => ("down", 2),
+        };
+        let more = vec![("status", json!(status_word)), ("missing_layers", json!(verdict.missing_layers))];
+        let retry_after = Some(Duration::from_secs(wait));
+        let base = Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", "not_serving", &verdict.text);
+        Self { retry_after, more, ..base }
+    }
+
+    fn unbuilt() -> Self {
+        let message = "not built yet: generate over gRPC (grokpipe.v1.InferenceService) or with `grokpipe generate`";
+        Self::new(StatusCode::NOT_IMPLEMENTED, "not_supported_error", "not_built_yet", message)
+    }
+}
+
+/// Stands on the routes that clients of other servers expect and this one does not have yet.
+pub(super) async fn not_built() -> ApiError {
+    ApiError::unbuilt()
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let error = json!({ "message": self.message, "type": self.kind, "param": null, "code": self.code });
+        let mut body = serde_json::Map::from_iter([("error".to_owned(), error)]);
+        body.extend(self.more.into_iter().map(|(name, value)| (name.to_owned(), value)));
+        let mut response = (self.status, Json(Value::Object(body))).into_response();
+        let headers = response.headers_mut();
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        match self.retry_after {
+            Some(wait) => headers.insert(header::RETRY_AFTER, HeaderValue::from(wait.as_secs())),
+            None => headers.insert(SHOULD_RETRY, HeaderValue::from_static("false")),
+        };
+        response
+    }
+}

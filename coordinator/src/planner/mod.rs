@@ -1,0 +1,23 @@
+//! The planner decides which worker runs which layers. It is a pure function from a [`Problem`] to a [`Plan`] or a [`Refusal`];
+//! `README.md` beside this file states the optimisation problem.
+//!
+//! It knows sizes, speeds and pins. It does not know who is alive, how layers get loaded, or what time it is: the caller describes
+//! the workers that it may use, and carries the answer out.
+//!
+//! `problem` has the question and the answer, `cost` prices one stage, `search` cuts the layers at the pins, `subsets` solves
+//! exactly for up to [`EXACT_WORKERS_MAX`] workers, `ordered` approximately for more, `solve` puts them together.
+
+mod cost;
+mod ordered;
+mod problem;
+mod search;
+mod solve;
+mod subsets;
+#[cfg(test)]
+mod tests;
+
+pub use problem::{
+    HeadCost, Hole, LAYERS_MAX, LayerCost, LinkCost, Objective, Plan, PlannedStage, PreviousStage, Problem, Refusal,
+    ScratchCost, WORKERS_MAX, WorkerResources,
+};
+pub use solve::{EXACT_WORKERS_MAX, plan};

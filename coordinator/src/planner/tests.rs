@@ -1,0 +1,275 @@
+//! The planner against exhaustive search, and what must be true of every plan.
+
+mod brute_force;
+mod properties;
+
+use super::*;
+
+/// Weights of one layer of Grok-1 in int8: attention and the rest, and the eight experts.
+const ATTENTION_BYTES: u64 = 88_000_000;
+const EXPERT_BYTES: u64 = 4_832_000_000;
+const GIB: u64 = 1 << 30;
+
+/// 64 layers of Grok-1 on these workers, one token a micro-batch, a negligible wire.
+pub(super) fn grok(workers: Vec<WorkerResources>) -> Problem {
+    let layer = LayerCost {
+        weight_bytes: ATTENTION_BYTES + EXPERT_BYTES,
+        read_bytes_fixed: ATTENTION_BYTES,
+        expert_read_bytes: EXPERT_BYTES,
+        flops_per_token: 2.6e9,
+    };
+    Problem {
+        layers: vec![layer; 64],
+        num_experts: 8,
+        num_experts_per_tok: 2,
+        embedding_bytes: 3_221_225_472,
+        head: HeadCost { weight_bytes: 3_221_225_472, flops_per_token: 1.6e9 },
+        kv_bytes_per_token_per_layer: 8192,
+        kv_tokens: 16_384,
+        scratch: ScratchCost { stage_bytes: GIB / 4, head_bytes: GIB / 16 },
+        hidden_bytes_per_token: 24_576,
+        workers,
+        link: LinkCost { seconds_per_hop: 1e-4, bytes_per_second: 1e9 },
+        batch_tokens: 1,
+        objective: Objective::Throughput,
+        previous: None,
+    }
+}
+
+pub(super) fn worker(name: &str, gibibytes: u64, gigabytes_per_second: f64) -> WorkerResources {
+    WorkerResources {
+        name: name.into(),
+        memory_bytes: gibibytes * GIB,
+        read_bandwidth: gigabytes_per_second * 1e9,
+        flop_rate: 1e12,
+        pinned_layers: None,
+        held_layers: None,
+    }
+}
+
+fn workers(count: usize, gibibytes: u64, gigabytes_per_second: f64) -> Vec<WorkerResources> {
+    (0..count).map(|index| worker(&format!("w{index}"), gibibytes, gigabytes_per_second)).collect()
+}
+
+fn pinned(mut worker: WorkerResources, layers: std::ops::Range<u32>) -> WorkerResources {
+    worker.pinned_layers = Some(layers);
+    worker
+}
+
+/// Worker and number of layers of each stage.
+fn shape(plan: &Plan) -> Vec<(usize, usize)> {
+    plan.stages.iter().map(|stage| (stage.worker, stage.layers.len())).collect()
+}
+
+/// The problem after its answer was carried out.
+pub(super) fn carried_out(problem: &Problem, plan: &Plan) -> Problem {
+    let mut next = problem.clone();
+    for stage in &plan.stages {
+        next.workers[stage.worker].held_layers = Some(stage.layers.clone());
+    }
+    next
+}
+
+#[test]
+fn equal_workers_get_equal_shares_and_the_last_one_less_for_the_head() {
+    // Reading the head takes as long as reading 2.5 layers, so no stage takes longer than 17 layers do.
+    assert_eq!(shape(&plan(&grok(workers(4, 128, 100.0))).unwrap()), [(0, 16), (1, 17), (2, 17), (3, 14)]);
+    let mut headless = grok(workers(6, 128, 100.0));
+    headless.head = HeadCost { weight_bytes: 0, flops_per_token: 0.0 };
+    headless.link.bytes_per_second = 1e18;
+    let mut sizes: Vec<usize> = shape(&plan(&headless).unwrap()).into_iter().map(|(_, layers)| layers).collect();
+    sizes.sort_unstable();
+    assert_eq!(sizes, [10, 10, 11, 11, 11, 11]);
+}
+
+#[test]
+fn all_of_nearly_equal_workers_are_used() {
+    let speeds = [100.0, 97.5, 102.1, 99.2, 100.4];
+    let workers = speeds.iter().enumerate().map(|(index, speed)| worker(&format!("w{index}"), 128, *speed)).collect();
+    let plan = plan(&grok(workers)).unwrap();
+    assert_eq!((plan.stages.len(), plan.standby.len()), (5, 0));
+}
+
+#[test]
+fn a_faster_worker_gets_more_layers_and_a_hopeless_one_none() {
+    let found = plan(&grok(vec![worker("slow", 400, 50.0), worker("fast", 400, 150.0)])).unwrap();
+    let layers_of = |index| found.stages.iter().find(|stage| stage.worker == index).unwrap().layers.len();
+    assert!(layers_of(1) > 2 * layers_of(0), "{:?}", shape(&found));
+    let with_snail = plan(&grok(vec![worker("snail", 400, 0.5), worker("fast", 400, 150.0)])).unwrap();
+    assert_eq!((shape(&with_snail), with_snail.standby), (vec![(1, 64)], vec![0]));
+}
+
+#[test]
+fn latency_takes_the_fastest_workers_only() {
+    let mut problem = grok(vec![worker("slow", 400, 50.0), worker("fast", 200, 150.0), worker("middle", 200, 100.0)]);
+    problem.objective = Objective::Latency;
+    let found = plan(&problem).unwrap();
+    assert_eq!(found.standby, [0]);
+    let layers_of = |index| found.stages.iter().find(|stage| stage.worker == index).unwrap().layers.len();
+    assert!(layers_of(1) > layers_of(2), "{:?}", shape(&found));
+}
+
+#[test]
+fn a_plan_accounts_for_every_byte_and_second() {
+    let problem = grok(workers(2, 256, 100.0));
+    let plan = plan(&problem).unwrap();
+    let [first, last] = plan.stages.as_slice() else { panic!("{plan:?}") };
+    let layer_bytes = ATTENTION_BYTES + EXPERT_BYTES;
+    assert_eq!(first.weight_bytes, layer_bytes * first.layers.len() as u64);
+    assert_eq!(last.weight_bytes, layer_bytes * last.layers.len() as u64 + problem.head.weight_bytes);
+    assert_eq!(first.kv_bytes, 8192 * 16_384 * first.layers.len() as u64);
+    assert_eq!((first.scratch_bytes, last.scratch_bytes), (GIB / 4, GIB / 4 + GIB / 16));
+    assert_eq!((first.host_bytes, last.host_bytes), (problem.embedding_bytes, 0));
+    assert_eq!(first.memory_bytes, first.weight_bytes + first.kv_bytes + first.scratch_bytes);
+    assert_eq!((first.layers_to_load, last.layers_to_load), (first.layers.len() as u32, last.layers.len() as u32));
+    // One token touches two of eight experts.
+    let read_bytes = first.layers.len() as f64 * (ATTENTION_BYTES as f64 + EXPERT_BYTES as f64 / 4.0);
+    let expected = read_bytes / 100e9 + 1e-4 + 24_576.0 / 1e9;
+    assert!((first.step_seconds / expected - 1.0).abs() < 1e-12, "{} {expected}", first.step_seconds);
+    let slowest = first.step_seconds.max(last.step_seconds);
+    assert!((plan.predicted_tokens_per_second * slowest - 1.0).abs() < 1e-12);
+    let all = first.step_seconds + last.step_seconds;
+    assert!((plan.predicted_stream_tokens_per_second * all - 1.0).abs() < 1e-12);
+}
+
+#[test]
+fn a_batch_touches_more_experts_and_at_last_computes_longer_than_it_reads() {
+    let step = |batch_tokens, flop_rate| {
+        let mut problem = grok(vec![WorkerResources { flop_rate, ..worker("w", 400, 100.0) }]);
+        problem.batch_tokens = batch_tokens;
+        plan(&problem).unwrap().stages[0].step_seconds - 1e-4
+    };
+    let head = 3_221_225_472.0;
+    for batch_tokens in [1, 2, 8, 64] {
+        let touched = 8.0 * (1.0 - 0.75_f64.powi(batch_tokens as i32));
+        let bytes = 64.0 * (ATTENTION_BYTES as f64 + EXPERT_BYTES as f64 / 8.0 * touched) + head;
+        let found = step(batch_tokens, 1e18);
+        assert!((found / (bytes / 100e9) - 1.0).abs() < 1e-9, "batch {batch_tokens}: {found}");
+    }
+    let flops = (64.0 * 2.6e9 + 1.6e9) * 512.0;
+    assert!((step(512, 1e9) / (flops / 1e9) - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn pins_are_kept_and_the_rest_is_planned_around_them() {
+    let free = worker("free", 400, 100.0);
+    let problem = grok(vec![free.clone(), pinned(worker("p", 100, 10.0), 10..20), worker("other", 400, 100.0)]);
+    let found = plan(&problem).unwrap();
+    let middle = found.stages.iter().find(|stage| stage.worker == 1).unwrap();
+    assert_eq!((middle.layers.clone(), found.stages.len()), (10..20, 3));
+    let all_pinned = vec![pinned(free.clone(), 32..64), pinned(free, 0..32)];
+    assert_eq!(shape(&plan(&grok(all_pinned)).unwrap()), [(1, 32), (0, 32)]);
+}
+
+#[test]
+fn bad_problems_are_refused_in_words() {
+    let one = || vec![worker("a", 400, 100.0)];
+    let with = |change: fn(&mut Problem)| {
+        let mut problem = grok(vec![worker("a", 400, 100.0)]);
+        change(&mut problem);
+        problem
+    };
+    let cases = [
+        (grok(vec![]), "no workers to place 64 layers on"),
+        (with(|problem| problem.layers.clear()), "the model has no layers"),
+        (grok(workers(WORKERS_MAX + 1, 1, 1.0)), "expected at most 256 workers, found 257"),
+        (grok(vec![worker("a", 400, 0.0)]), "expected a positive finite read_bandwidth of worker \"a\", found 0"),
+        (grok(vec![worker("a", 400, f64::NAN)]), "read_bandwidth of worker \"a\", found NaN"),
+        (grok(vec![worker("a", 400, f64::INFINITY)]), "read_bandwidth of worker \"a\", found inf"),
+        (with(|problem| problem.workers[0].flop_rate = -1.0), "flop_rate of worker \"a\", found -1"),
+        (with(|problem| problem.link.bytes_per_second = 0.0), "link.bytes_per_second, found 0"),
+        (with(|problem| problem.link.seconds_per_hop = f64::NAN), "link.seconds_per_hop, found NaN"),
+        (with(|problem| problem.layers[3].flops_per_token = -2.0), "layer.flops_per_token, found -2"),
+        (with(|problem| problem.batch_tokens = 0), "expected at least 1 as batch_tokens, found 0"),
+        (with(|problem| problem.num_experts_per_tok = 9), "expected 1 to num_experts as num_experts_per_tok, found 9"),
+        (with(|problem| problem.num_experts = 0), "as num_experts, found 0"),
+        (
+            grok(vec![pinned(worker("a", 400, 1.0), 60..65)]),
+            "pinned to layers 60..65, expected a non-empty range within 0..64",
+        ),
+        (grok(vec![pinned(worker("a", 400, 1.0), 5..5)]), "pinned to layers 5..5, expected"),
+        (
+            grok(vec![pinned(worker("a", 400, 1.0), 8..20), pinned(worker("b", 400, 1.0), 0..9)]),
+            "workers \"b\" (layers 0..9) and \"a\" (layers 8..20) are pinned to the same layers",
+        ),
+        (grok(vec![pinned(worker("a", 1, 1.0), 0..1)]), "\"a\" is pinned to layers 0..1, which need 5322653184 bytes"),
+        (grok(vec![pinned(one()[0].clone(), 0..63)]), "no worker has room for layers 63..64 (8275443200 bytes)"),
+    ];
+    for (problem, expected) in cases {
+        let said = plan(&problem).unwrap_err().to_string();
+        assert!(said.contains(expected), "expected {expected:?}, found {said:?}");
+    }
+}
+
+#[test]
+fn too_little_memory_says_how_much_is_missing_and_where() {
+    // Each has room for 18 layers, so ten are left over; the head as well, because it is smaller than a layer.
+    let problem = grok(workers(3, 86, 100.0));
+    let refusal = plan(&problem).unwrap_err();
+    let layer = ATTENTION_BYTES + EXPERT_BYTES + 8192 * 16_384;
+    let Refusal::DoesNotFit { missing_bytes, holes, needed_bytes, memory_bytes, workers } = &refusal else {
+        panic!("{refusal:?}")
+    };
+    let missing = 10 * layer + problem.head.weight_bytes;
+    assert_eq!((*missing_bytes, holes), (missing, &vec![Hole { layers: 54..64, bytes: missing }]));
+    assert_eq!((*needed_bytes, *memory_bytes), (64 * layer + problem.head.weight_bytes, 3 * 86 * GIB));
+    assert_eq!((*workers, refusal.largest_hole()), (3, holes.first()));
+}
+
+#[test]
+fn sums_beyond_64_bits_are_refused_not_wrapped() {
+    let mut problem = grok(workers(2, 400, 100.0));
+    problem.layers.iter_mut().for_each(|layer| layer.weight_bytes = u64::MAX / 4);
+    problem.workers.iter_mut().for_each(|worker| worker.memory_bytes = u64::MAX - 1);
+    assert!(matches!(plan(&problem), Err(Refusal::DoesNotFit { .. })));
+    problem.kv_tokens = u64::MAX;
+    assert!(matches!(plan(&problem), Err(Refusal::DoesNotFit { .. })));
+}
+
+#[test]
+fn a_standby_takes_over_the_lost_stage_and_nobody_else_moves() {
+    let problem = grok(workers(5, 90, 100.0));
+    let mut problem = Problem { workers: problem.workers[..4].to_vec(), ..problem };
+    let before = plan(&problem).unwrap();
+    problem = carried_out(&problem, &before);
+    let lost = before.stages[1].clone();
+    problem.workers[lost.worker] = worker("spare", 90, 100.0);
+    let after = plan(&problem).unwrap();
+    let moved: u32 = after.stages.iter().map(|stage| stage.layers_to_load).sum();
+    assert_eq!(moved as usize, lost.layers.len());
+    assert_eq!(after.as_previous(), before.as_previous());
+}
+
+#[test]
+fn wavering_measurements_move_nothing() {
+    let mut problem = grok(workers(4, 128, 100.0));
+    let before = plan(&problem).unwrap();
+    problem = carried_out(&problem, &before);
+    for (worker, factor) in problem.workers.iter_mut().zip([1.02, 0.99, 0.985, 1.01]) {
+        worker.read_bandwidth *= factor;
+    }
+    assert_eq!(plan(&problem).unwrap().as_previous(), before.as_previous());
+    // A fifth worker is worth the moves.
+    problem.workers.push(worker("new", 128, 100.0));
+    assert_eq!(plan(&problem).unwrap().stages.len(), 5);
+}
+
+#[test]
+fn twelve_workers_and_64_layers_are_solved_in_no_time() {
+    for objective in [Objective::Throughput, Objective::Latency] {
+        for held in [false, true] {
+            let speeds = (0..12).map(|index| 60.0 + 7.0 * f64::from(index));
+            let workers = speeds.enumerate().map(|(index, speed)| worker(&format!("w{index}"), 400, speed)).collect();
+            let mut problem = Problem { objective, ..grok(workers) };
+            if held {
+                problem.workers[3].held_layers = Some(0..8);
+                problem.workers[7].held_layers = Some(20..30);
+            }
+            let before = std::time::Instant::now();
+            plan(&problem).unwrap();
+            let took = before.elapsed();
+            println!("{objective:?}, held {held}: {took:?}");
+            assert!(took.as_secs() < 20, "{objective:?}: {took:?}, expected well under 2 s on an idle machine");
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! What runs next, and what became of it.
+//!
+//! Decoding sequences are dealt out over as many groups as there are stages, so that each stage has one to work on while the
+//! others are elsewhere; fuller groups would leave stages idle, more and smaller ones would read the weights more often. Chunks of
+//! prefill go one sequence a micro-batch and may use one place more, so that a full pipeline of decoding never shuts them out.
+//! When both could run they take turns.
+
+use std::collections::BTreeMap;
+
+use super::Scheduler;
+use super::types::{CompleteError, Completion, MicroBatch};
+
+/// What a micro-batch carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Prefill,
+    Decode,
+}
+
+/// A micro-batch under way.
+#[derive(Debug)]
+pub(super) struct InFlight {
+    pub(super) kind: Kind,
+    pub(super) members: Vec<u64>,
+}
+
+impl Scheduler {
+    /// The next micro-batch for the pipeline; `None` while there is nothing to do or enough under way. To be called until `None`
+    /// after every change.
+    pub fn next_micro_batch(&mut self) -> Option<MicroBatch> {
+        if self.in_flight.len() >= self.in_flight_limit() {
+            return None;
+        }
+        let group = self.decode_group_size();
+        let kind = match (group > 0, !self.prefill_ready.is_empty()) {
+            (true, true) if self.last_kind == Kind::Decode => Kind::Prefill,
+            (true, _) => Kind::Decode,
+            (false, true) => Kind::Prefill,
+            (false, false) => return None,
+        };
+        let members: Vec<u64> = match kind {
+            Kind::Decode => self.decode_ready.drain(..group).collect(),
+            Kind::Prefill => self.prefill_ready.pop_first().into_iter().map(|(_, id)| id).collect(),
+        };
+        self.last_kind = kind;
+        Some(self.issue(kind, members))
+    }
+
+    /// How many sequences the next group takes; 0 when there is none or every stage has its group.
+    pub(super) fn decode_group_size(&self) -> usize {
+        let stages = self.config.stages;
+        let groups = self.in_flight.values().filter(|batch| batch.kind == Kind::Decode).count();
+        if self.decode_ready.is_empty() || groups >= stages {
+            return 0;
+        }
+        let decoding = self.sequences.values().filter(|sequence| sequence.is_decoding()).count();
+        // Never more than a fair share, or groups that grew uneven while sequences came and went would stay so.
+        let fair = decoding.div_ceil(stages);
+        let spread = self.decode_ready.len().div_ceil(stages - groups);
+        fair.min(spread).min(self.config.max_batch_sequences).max(1)
+    }
+
+    pub(super) fn issue(&mut self, kind: Kind, members: Vec<u64>) -> MicroBatch {
+        let id = self.next_micro_batch;
+        self.next_micro_batch += 1;
+        let mut slices = Vec::with_capacity(members.len());
+        for member in &members {
+            if let Some(sequence) = self.sequences.get_mut(member) {
+                slices.push(sequence.next_slice(*member, &self.config, &mut self.pool));
+                sequence.in_flight = Some(id);
+            }
+        }
+        self.in_flight.insert(id, InFlight { kind, members });
+        MicroBatch { id, slices, closed: std::mem::take(&mut self.closed) }
+    }
+
+    /// Takes the result of a micro-batch: the tokens drawn, by sequence. What became of its sequences, in row order, without
+    /// those that were released meanwhile. A micro-batch that is not under way any more (it came back twice, or belongs to a
+    /// plan that was given up) changes nothing.
+    ///
+    /// # Errors
+    /// [`CompleteError`] when the tokens do not fit the micro-batch. It then stays under way.
+    pub fn complete(&mut self, micro_batch: u64, drawn: &[(u64, u32)]) -> Result<Vec<Completion>, CompleteError> {
+        if micro_batch >= self.next_micro_batch {
+            return Err(CompleteError::NeverIssued { micro_batch, next: self.next_micro_batch });
+        }
+        if !self.in_flight.contains_key(&micro_batch) {
+            return Ok(Vec::new());
+        }
+        let tokens = self.tokens_by_sequence(micro_batch, drawn)?;
+        let members = self.in_flight.remove(&micro_batch).map(|batch| batch.members).unwrap_or_default();
+        self.in_flight_ceiling = self.in_flight_limit().max(self.in_flight.len());
+        let mut completions = Vec::new();
+        for id in members {
+            let Some(sequence) = self.sequences.get_mut(&id) else { continue };
+            if sequence.released {
+                self.forget(id);
+                continue;
+            }
+            let token = tokens.get(&id).copied();
+            sequence.advance(token);
+            let (drawn_count, at_limit) = (sequence.drawn_count, sequence.at_limit());
+            if sequence.is_decoding() {
+                self.decode_ready.push_back(id);
+            } else if !at_limit {
+                self.prefill_ready.insert((sequence.admitted, id));
+            }
+            completions.push(Completion { sequence: id, token, drawn_count, at_limit });
+        }
+        self.admit();
+        Ok(completions)
+    }
+
+    /// Checks that each sequence that wanted a token has one, and no other has. Released ones may be without.
+    fn tokens_by_sequence(&self, micro_batch: u64, drawn: &[(u64, u32)]) -> Result<BTreeMap<u64, u32>, CompleteError> {
+        let mut tokens = BTreeMap::new();
+        for &(sequence, token) in drawn {
+            let wanted = self
+                .sequences
+                .get(&sequence)
+                .is_some_and(|state| state.in_flight == Some(micro_batch) && state.awaits_token());
+            if !wanted || tokens.insert(sequence, token).is_some() {
+                return Err(CompleteError::UnexpectedToken { micro_batch, sequence });
+            }
+        }
+        let members = self.in_flight.get(&micro_batch).into_iter().flat_map(|batch| &batch.members);
+        for &sequence in members {
+            let wants = self.sequences.get(&sequence).is_some_and(|state| state.awaits_token() && !state.released);
+            if wants && !tokens.contains_key(&sequence) {
+                return Err(CompleteError::MissingToken { micro_batch, sequence });
+            }
+        }
+        Ok(tokens)
+    }
+}

@@ -1,0 +1,76 @@
+//! What is always true of a scheduler, whatever happened to it. Tests check it after every event.
+
+use std::collections::BTreeSet;
+
+use super::Scheduler;
+use super::sequence::Phase;
+
+impl Scheduler {
+    /// Checks everything that must hold between two calls.
+    ///
+    /// # Panics
+    /// When something does not hold: the scheduler has a bug.
+    pub fn check_invariants(&self) {
+        self.check_blocks();
+        self.check_micro_batches();
+        self.check_queues();
+    }
+
+    /// Every block is free or has one owner; nobody owns more than was promised, and no more was promised than there is.
+    fn check_blocks(&self) {
+        let mut owned = BTreeSet::new();
+        let mut reserved = 0;
+        for (id, sequence) in &self.sequences {
+            for &block in &sequence.blocks {
+                assert!(block < self.pool.total(), "sequence {id} owns block {block}, which does not exist");
+                assert!(!self.pool.is_free(block), "block {block} of sequence {id} is free as well");
+                assert!(owned.insert(block), "block {block} of sequence {id} has two owners");
+            }
+            let owns = sequence.blocks.len() as u32;
+            assert!(owns <= sequence.reserved_blocks, "sequence {id} owns more blocks than it reserved");
+            reserved += sequence.reserved_blocks;
+        }
+        assert_eq!(owned.len() as u32 + self.pool.free(), self.pool.total(), "a block is lost");
+        assert_eq!(reserved, self.pool.reserved(), "reservations do not add up");
+        assert!(reserved <= self.pool.total(), "more blocks are reserved than there are");
+    }
+
+    /// No more than allowed are under way, and no sequence is in two of them.
+    fn check_micro_batches(&self) {
+        assert!(self.in_flight.len() <= self.in_flight_ceiling, "too many micro-batches are under way");
+        let mut members = BTreeSet::new();
+        for (id, batch) in &self.in_flight {
+            assert!(!batch.members.is_empty(), "micro-batch {id} is empty");
+            for member in &batch.members {
+                assert!(members.insert(*member), "sequence {member} is in two micro-batches");
+                let state = self.sequences.get(member);
+                assert!(state.is_some_and(|state| state.in_flight == Some(*id)), "sequence {member} forgot batch {id}");
+            }
+        }
+        let under_way = self.sequences.values().filter(|sequence| sequence.in_flight.is_some()).count();
+        assert_eq!(under_way, members.len(), "a sequence waits for a micro-batch that is not under way");
+    }
+
+    /// Whoever can run is in one queue, and whoever waits for admission has reason to.
+    fn check_queues(&self) {
+        assert!(self.waiting.len() <= self.config.max_waiting, "too many sequences wait");
+        assert!(self.sequences.len() <= self.config.max_running, "too many sequences run");
+        for (id, sequence) in &self.sequences {
+            let idle = sequence.in_flight.is_none();
+            let decodes = idle && sequence.is_decoding();
+            let prefills = idle && sequence.phase == Phase::Prefill;
+            assert!(!(idle && sequence.released), "released sequence {id} was not forgotten");
+            assert_eq!(
+                self.prefill_ready.contains(&(sequence.admitted, *id)),
+                prefills,
+                "prefill queue, sequence {id}"
+            );
+            let times = self.decode_ready.iter().filter(|ready| *ready == id).count();
+            assert_eq!(times, usize::from(decodes), "decode queue, sequence {id}");
+        }
+        let ready = self.prefill_ready.len() + self.decode_ready.len();
+        let idle = |phase: Phase| phase != Phase::Done;
+        let expected = self.sequences.values().filter(|state| state.in_flight.is_none() && idle(state.phase)).count();
+        assert_eq!(ready, expected, "a queue holds a sequence that is gone");
+    }
+}

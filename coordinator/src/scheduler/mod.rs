@@ -1,0 +1,129 @@
+//! The scheduler decides which sequences are in the next micro-batch and which KV blocks they own. Pure: events in, micro-batches
+//! out; no clocks, no sockets, no randomness. The same events give the same micro-batches.
+//!
+//! The one idea: a pipeline of S stages is full when S micro-batches are under way, and since a token must come back before the
+//! next can be fed, no sequence is in two of them. So the sequences are dealt out over S groups (`batch`), and whoever was let in
+//! (`admission`) never runs out of memory (`blocks`). `invariants` says what is always true.
+//!
+//! It knows ids, positions, tokens and blocks. It does not know when a sequence should end (the session does, and calls
+//! [`Scheduler::release`]), who waits for it, what a token means, or which worker is which.
+
+mod admission;
+mod batch;
+mod blocks;
+mod invariants;
+mod sequence;
+#[cfg(test)]
+mod tests;
+mod types;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use admission::Waiting;
+use batch::{InFlight, Kind};
+use blocks::BlockPool;
+use sequence::Sequence;
+pub use types::{CompleteError, Completion, MicroBatch, Rejected, SchedulerConfig, SchedulerCounts, Slice};
+
+/// Sequences, blocks and micro-batches under way.
+#[derive(Debug)]
+pub struct Scheduler {
+    config: SchedulerConfig,
+    pool: BlockPool,
+    /// Not yet admitted, in order of arrival.
+    waiting: VecDeque<Waiting>,
+    /// Admitted.
+    sequences: BTreeMap<u64, Sequence>,
+    /// Admitted sequences whose next chunk may run, by order of admission: the oldest prompt is finished first.
+    prefill_ready: BTreeSet<(u64, u64)>,
+    /// Sequences whose next token may run, longest ready first.
+    decode_ready: VecDeque<u64>,
+    in_flight: BTreeMap<u64, InFlight>,
+    /// Ended sequences that the stages still know of.
+    closed: Vec<u64>,
+    next_micro_batch: u64,
+    next_admitted: u64,
+    /// Whose turn it was.
+    last_kind: Kind,
+    /// What `in_flight` may hold: the limit, or what was under way when the limit fell.
+    in_flight_ceiling: usize,
+}
+
+impl Scheduler {
+    /// An empty scheduler.
+    ///
+    /// # Panics
+    /// When a size that must not be zero is: `block_tokens`, `prefill_chunk_tokens`, `max_batch_sequences`.
+    pub fn new(config: SchedulerConfig) -> Self {
+        assert!(config.block_tokens > 0, "a block holds at least one token");
+        assert!(config.prefill_chunk_tokens > 0, "a chunk of prefill has at least one token");
+        assert!(config.max_batch_sequences > 0, "a micro-batch has at least one sequence");
+        let mut scheduler = Self {
+            config,
+            pool: BlockPool::new(config.kv_blocks),
+            waiting: VecDeque::new(),
+            sequences: BTreeMap::new(),
+            prefill_ready: BTreeSet::new(),
+            decode_ready: VecDeque::new(),
+            in_flight: BTreeMap::new(),
+            closed: Vec::new(),
+            next_micro_batch: 1,
+            next_admitted: 0,
+            last_kind: Kind::Decode,
+            in_flight_ceiling: 0,
+        };
+        scheduler.reconfigure(config.stages);
+        scheduler
+    }
+
+    /// A plan with this many stages is in force (none counts as one). Micro-batches that are still under way stay so.
+    pub fn reconfigure(&mut self, stages: usize) {
+        self.config.stages = stages.max(1);
+        self.in_flight_ceiling = self.in_flight_limit().max(self.in_flight.len());
+    }
+
+    /// Forgets every sequence, waiting or running, and everything under way, because a stage was lost. The sequences that went,
+    /// by number, without those that had been released. Stages forget with the next plan epoch, so nothing is left to close.
+    pub fn abort_all(&mut self) -> Vec<u64> {
+        let mut gone: BTreeSet<u64> = self.waiting.drain(..).map(|waiting| waiting.id).collect();
+        for (id, sequence) in std::mem::take(&mut self.sequences) {
+            self.pool.give_back(&sequence.blocks, sequence.reserved_blocks);
+            if !sequence.released {
+                gone.insert(id);
+            }
+        }
+        self.prefill_ready.clear();
+        self.decode_ready.clear();
+        self.in_flight.clear();
+        self.closed.clear();
+        self.in_flight_ceiling = self.in_flight_limit();
+        gone.into_iter().collect()
+    }
+
+    /// Most micro-batches under way: one a stage, and one that hides the way from the last stage back to the first.
+    pub fn in_flight_limit(&self) -> usize {
+        self.config.stages + 1
+    }
+
+    /// Admitted sequences.
+    pub fn running(&self) -> usize {
+        self.sequences.len()
+    }
+
+    /// Sequences that wait for admission.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// How full everything is.
+    pub fn counts(&self) -> SchedulerCounts {
+        SchedulerCounts {
+            waiting: self.waiting.len(),
+            running: self.sequences.len(),
+            in_flight: self.in_flight.len(),
+            blocks: self.pool.total(),
+            blocks_free: self.pool.free(),
+            blocks_reserved: self.pool.reserved(),
+        }
+    }
+}

@@ -1,0 +1,476 @@
+//! The scheduler against a model of a cluster that checks every slice the way a stage would, under random events.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn config() -> SchedulerConfig {
+    SchedulerConfig {
+        stages: 2,
+        kv_blocks: 64,
+        block_tokens: 16,
+        prefill_chunk_tokens: 32,
+        max_context: 512,
+        max_batch_sequences: 64,
+        max_waiting: 100,
+        max_running: 100,
+    }
+}
+
+fn prompt(length: u32) -> Vec<u32> {
+    (0..length).map(|position| 100 + position).collect()
+}
+
+/// All micro-batches that may start now.
+fn issue_all(scheduler: &mut Scheduler) -> Vec<MicroBatch> {
+    let batches = std::iter::from_fn(|| scheduler.next_micro_batch()).collect();
+    scheduler.check_invariants();
+    batches
+}
+
+/// Completes a micro-batch with token 7 for everybody who wants one.
+fn complete(scheduler: &mut Scheduler, batch: &MicroBatch) -> Vec<Completion> {
+    let wanting = batch.slices.iter().filter(|slice| slice.wants_token);
+    let drawn: Vec<(u64, u32)> = wanting.map(|slice| (slice.sequence, 7)).collect();
+    let completions = scheduler.complete(batch.id, &drawn).unwrap();
+    scheduler.check_invariants();
+    completions
+}
+
+/// A scheduler in which `count` sequences have drawn their first token and wait for the next step.
+fn decoding(config: SchedulerConfig, count: u64) -> Scheduler {
+    let mut scheduler = Scheduler::new(config);
+    for id in 0..count {
+        scheduler.submit(id, prompt(3), 20).unwrap();
+    }
+    while scheduler.sequences.values().any(|sequence| !sequence.is_decoding()) {
+        let batch =
+            scheduler.prefill_ready.pop_first().map(|(_, id)| scheduler.issue(Kind::Prefill, vec![id])).unwrap();
+        complete(&mut scheduler, &batch);
+    }
+    scheduler
+}
+
+#[test]
+fn a_sequence_goes_from_its_chunks_to_its_last_token() {
+    let mut scheduler = Scheduler::new(config());
+    scheduler.submit(5, prompt(70), 3).unwrap();
+    // First position, tokens, blocks gained, opens, wants a token; then what comes back.
+    let expected = [
+        (0, 32, 2, true, false, None),
+        (32, 32, 2, false, false, None),
+        (64, 6, 1, false, true, Some((1, false))),
+        (70, 1, 0, false, true, Some((2, false))),
+        (71, 1, 0, false, true, Some((3, true))),
+    ];
+    for (first_position, tokens, blocks, opens, wants_token, result) in expected {
+        let batches = issue_all(&mut scheduler);
+        let [batch] = batches.as_slice() else { panic!("expected one micro-batch, found {batches:?}") };
+        let [slice] = batch.slices.as_slice() else { panic!("expected one slice, found {batch:?}") };
+        assert_eq!(
+            (slice.first_position, slice.token_ids.len(), slice.new_blocks.len()),
+            (first_position, tokens, blocks)
+        );
+        assert_eq!((slice.opens, slice.wants_token), (opens, wants_token));
+        let completions = complete(&mut scheduler, batch);
+        let token = result.map(|_| 7);
+        let (drawn_count, at_limit) = result.unwrap_or((0, false));
+        assert_eq!(completions, [Completion { sequence: 5, token, drawn_count, at_limit }]);
+    }
+    assert_eq!(issue_all(&mut scheduler), [], "a sequence at its limit rests");
+    assert!(scheduler.release(5));
+    let counts = scheduler.counts();
+    assert_eq!((counts.running, counts.blocks_free, counts.blocks_reserved), (0, 64, 0));
+    scheduler.submit(6, prompt(1), 1).unwrap();
+    let batch = scheduler.next_micro_batch().unwrap();
+    assert_eq!((batch.closed, &batch.slices[0].new_blocks), (vec![5], &vec![0]));
+}
+
+#[test]
+fn what_can_never_run_is_rejected() {
+    let mut scheduler = Scheduler::new(SchedulerConfig { kv_blocks: 8, max_running: 1, max_waiting: 1, ..config() });
+    let too_long = |limit, found, what| Rejected::TooLong { limit, found, what };
+    assert_eq!(scheduler.submit(1, vec![], 1), Err(Rejected::EmptyPrompt));
+    assert_eq!(scheduler.submit(1, prompt(1), 0), Err(Rejected::NothingToDraw));
+    assert_eq!(scheduler.submit(1, prompt(500), 13), Err(too_long(512, 513, "the model's context")));
+    assert_eq!(
+        scheduler.submit(1, prompt(1), u32::MAX),
+        Err(too_long(512, u32::MAX as usize + 1, "the model's context"))
+    );
+    assert_eq!(scheduler.submit(1, prompt(100), 29), Err(too_long(128, 129, "the KV pool, all of it")));
+    scheduler.submit(1, prompt(100), 28).unwrap();
+    assert_eq!(scheduler.submit(1, prompt(1), 1), Err(Rejected::DuplicateSequence { sequence: 1 }));
+    scheduler.submit(2, prompt(1), 1).unwrap();
+    assert_eq!(scheduler.submit(2, prompt(1), 1), Err(Rejected::DuplicateSequence { sequence: 2 }));
+    assert_eq!(scheduler.submit(3, prompt(1), 1), Err(Rejected::QueueFull { limit: 1, waiting: 1 }));
+    assert_eq!((scheduler.running(), scheduler.waiting()), (1, 1));
+    scheduler.check_invariants();
+}
+
+#[test]
+fn admission_keeps_the_order_of_arrival_and_the_worst_case_free() {
+    let mut scheduler = Scheduler::new(SchedulerConfig { kv_blocks: 8, ..config() });
+    scheduler.submit(1, prompt(16), 80).unwrap();
+    // Needs 4 blocks, of which 2 are free; the next would fit, but came later.
+    scheduler.submit(2, prompt(60), 4).unwrap();
+    scheduler.submit(3, prompt(4), 4).unwrap();
+    assert_eq!((scheduler.running(), scheduler.waiting()), (1, 2));
+    assert_eq!(scheduler.counts().blocks_reserved, 6);
+    assert!(scheduler.release(1));
+    assert_eq!((scheduler.running(), scheduler.waiting()), (2, 0));
+    scheduler.check_invariants();
+}
+
+#[test]
+fn decoding_sequences_are_dealt_out_over_the_stages() {
+    let cases: [(usize, u64, &[usize]); 7] = [
+        (1, 5, &[5]),
+        (2, 1, &[1]),
+        (2, 5, &[3, 2]),
+        (4, 8, &[2, 2, 2, 2]),
+        (4, 9, &[3, 2, 2, 2]),
+        (4, 3, &[1, 1, 1]),
+        (7, 16, &[3, 3, 2, 2, 2, 2, 2]),
+    ];
+    for (stages, count, expected) in cases {
+        let mut scheduler = decoding(SchedulerConfig { stages, ..config() }, count);
+        for _round in 0..3 {
+            let batches = issue_all(&mut scheduler);
+            let sizes: Vec<usize> = batches.iter().map(|batch| batch.slices.len()).collect();
+            assert_eq!(sizes, expected, "{stages} stages, {count} sequences");
+            for batch in &batches {
+                complete(&mut scheduler, batch);
+            }
+        }
+    }
+    let mut capped = decoding(SchedulerConfig { stages: 2, max_batch_sequences: 2, ..config() }, 7);
+    let sizes: Vec<usize> = issue_all(&mut capped).iter().map(|batch| batch.slices.len()).collect();
+    assert_eq!(sizes, [2, 2]);
+}
+
+#[test]
+fn uneven_groups_become_even_again() {
+    let mut scheduler = decoding(SchedulerConfig { stages: 4, ..config() }, 8);
+    // One group of five, three of one.
+    let members: Vec<u64> = scheduler.decode_ready.drain(..).collect();
+    let mut under_way = vec![scheduler.issue(Kind::Decode, members[..5].to_vec())];
+    under_way.extend(members[5..].iter().map(|&id| scheduler.issue(Kind::Decode, vec![id])));
+    for _step in 0..12 {
+        complete(&mut scheduler, &under_way.remove(0));
+        under_way.extend(issue_all(&mut scheduler));
+    }
+    let sizes: Vec<usize> = under_way.iter().map(|batch| batch.slices.len()).collect();
+    assert_eq!(sizes, [2, 2, 2, 2]);
+}
+
+#[test]
+fn prefill_and_decode_take_turns() {
+    let mut scheduler = decoding(SchedulerConfig { stages: 1, kv_blocks: 1000, ..config() }, 4);
+    for id in 10..13 {
+        scheduler.submit(id, prompt(200), 5).unwrap();
+    }
+    let kind = |batch: &MicroBatch| if batch.slices[0].token_ids.len() > 1 { 'p' } else { 'd' };
+    let mut under_way = issue_all(&mut scheduler);
+    let mut order: String = under_way.iter().map(kind).collect();
+    for _step in 0..14 {
+        complete(&mut scheduler, &under_way.remove(0));
+        let next = issue_all(&mut scheduler);
+        order.extend(next.iter().map(kind));
+        under_way.extend(next);
+    }
+    assert_eq!(order, "pdpdpdpdpdpdpdpd");
+}
+
+#[test]
+fn a_released_sequence_in_flight_keeps_its_blocks_until_its_micro_batch_is_back() {
+    let mut scheduler = decoding(SchedulerConfig { stages: 1, ..config() }, 2);
+    let batch = scheduler.next_micro_batch().unwrap();
+    assert!(scheduler.release(1));
+    assert!(!scheduler.release(1), "a second release changes nothing");
+    assert_eq!(scheduler.counts().blocks_free, 62);
+    assert_eq!(scheduler.submit(1, prompt(1), 1), Err(Rejected::DuplicateSequence { sequence: 1 }));
+    let completions = complete(&mut scheduler, &batch);
+    assert_eq!(completions.iter().map(|completion| completion.sequence).collect::<Vec<_>>(), [0]);
+    assert_eq!(scheduler.counts().blocks_free, 63);
+    assert_eq!(scheduler.next_micro_batch().unwrap().closed, [1]);
+    // A stage that failed gives no tokens; released sequences want none.
+    let mut failed = decoding(SchedulerConfig { stages: 1, ..config() }, 2);
+    let batch = failed.next_micro_batch().unwrap();
+    assert!(failed.release(0) && failed.release(1));
+    assert_eq!(failed.complete(batch.id, &[]), Ok(vec![]));
+    assert_eq!((failed.running(), failed.counts().blocks_free), (0, 64));
+}
+
+#[test]
+fn results_that_do_not_fit_are_refused_and_change_nothing() {
+    let mut scheduler = decoding(SchedulerConfig { stages: 1, ..config() }, 2);
+    scheduler.submit(9, prompt(40), 2).unwrap();
+    let chunk = scheduler.next_micro_batch().unwrap();
+    let decode = scheduler.next_micro_batch().unwrap();
+    assert_eq!((chunk.slices[0].sequence, decode.slices.len()), (9, 2));
+    let unexpected = |micro_batch, sequence| Err(CompleteError::UnexpectedToken { micro_batch, sequence });
+    let before = format!("{scheduler:?}");
+    let cases = [
+        (decode.id + 1, vec![], Err(CompleteError::NeverIssued { micro_batch: decode.id + 1, next: decode.id + 1 })),
+        (decode.id, vec![(0, 7)], Err(CompleteError::MissingToken { micro_batch: decode.id, sequence: 1 })),
+        (decode.id, vec![(0, 7), (1, 7), (0, 7)], unexpected(decode.id, 0)),
+        (decode.id, vec![(0, 7), (1, 7), (9, 7)], unexpected(decode.id, 9)),
+        (decode.id, vec![(77, 7)], unexpected(decode.id, 77)),
+        (chunk.id, vec![(9, 7)], unexpected(chunk.id, 9)),
+    ];
+    for (micro_batch, drawn, expected) in cases {
+        assert_eq!(scheduler.complete(micro_batch, &drawn), expected);
+        assert_eq!(format!("{scheduler:?}"), before);
+    }
+    complete(&mut scheduler, &decode);
+    assert_eq!(scheduler.complete(decode.id, &[(0, 7), (1, 7)]), Ok(vec![]), "a second time changes nothing");
+}
+
+#[test]
+fn after_an_abort_everything_is_free_and_old_results_are_ignored() {
+    let mut scheduler = decoding(SchedulerConfig { max_running: 3, ..config() }, 3);
+    scheduler.submit(8, prompt(4), 4).unwrap();
+    let batches = issue_all(&mut scheduler);
+    scheduler.release(batches[0].slices[0].sequence);
+    let gone = scheduler.abort_all();
+    assert_eq!(gone, [1, 2, 8]);
+    let counts = scheduler.counts();
+    assert_eq!((counts.running, counts.waiting, counts.in_flight), (0, 0, 0));
+    assert_eq!((counts.blocks_free, counts.blocks_reserved), (64, 0));
+    scheduler.reconfigure(5);
+    assert_eq!(scheduler.in_flight_limit(), 6);
+    scheduler.submit(1, prompt(4), 4).unwrap();
+    for old in &batches {
+        assert_eq!(scheduler.complete(old.id, &[(1, 7)]), Ok(vec![]));
+    }
+    let fresh = scheduler.next_micro_batch().unwrap();
+    assert!(fresh.id > batches.iter().map(|batch| batch.id).max().unwrap() && fresh.closed.is_empty());
+    assert!(fresh.slices[0].opens);
+    scheduler.check_invariants();
+}
+
+#[test]
+fn fewer_stages_while_batches_are_under_way_are_waited_for() {
+    let mut scheduler = decoding(SchedulerConfig { stages: 4, ..config() }, 8);
+    let under_way = issue_all(&mut scheduler);
+    assert_eq!(under_way.len(), 4);
+    scheduler.reconfigure(1);
+    scheduler.check_invariants();
+    for (index, batch) in under_way.iter().enumerate() {
+        assert_eq!(scheduler.next_micro_batch().is_some(), index == 4, "still {} under way", 4 - index);
+        complete(&mut scheduler, batch);
+    }
+    assert_eq!(issue_all(&mut scheduler).iter().map(|batch| batch.slices.len()).collect::<Vec<_>>(), [8]);
+}
+
+/// What every stage knows: the blocks of each sequence and what stands in each KV slot.
+#[derive(Default)]
+struct Stages {
+    tables: BTreeMap<u64, Vec<u32>>,
+    slots: BTreeMap<(u32, u32), (u64, u32, u32)>,
+    /// Tokens of each sequence by position, as fed.
+    fed: BTreeMap<u64, Vec<u32>>,
+}
+
+impl Stages {
+    /// Writes a micro-batch as a stage would, and checks that every earlier position is still where it was written.
+    fn run(&mut self, batch: &MicroBatch, config: &SchedulerConfig) {
+        for closed in &batch.closed {
+            assert!(self.tables.remove(closed).is_some(), "sequence {closed} was closed but never opened");
+            self.fed.remove(closed);
+        }
+        for slice in &batch.slices {
+            assert_eq!(slice.opens, !self.tables.contains_key(&slice.sequence), "sequence {}", slice.sequence);
+            let table = self.tables.entry(slice.sequence).or_default();
+            table.extend(&slice.new_blocks);
+            let fed = self.fed.entry(slice.sequence).or_default();
+            assert_eq!(slice.first_position as usize, fed.len(), "a position is skipped or repeated");
+            fed.extend(&slice.token_ids);
+            assert_eq!(table.len(), fed.len().div_ceil(config.block_tokens as usize), "blocks do not fit positions");
+            for (position, &token) in fed.iter().enumerate() {
+                let (position, block_tokens) = (position as u32, config.block_tokens);
+                let slot = (table[(position / block_tokens) as usize], position % block_tokens);
+                let value = (slice.sequence, position, token);
+                if position >= slice.first_position {
+                    self.slots.insert(slot, value);
+                }
+                assert_eq!(self.slots.get(&slot), Some(&value), "somebody wrote into a block of this sequence");
+            }
+        }
+        let blocks: Vec<u32> = self.tables.values().flatten().copied().collect();
+        assert_eq!(blocks.iter().collect::<BTreeSet<_>>().len(), blocks.len(), "a block is in two tables");
+    }
+}
+
+/// Small random numbers from a seed, so that a failure replays.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
+}
+
+/// The token that a model would draw.
+fn model_token(sequence: u64, position: u32) -> u32 {
+    (sequence as u32).wrapping_mul(31).wrapping_add(position.wrapping_mul(17)) % 1000 + 1
+}
+
+/// A running simulation.
+struct Simulation {
+    dice: Dice,
+    config: SchedulerConfig,
+    scheduler: Scheduler,
+    stages: Stages,
+    under_way: Vec<MicroBatch>,
+    /// Prompt length, tokens wanted, tokens so far.
+    live: BTreeMap<u64, (u32, u32, Vec<u32>)>,
+    next_id: u64,
+    /// Micro-batches issued since a prefill chunk, and since a group, could have been and was not.
+    passed_over: [usize; 2],
+}
+
+impl Simulation {
+    fn new(seed: u64) -> Self {
+        let mut dice = Dice(seed);
+        let config = SchedulerConfig {
+            stages: 1 + dice.below(5) as usize,
+            kv_blocks: 8 + dice.below(40) as u32,
+            block_tokens: 4 << dice.below(3),
+            prefill_chunk_tokens: 1 + dice.below(40) as u32,
+            max_context: 120,
+            max_batch_sequences: 1 + dice.below(8) as usize,
+            max_waiting: dice.below(12) as usize,
+            max_running: 1 + dice.below(16) as usize,
+        };
+        Self {
+            dice,
+            config,
+            scheduler: Scheduler::new(config),
+            stages: Stages::default(),
+            under_way: Vec::new(),
+            live: BTreeMap::new(),
+            next_id: 1,
+            passed_over: [0; 2],
+        }
+    }
+
+    fn submit(&mut self) {
+        let (id, length, wanted) = (self.next_id, 1 + self.dice.below(70) as u32, 1 + self.dice.below(25) as u32);
+        self.next_id += 1;
+        let tokens = (0..length).map(|position| model_token(id, position) + 1000).collect();
+        match self.scheduler.submit(id, tokens, wanted) {
+            Ok(()) => drop(self.live.insert(id, (length, wanted, Vec::new()))),
+            Err(Rejected::QueueFull { limit, waiting }) => assert_eq!((limit, waiting), (limit, limit)),
+            Err(Rejected::TooLong { limit, found, .. }) => assert!(found > limit),
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    fn issue(&mut self) {
+        loop {
+            let could = [!self.scheduler.prefill_ready.is_empty(), self.scheduler.decode_group_size() > 0];
+            let Some(batch) = self.scheduler.next_micro_batch() else { break };
+            self.scheduler.check_invariants();
+            let was_decode = self.scheduler.in_flight[&batch.id].kind == Kind::Decode;
+            for (index, could) in could.into_iter().enumerate() {
+                let taken = was_decode == (index == 1);
+                self.passed_over[index] = if could && !taken { self.passed_over[index] + 1 } else { 0 };
+                assert!(self.passed_over[index] <= 1, "somebody is passed over twice");
+            }
+            self.stages.run(&batch, &self.config);
+            self.under_way.push(batch);
+        }
+    }
+
+    /// Any micro-batch under way comes back.
+    fn complete_one(&mut self) {
+        if self.under_way.is_empty() {
+            return;
+        }
+        let index = self.dice.below(self.under_way.len() as u64) as usize;
+        let batch = self.under_way.remove(index);
+        let wanting = batch.slices.iter().filter(|slice| slice.wants_token);
+        let last = |slice: &Slice| slice.first_position + slice.token_ids.len() as u32;
+        let drawn: Vec<(u64, u32)> =
+            wanting.map(|slice| (slice.sequence, model_token(slice.sequence, last(slice)))).collect();
+        for completion in self.scheduler.complete(batch.id, &drawn).unwrap() {
+            let Some(token) = completion.token else { continue };
+            let (_, wanted, tokens) = self.live.get_mut(&completion.sequence).expect("only live ones are reported");
+            tokens.push(token);
+            assert_eq!(completion.drawn_count as usize, tokens.len());
+            assert_eq!(completion.at_limit, tokens.len() == *wanted as usize);
+            if completion.at_limit {
+                self.finish(completion.sequence);
+            }
+        }
+    }
+
+    fn finish(&mut self, id: u64) {
+        let (length, wanted, tokens) = self.live.remove(&id).expect("a sequence finishes once");
+        let expected: Vec<u32> = (length..length + wanted).map(|position| model_token(id, position)).collect();
+        assert_eq!(tokens, expected, "sequence {id}");
+        assert!(self.scheduler.release(id));
+    }
+
+    fn cancel(&mut self) {
+        let Some(&id) = self.live.keys().nth(self.dice.below(self.live.len().max(1) as u64) as usize) else { return };
+        self.live.remove(&id);
+        assert!(self.scheduler.release(id));
+    }
+
+    /// A stage is lost: everything goes, and the next epoch begins with empty stages.
+    fn lose_a_stage(&mut self) {
+        let gone: BTreeSet<u64> = self.scheduler.abort_all().into_iter().collect();
+        assert_eq!(gone, self.live.keys().copied().collect());
+        let late = std::mem::take(&mut self.under_way);
+        (self.live, self.stages) = (BTreeMap::new(), Stages::default());
+        self.config.stages = 1 + self.dice.below(5) as usize;
+        self.scheduler.reconfigure(self.config.stages);
+        for batch in late {
+            assert_eq!(self.scheduler.complete(batch.id, &[]), Ok(vec![]));
+        }
+    }
+
+    fn step(&mut self) {
+        match self.dice.below(100) {
+            0..25 => self.submit(),
+            25..30 => self.cancel(),
+            30 => self.lose_a_stage(),
+            _ => self.complete_one(),
+        }
+        self.scheduler.check_invariants();
+        self.issue();
+    }
+
+    /// No more arrivals: everybody who is left finishes, in a number of steps that the work bounds.
+    fn drain(&mut self) {
+        let chunks = |length: &u32| u64::from(length.div_ceil(self.config.prefill_chunk_tokens)) + 1;
+        let work: u64 = self.live.values().map(|(length, wanted, _)| chunks(length) + u64::from(*wanted)).sum();
+        for _step in 0..=work {
+            self.complete_one();
+            self.scheduler.check_invariants();
+            self.issue();
+        }
+        assert!(self.live.is_empty(), "{} sequences starve", self.live.len());
+        let counts = self.scheduler.counts();
+        assert_eq!((counts.running, counts.waiting, counts.in_flight), (0, 0, 0));
+        assert_eq!((counts.blocks_free, counts.blocks_reserved), (self.config.kv_blocks, 0));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_sequence_gets_exactly_its_tokens_and_nothing_leaks(seed: u64) {
+        let mut simulation = Simulation::new(seed);
+        for _step in 0..600 {
+            simulation.step();
+        }
+        simulation.drain();
+    }
+}

@@ -1,0 +1,82 @@
+//! How fast this machine reads memory and multiplies, for the planner. Measured in a fraction of a second.
+
+use std::time::Instant;
+
+use grokpipe_model::{Format, Layout, MatrixSource, MatrixSpec, ModelError};
+
+use super::{CpuBackend, memory::zeroed, threads::Threads};
+use crate::{Backend, KernelError};
+
+/// Larger than the last-level caches of ordinary machines.
+const READ_BYTES: usize = 256 << 20;
+/// The fastest of this many passes counts: others may have been disturbed.
+const PASSES: usize = 3;
+/// Inputs and outputs of the product that is timed.
+const SIDE: usize = 1536;
+/// Its rows.
+const ROWS: usize = 64;
+
+/// Bytes a second of all threads reading memory in order.
+pub(super) fn read_bandwidth(threads: &Threads, device: &str) -> Result<f64, KernelError> {
+    let words: Vec<u64> = zeroed(READ_BYTES / 8, "the bandwidth measurement", device)?;
+    let part = words.len().div_ceil(threads.count() * 8);
+    let mut best = 0.0f64;
+    for _ in 0..PASSES {
+        let started = Instant::now();
+        let parts: Vec<&[u64]> = words.chunks(part).collect();
+        threads.each(parts, usize::MAX, |words| {
+            let mut lanes = [0u64; 16];
+            for words in words.as_chunks::<16>().0 {
+                for (lane, word) in lanes.iter_mut().zip(words) {
+                    *lane = lane.wrapping_add(*word);
+                }
+            }
+            std::hint::black_box(lanes);
+        });
+        best = best.max(READ_BYTES as f64 / started.elapsed().as_secs_f64());
+    }
+    Ok(best)
+}
+
+/// Twice the multiply-adds a second of an int8 product of 64 rows.
+pub(super) fn flop_rate(backend: &mut CpuBackend) -> Result<f64, KernelError> {
+    let matrix = backend.load_matrix(&Pattern::new(), &mut |_| ())?;
+    let x: Vec<f32> = (0..ROWS * SIDE).map(|i| (i % 17) as f32 - 8.0).collect();
+    let mut out = vec![0.0; ROWS * SIDE];
+    let mut best = 0.0f64;
+    for _ in 0..PASSES {
+        let started = Instant::now();
+        backend.product(&x, &matrix, 1.0, &mut out);
+        std::hint::black_box(&out);
+        best = best.max((2 * ROWS * SIDE * SIDE) as f64 / started.elapsed().as_secs_f64());
+    }
+    Ok(best)
+}
+
+/// A matrix whose numbers do not matter.
+struct Pattern(MatrixSpec);
+
+impl Pattern {
+    fn new() -> Self {
+        let format = Format::Int8 { groups: 1 };
+        let name = "the speed measurement".to_owned();
+        Self(MatrixSpec { name, experts: 1, inputs: SIDE, outputs: SIDE, format, layout: Layout::OutIn })
+    }
+}
+
+impl MatrixSource for Pattern {
+    fn spec(&self) -> &MatrixSpec {
+        &self.0
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), ModelError> {
+        for (i, byte) in out.iter_mut().enumerate() {
+            *byte = (offset as usize + i) as u8;
+        }
+        Ok(())
+    }
+
+    fn scales(&self) -> Result<Vec<f32>, ModelError> {
+        Ok(vec![1.0 / 127.0; SIDE])
+    }
+}

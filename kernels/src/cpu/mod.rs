@@ -1,0 +1,456 @@
+//! The CPU as a device: int8 weights, f32 activations, fixed sums.
+//!
+//! Decides how the operations use caches, instructions and threads. Its bits depend on none of these: they are the same on every
+//! CPU, for any number of threads and any other rows in the call. What has to hold for that is in [`simd`] (exactly defined
+//! operations only), [`product`] and [`attention`] (one order for each sum), [`math`] (our own `exp` and `tanh`) and [`threads`]
+//! (pieces own outputs).
+
+mod attention;
+mod experts;
+mod math;
+mod matrix;
+mod measure;
+mod memory;
+mod norm;
+mod product;
+mod simd;
+#[cfg(test)]
+pub(crate) mod tests;
+mod threads;
+
+use grokpipe_model::MatrixSource;
+
+pub use self::matrix::CpuMatrix;
+use self::{
+    attention::{Attention, Keys},
+    experts::{Choose, Gelu, Groups, Piece, pieces},
+    memory::{product as checked_product, zeroed},
+    norm::Norm,
+    product::Product,
+    simd::Isa,
+    threads::Threads,
+};
+use crate::{
+    AttentionParams, Backend, Batch, DeviceInfo, KV_BLOCK_TOKENS, KernelError,
+    ops::{attention as attention_op, rms_norm, rope},
+};
+
+/// Name of the kernels and their version: to be raised with every change that may change a bit.
+const FINGERPRINT: &str = "cpu-exact/1";
+
+/// Activations in memory.
+pub struct CpuActivations {
+    width: usize,
+    /// Rows in use.
+    rows: usize,
+    data: Vec<f32>,
+}
+
+impl CpuActivations {
+    fn used(&self) -> &[f32] {
+        &self.data[..self.rows * self.width]
+    }
+
+    fn take_rows(&mut self, rows: usize) -> &mut [f32] {
+        self.rows = rows;
+        &mut self.data[..rows * self.width]
+    }
+}
+
+/// Chosen experts in memory.
+pub struct CpuSelection {
+    chosen: usize,
+    rows: usize,
+    ids: Vec<u32>,
+    probabilities: Vec<f32>,
+}
+
+/// Keys and values in memory.
+pub struct CpuKvPool {
+    slots: usize,
+    width: usize,
+    layers: Vec<(Vec<f32>, Vec<f32>)>,
+    attended: Vec<bool>,
+}
+
+/// The CPU.
+pub struct CpuBackend {
+    info: DeviceInfo,
+    isa: Isa,
+    threads: Threads,
+    batch: Batch,
+    /// Slot of each row.
+    slots: Vec<usize>,
+    /// Cosines and sines of the batch's positions, with the base and head size that they are for.
+    angles: Option<(f32, usize, Vec<f32>, Vec<f32>)>,
+    /// Results of a product, output by output.
+    transposed: Vec<f32>,
+    /// Rows with their groups filled up.
+    padded: Vec<f32>,
+}
+
+impl CpuBackend {
+    /// The CPU with this many threads, at least one.
+    ///
+    /// # Errors
+    /// [`KernelError::DeviceLost`] when the system refuses the threads.
+    pub fn new(threads: usize) -> Result<Self, KernelError> {
+        Self::with_isa(threads, Isa::best())
+    }
+
+    fn with_isa(threads: usize, isa: Isa) -> Result<Self, KernelError> {
+        let threads = Threads::new(threads)?;
+        let count = threads.count();
+        let plural = if count == 1 { "" } else { "s" };
+        let info = DeviceInfo {
+            name: format!("cpu ({}, {count} thread{plural})", isa.name()),
+            is_gpu: false,
+            fingerprint: FINGERPRINT.to_owned(),
+            memory_bytes: memory::available_bytes(),
+        };
+        Ok(Self {
+            info,
+            isa,
+            threads,
+            batch: Batch::default(),
+            slots: Vec::new(),
+            angles: None,
+            transposed: Vec::new(),
+            padded: Vec::new(),
+        })
+    }
+
+    /// Products of `rows` with one matrix, to `out` times `factor`.
+    fn product(&mut self, x: &[f32], w: &CpuMatrix, factor: f32, out: &mut [f32]) {
+        let Self { isa, threads, transposed, padded, .. } = self;
+        let (isa, count) = (*isa, x.len() / w.inputs);
+        let rows = padded_rows(w, x, padded);
+        let step = threads.outputs_a_piece(w.outputs);
+        if count != 1 {
+            transposed.resize(count * w.outputs, 0.0);
+        }
+        let by_output: &mut [f32] = if count == 1 { &mut *out } else { transposed };
+        let parts: Vec<(usize, &mut [f32])> = by_output.chunks_mut(step * count.max(1)).enumerate().collect();
+        threads.each(parts, count * w.work(), |(part, out)| {
+            let outputs = part * step..((part + 1) * step).min(w.outputs);
+            Product { matrix: w, expert: 0, outputs, rows: &rows, out }.run_on(isa);
+        });
+        if count != 1 {
+            transpose(transposed, count, |row, n, value| out[row * w.outputs + n] = value);
+        }
+        if factor != 1.0 {
+            out.iter_mut().for_each(|value| *value *= factor);
+        }
+    }
+
+    fn norm(&mut self, epsilon: f32, x: &CpuActivations, weight: &[f32], add: bool, out: &mut CpuActivations) {
+        let isa = self.isa;
+        assert!(x.width == weight.len() && x.width == out.width, "a norm's operands have one width");
+        let params = rms_norm::Params { hidden_size: x.width as u32, epsilon };
+        let width = x.width;
+        let rows: Vec<_> = x.used().chunks(width).zip(out.take_rows(x.rows).chunks_mut(width)).collect();
+        self.threads.each(rows, x.rows * width, |(x, out)| isa.run(Norm { params, x, weight, add, out }));
+    }
+}
+
+/// Rows for products with `w`: those of `x`, or copies with their groups filled up.
+fn padded_rows<'a>(w: &CpuMatrix, x: &'a [f32], padded: &'a mut Vec<f32>) -> Vec<&'a [f32]> {
+    if !w.is_padded() {
+        return x.chunks_exact(w.inputs).collect();
+    }
+    let (from, to) = (w.group, w.padded_group);
+    padded.clear();
+    padded.resize(x.len() / from * to, 0.0);
+    for (group, padded) in x.chunks_exact(from).zip(padded.chunks_exact_mut(to)) {
+        padded[..from].copy_from_slice(group);
+    }
+    padded.chunks_exact(w.padded_inputs()).collect()
+}
+
+/// Visits `[outputs, rows]` so that neither side jumps far.
+fn transpose(by_output: &[f32], rows: usize, mut put: impl FnMut(usize, usize, f32)) {
+    const SIDE: usize = 16;
+    for (band, lines) in by_output.chunks(SIDE * rows).enumerate() {
+        for first in (0..rows).step_by(SIDE) {
+            for row in first..(first + SIDE).min(rows) {
+                for (n, line) in lines.chunks_exact(rows).enumerate() {
+                    put(row, band * SIDE + n, line[row]);
+                }
+            }
+        }
+    }
+}
+
+impl Backend for CpuBackend {
+    type Matrix = CpuMatrix;
+    type Vector = Vec<f32>;
+    type Activations = CpuActivations;
+    type Selection = CpuSelection;
+    type KvPool = CpuKvPool;
+
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn load_matrix(
+        &mut self,
+        source: &dyn MatrixSource,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<CpuMatrix, KernelError> {
+        CpuMatrix::load(source, &self.threads, &self.info.name, progress)
+    }
+
+    fn load_vector(&mut self, values: &[f32]) -> Result<Vec<f32>, KernelError> {
+        Ok(values.to_vec())
+    }
+
+    fn activations(&mut self, rows: usize, width: usize) -> Result<CpuActivations, KernelError> {
+        let what = format!("activations of {rows} rows");
+        let count = checked_product(&[rows, width], &what, &self.info.name)?;
+        let data = zeroed(count, &what, &self.info.name)?;
+        // Products of this shape pass through `transposed`: its memory is asked for here, where there may be none.
+        let missing = count.saturating_sub(self.transposed.len());
+        self.transposed.try_reserve_exact(missing).map_err(|_source| KernelError::OutOfMemory {
+            what,
+            needed_bytes: 4 * count as u64,
+            available_bytes: memory::available_bytes(),
+            device: self.info.name.clone(),
+        })?;
+        Ok(CpuActivations { width, rows: 0, data })
+    }
+
+    fn selection(&mut self, rows: usize, experts_per_token: usize) -> Result<CpuSelection, KernelError> {
+        let what = format!("chosen experts of {rows} rows");
+        let count = checked_product(&[rows, experts_per_token], &what, &self.info.name)?;
+        Ok(CpuSelection {
+            chosen: experts_per_token,
+            rows: 0,
+            ids: zeroed(count, &what, &self.info.name)?,
+            probabilities: zeroed(count, &what, &self.info.name)?,
+        })
+    }
+
+    fn kv_pool(&mut self, layers: usize, slots: usize, kv_width: usize) -> Result<CpuKvPool, KernelError> {
+        let (what, device) = (format!("the KV pool of {slots} slots in {layers} layers"), self.info.name.clone());
+        let count = checked_product(&[slots, kv_width], &what, &device)?;
+        // Asked for as a whole, so that a pool that cannot fit is refused before any of it is taken.
+        let total = checked_product(&[count, layers, 2, size_of::<f32>()], &what, &device)? as u64;
+        let available = memory::available_bytes();
+        if available != 0 && total > available {
+            return Err(KernelError::OutOfMemory { what, needed_bytes: total, available_bytes: available, device });
+        }
+        let layers = (0..layers)
+            .map(|_| Ok((zeroed(count, &what, &device)?, zeroed(count, &what, &device)?)))
+            .collect::<Result<_, KernelError>>()?;
+        Ok(CpuKvPool { slots, width: kv_width, layers, attended: zeroed(slots, &what, &device)? })
+    }
+
+    fn begin(&mut self, batch: &Batch, kv: &mut CpuKvPool) -> Result<(), KernelError> {
+        self.slots.clear();
+        for (index, row) in batch.rows.iter().enumerate() {
+            let slot = batch.slot(row.table_offset, row.position).map(|slot| slot as usize);
+            let Some(slot) = slot.filter(|&slot| slot < kv.slots) else {
+                return Err(KernelError::Shape {
+                    what: format!("block table of row {index}"),
+                    expected: format!("a slot below {} for position {}", kv.slots, row.position),
+                    found: slot.map_or("no block".to_owned(), |slot| slot.to_string()),
+                });
+            };
+            self.slots.push(slot);
+            kv.attended[slot] = row.attended;
+        }
+        self.batch.clone_from(batch);
+        self.angles = None;
+        Ok(())
+    }
+
+    fn write(&mut self, values: &[f32], out: &mut CpuActivations) -> Result<(), KernelError> {
+        let rows = self.batch.rows.len();
+        if values.len() != rows * out.width || values.len() > out.data.len() {
+            return Err(KernelError::Shape {
+                what: "input of a step".into(),
+                expected: format!("{rows} rows of {}, at most {} numbers", out.width, out.data.len()),
+                found: format!("{} numbers", values.len()),
+            });
+        }
+        out.take_rows(rows).copy_from_slice(values);
+        Ok(())
+    }
+
+    fn rms_norm(&mut self, epsilon: f32, x: &CpuActivations, weight: &Vec<f32>, out: &mut CpuActivations) {
+        self.norm(epsilon, x, weight, false, out);
+    }
+
+    fn rms_norm_add(&mut self, epsilon: f32, y: &CpuActivations, weight: &Vec<f32>, residual: &mut CpuActivations) {
+        self.norm(epsilon, y, weight, true, residual);
+    }
+
+    fn matmul(&mut self, x: &CpuActivations, w: &CpuMatrix, factor: f32, out: &mut CpuActivations) {
+        assert!(x.width == w.inputs && out.width == w.outputs, "a product's operands fit");
+        self.product(x.used(), w, factor, out.take_rows(x.rows));
+    }
+
+    fn rope_store(
+        &mut self,
+        params: &AttentionParams,
+        q: &mut CpuActivations,
+        k: &CpuActivations,
+        v: &CpuActivations,
+        kv: &mut CpuKvPool,
+        layer: usize,
+    ) {
+        let (theta, dim) = (params.rope_theta, params.head_dim);
+        if !matches!(&self.angles, Some((t, d, ..)) if (*t, *d) == (theta, dim)) {
+            let positions = self.batch.rows.iter().map(|row| row.position);
+            let (cos, sin) = rope::tables(&rope::frequencies(theta, dim), positions);
+            self.angles = Some((theta, dim, cos, sin));
+        }
+        let Some((_, _, cos, sin)) = &self.angles else { return };
+        let half = dim / 2;
+        let (keys, values) = &mut kv.layers[layer];
+        for (t, &slot) in self.slots.iter().enumerate() {
+            let angles = (&cos[t * half..][..half], &sin[t * half..][..half]);
+            q.data[t * q.width..][..q.width].chunks_exact_mut(dim).for_each(|head| rotate(head, angles));
+            let key = &mut keys[slot * kv.width..][..kv.width];
+            key.copy_from_slice(&k.data[t * k.width..][..k.width]);
+            key.chunks_exact_mut(dim).for_each(|head| rotate(head, angles));
+            values[slot * kv.width..][..kv.width].copy_from_slice(&v.data[t * v.width..][..v.width]);
+        }
+    }
+
+    fn attention(
+        &mut self,
+        params: &AttentionParams,
+        q: &CpuActivations,
+        kv: &CpuKvPool,
+        layer: usize,
+        out: &mut CpuActivations,
+    ) {
+        let isa = self.isa;
+        let (k, v) = &kv.layers[layer];
+        let op = attention_op::Params::from(params);
+        let width = params.heads / params.kv_heads * params.head_dim;
+        let parts: Vec<_> = q.used().chunks(width).zip(out.take_rows(q.rows).chunks_mut(width)).enumerate().collect();
+        let batch = &self.batch;
+        let keys: usize = batch.rows.iter().map(|row| row.position as usize + 1).sum();
+        self.threads.each(parts, 2 * keys * params.heads * params.head_dim, |(part, (q, out))| {
+            let row = &batch.rows[part / params.kv_heads];
+            let count = row.position as usize + 1;
+            let table = &batch.block_tables[row.table_offset as usize..][..count.div_ceil(KV_BLOCK_TOKENS)];
+            let keys = Keys { k, v, attended: &kv.attended, table, count };
+            isa.run(Attention { params: op, kv_head: part % params.kv_heads, keys, q, out });
+        });
+    }
+
+    fn route(&mut self, x: &CpuActivations, router: &CpuMatrix, out: &mut CpuSelection) {
+        let experts = router.outputs;
+        let mut logits = vec![0.0; x.rows * experts];
+        self.product(x.used(), router, 1.0, &mut logits);
+        out.rows = x.rows;
+        let chosen = out.chosen;
+        let choices = out.ids.chunks_mut(chosen).zip(out.probabilities.chunks_mut(chosen));
+        for (logits, (ids, probabilities)) in logits.chunks_mut(experts).zip(choices) {
+            Choose { logits, ids, probabilities }.run_on(self.isa);
+        }
+    }
+
+    fn expert_gate_up(
+        &mut self,
+        x: &CpuActivations,
+        selection: &CpuSelection,
+        gate: &CpuMatrix,
+        up: &CpuMatrix,
+        out: &mut CpuActivations,
+    ) {
+        let Self { isa, threads, transposed, padded, .. } = self;
+        let (isa, chosen, pairs) = (*isa, selection.chosen, selection.rows * selection.chosen);
+        let groups = Groups::new(&selection.ids[..pairs], gate.experts);
+        let rows = padded_rows(gate, x.used(), padded);
+        transposed.resize(pairs * gate.outputs, 0.0);
+        let parts = pieces(&groups, gate, threads, transposed);
+        threads.each(parts, 2 * pairs * gate.work(), |Piece { expert, pairs, outputs, out }| {
+            let rows: Vec<&[f32]> = groups.pairs[pairs].iter().map(|pair| rows[pair / chosen]).collect();
+            let mut other = vec![0.0; out.len()];
+            Product { matrix: gate, expert, outputs: outputs.clone(), rows: &rows, out: &mut *out }.run_on(isa);
+            Product { matrix: up, expert, outputs, rows: &rows, out: &mut other }.run_on(isa);
+            isa.run(Gelu { gate: out, up: &other });
+        });
+        let width = out.width;
+        let out = out.take_rows(pairs);
+        for (_, pairs) in &groups.experts {
+            let by_output = &transposed[pairs.start * width..pairs.end * width];
+            let pairs = &groups.pairs[pairs.clone()];
+            transpose(by_output, pairs.len(), |row, n, value| out[pairs[row] * width + n] = value);
+        }
+    }
+
+    fn expert_down(
+        &mut self,
+        hidden: &CpuActivations,
+        selection: &CpuSelection,
+        down: &CpuMatrix,
+        out: &mut CpuActivations,
+    ) {
+        let Self { isa, threads, transposed, padded, .. } = self;
+        let (isa, chosen, pairs) = (*isa, selection.chosen, selection.rows * selection.chosen);
+        let groups = Groups::new(&selection.ids[..pairs], down.experts);
+        let rows = padded_rows(down, hidden.used(), padded);
+        transposed.resize(pairs * down.outputs, 0.0);
+        let parts = pieces(&groups, down, threads, transposed);
+        threads.each(parts, pairs * down.work(), |Piece { expert, pairs, outputs, out }| {
+            let rows: Vec<&[f32]> = groups.pairs[pairs].iter().map(|&pair| rows[pair]).collect();
+            Product { matrix: down, expert, outputs, rows: &rows, out }.run_on(isa);
+        });
+        // Where a pair's results begin, and how far its outputs stand apart.
+        let mut places = vec![(0, 0); pairs];
+        for (_, range) in &groups.experts {
+            for (i, &pair) in groups.pairs[range.clone()].iter().enumerate() {
+                places[pair] = (range.start * down.outputs + i, range.len());
+            }
+        }
+        let width = out.width;
+        for (t, out) in out.take_rows(selection.rows).chunks_mut(width).enumerate() {
+            out.fill(0.0);
+            let pairs = t * chosen..(t + 1) * chosen;
+            for (&(start, stride), p) in places[pairs.clone()].iter().zip(&selection.probabilities[pairs]) {
+                for (n, sum) in out.iter_mut().enumerate() {
+                    *sum += p * transposed[start + n * stride];
+                }
+            }
+        }
+    }
+
+    fn gather(&mut self, x: &CpuActivations, rows: &[u32], out: &mut CpuActivations) {
+        let width = x.width;
+        for (out, &row) in out.take_rows(rows.len()).chunks_mut(width).zip(rows) {
+            out.copy_from_slice(&x.data[row as usize * width..][..width]);
+        }
+    }
+
+    fn layer_done(&mut self) {}
+
+    fn finish(&mut self, reads: &[(&CpuActivations, usize)]) -> Result<Vec<Vec<f32>>, KernelError> {
+        Ok(reads.iter().map(|(x, rows)| x.data[..rows * x.width].to_vec()).collect())
+    }
+
+    fn read_selection(&mut self, selection: &CpuSelection, rows: usize) -> Result<(Vec<u32>, Vec<f32>), KernelError> {
+        let count = rows * selection.chosen;
+        Ok((selection.ids[..count].to_vec(), selection.probabilities[..count].to_vec()))
+    }
+
+    fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {
+        measure::read_bandwidth(&self.threads, &self.info.name)
+    }
+
+    fn measure_flop_rate(&mut self) -> Result<f64, KernelError> {
+        measure::flop_rate(self)
+    }
+}
+
+/// Rotates one head; `angles` are cosines and sines.
+fn rotate(head: &mut [f32], (cos, sin): (&[f32], &[f32])) {
+    let (low, high) = head.split_at_mut(cos.len());
+    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
+}

@@ -1,0 +1,201 @@
+//! Matrix products: rows times one expert's matrix.
+//!
+//! One (row, output) pair is one sum, always in the same order: in each scale group 16 lanes, inputs ascending; the lanes times
+//! the group's scale added to the total; at last the fixed tree of [`reduce`]. Blocks of outputs and rows only decide which
+//! sums are computed side by side, so that a weight is read and converted once for several rows and a row's inputs are read once for
+//! several outputs.
+
+use std::ops::Range;
+
+use super::{
+    matrix::{CpuMatrix, Values},
+    simd::{Isa, Kernel, LANES, Simd, reduce},
+};
+
+/// A weight as stored.
+trait Weight: Copy {
+    fn load<S: Simd>(simd: S, values: &[Self; LANES]) -> S::V;
+}
+
+impl Weight for f32 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, values: &[Self; LANES]) -> S::V {
+        simd.load(values)
+    }
+}
+
+impl Weight for i8 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, values: &[Self; LANES]) -> S::V {
+        simd.load_i8(values)
+    }
+}
+
+/// Products of padded rows with some outputs of one expert.
+pub(super) struct Product<'a> {
+    pub(super) matrix: &'a CpuMatrix,
+    pub(super) expert: usize,
+    pub(super) outputs: Range<usize>,
+    /// Rows of `padded_inputs`.
+    pub(super) rows: &'a [&'a [f32]],
+    /// `[outputs.len(), rows.len()]`: output by output, so that threads own contiguous parts.
+    pub(super) out: &'a mut [f32],
+}
+
+impl Product<'_> {
+    /// Computes `out`.
+    pub(super) fn run_on(self, isa: Isa) {
+        debug_assert_eq!(self.out.len(), self.outputs.len() * self.rows.len());
+        isa.run(self);
+    }
+}
+
+impl Kernel for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let padded = self.matrix.padded_inputs();
+        let first = self.expert * self.matrix.outputs + self.outputs.start;
+        let count = self.outputs.len();
+        let scales = match self.matrix.scales.as_slice() {
+            [one] => Scales { values: std::slice::from_ref(one), groups: 0 },
+            all => {
+                let groups = self.matrix.groups;
+                Scales { values: &all[first * groups..][..count * groups], groups }
+            }
+        };
+        let shape = Shape { padded, groups: self.matrix.groups, group: self.matrix.padded_group };
+        match &self.matrix.values {
+            Values::F32(w) => shape.all(simd, &w[first * padded..][..count * padded], scales, self.rows, self.out),
+            Values::I8(w) => shape.all(simd, &w[first * padded..][..count * padded], scales, self.rows, self.out),
+        }
+    }
+}
+
+/// Scales of the outputs; `groups` 0 when one number serves all.
+#[derive(Clone, Copy)]
+struct Scales<'a> {
+    values: &'a [f32],
+    groups: usize,
+}
+
+impl Scales<'_> {
+    #[inline(always)]
+    fn at(&self, output: usize, group: usize) -> f32 {
+        self.values[if self.groups == 0 { 0 } else { output * self.groups + group }]
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Shape {
+    padded: usize,
+    groups: usize,
+    group: usize,
+}
+
+impl Shape {
+    /// All rows and outputs, rows outermost: a block's inputs stay in the second-level cache while the outputs pass.
+    #[inline(always)]
+    fn all<S: Simd, W: Weight>(self, simd: S, w: &[W], scales: Scales<'_>, rows: &[&[f32]], out: &mut [f32]) {
+        let mut first = 0;
+        if S::MANY_REGISTERS {
+            while rows.len() - first >= 4 {
+                self.outputs::<S, W, 4, 4>(simd, w, scales, rows, first, out);
+                first += 4;
+            }
+        } else {
+            while rows.len() - first >= 3 {
+                self.outputs::<S, W, 2, 3>(simd, w, scales, rows, first, out);
+                first += 3;
+            }
+        }
+        while rows.len() - first >= 2 {
+            self.outputs::<S, W, 2, 2>(simd, w, scales, rows, first, out);
+            first += 2;
+        }
+        if rows.len() > first {
+            self.outputs::<S, W, 4, 1>(simd, w, scales, rows, first, out);
+        }
+    }
+
+    /// Rows `first..first + R` with all outputs.
+    #[inline(always)]
+    fn outputs<S: Simd, W: Weight, const O: usize, const R: usize>(
+        self,
+        simd: S,
+        w: &[W],
+        scales: Scales<'_>,
+        rows: &[&[f32]],
+        first: usize,
+        out: &mut [f32],
+    ) {
+        let stride = rows.len();
+        let mut x: [&[f32]; R] = [&[]; R];
+        x.copy_from_slice(&rows[first..first + R]);
+        let count = w.len() / self.padded;
+        let mut n = 0;
+        while count - n >= O {
+            let sums = self.tile::<S, W, O, R>(simd, w, n, scales, &x);
+            for (o, sums) in sums.iter().enumerate() {
+                out[(n + o) * stride + first..][..R].copy_from_slice(sums);
+            }
+            n += O;
+        }
+        while n < count {
+            let sums = self.tile::<S, W, 1, R>(simd, w, n, scales, &x);
+            out[n * stride + first..][..R].copy_from_slice(&sums[0]);
+            n += 1;
+        }
+    }
+
+    /// The sums of `O` outputs from `n` on with `R` rows.
+    #[inline(always)]
+    fn tile<S: Simd, W: Weight, const O: usize, const R: usize>(
+        self,
+        simd: S,
+        w: &[W],
+        n: usize,
+        scales: Scales<'_>,
+        x: &[&[f32]; R],
+    ) -> [[f32; R]; O] {
+        let mut total = [[simd.zero(); R]; O];
+        let pieces = self.group / LANES;
+        for g in 0..self.groups {
+            let mut w_pieces: [&[[W; LANES]]; O] = [&[]; O];
+            for (o, w_piece) in w_pieces.iter_mut().enumerate() {
+                *w_piece = &w[(n + o) * self.padded + g * self.group..][..self.group].as_chunks().0[..pieces];
+            }
+            let mut x_pieces: [&[[f32; LANES]]; R] = [&[]; R];
+            for (r, x_piece) in x_pieces.iter_mut().enumerate() {
+                *x_piece = &x[r][g * self.group..][..self.group].as_chunks().0[..pieces];
+            }
+            let mut sum = [[simd.zero(); R]; O];
+            for c in 0..pieces {
+                let mut inputs = [simd.zero(); R];
+                for r in 0..R {
+                    inputs[r] = simd.load(&x_pieces[r][c]);
+                }
+                for o in 0..O {
+                    let weight = W::load(simd, &w_pieces[o][c]);
+                    for r in 0..R {
+                        sum[o][r] = simd.fma(inputs[r], weight, sum[o][r]);
+                    }
+                }
+            }
+            for o in 0..O {
+                let scale = simd.splat(scales.at(n + o, g));
+                for r in 0..R {
+                    total[o][r] = simd.fma(sum[o][r], scale, total[o][r]);
+                }
+            }
+        }
+        let mut out = [[0.0; R]; O];
+        for o in 0..O {
+            for r in 0..R {
+                out[o][r] = reduce(simd.array(total[o][r]));
+            }
+        }
+        out
+    }
+}

@@ -1,0 +1,223 @@
+//! Sixteen f32 lanes on every CPU: one code, several instruction sets, the same bits.
+//!
+//! A [`Kernel`] is written once over [`Simd`] and run by [`Isa::run`] in a function that the compiler may vectorise with the
+//! instructions that were found at start. Every operation here is one that IEEE 754 defines exactly (multiply-add with one
+//! rounding, conversion of small integers), so that the choice of instructions cannot show in a result. That is also why there is
+//! no reciprocal and no horizontal addition: [`reduce`] is a fixed tree over plain additions.
+
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+/// Lanes of every sum.
+pub(crate) const LANES: usize = 16;
+
+/// Sixteen lanes and what can be done with them. The value itself is the proof that the CPU has the instructions.
+pub(crate) trait Simd: Copy {
+    /// Sixteen f32.
+    type V: Copy;
+    /// Whether there are registers for 4 by 4 accumulators; otherwise 2 by 3 are used.
+    const MANY_REGISTERS: bool;
+
+    /// All lanes 0.
+    fn zero(self) -> Self::V;
+    /// All lanes `value`.
+    fn splat(self, value: f32) -> Self::V;
+    /// Lanes from memory.
+    fn load(self, values: &[f32; LANES]) -> Self::V;
+    /// Lanes from signed bytes, exactly.
+    fn load_i8(self, values: &[i8; LANES]) -> Self::V;
+    /// `a * b + c` with one rounding.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The lanes.
+    fn array(self, v: Self::V) -> [f32; LANES];
+}
+
+/// Work to be compiled for every instruction set. `run` must be `#[inline(always)]`, and so must what it calls.
+pub(crate) trait Kernel {
+    /// What it gives.
+    type Output;
+    /// Does the work.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// An instruction set that this CPU has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Isa(Path);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Path {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Isa {
+    /// The paths that this CPU can take, slowest first.
+    pub(crate) fn available() -> Vec<Self> {
+        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "only x86 has more than one path"))]
+        let mut found = vec![Self(Path::Portable)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if x86::Avx2::detect().is_some() {
+                found.push(Self(Path::Avx2));
+            }
+            if x86::Avx512::detect().is_some() {
+                found.push(Self(Path::Avx512));
+            }
+        }
+        found
+    }
+
+    /// The fastest path that this CPU can take.
+    pub(crate) fn best() -> Self {
+        Self::available().pop().unwrap_or(Self(Path::Portable))
+    }
+
+    /// For people. On 64-bit ARM every CPU has NEON with fused multiply-add, and the portable path compiles to it.
+    pub(crate) fn name(self) -> &'static str {
+        match self.0 {
+            Path::Portable if cfg!(target_arch = "aarch64") => "neon",
+            Path::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512 => "avx512",
+        }
+    }
+
+    /// Runs a kernel with these instructions.
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self.0 {
+            Path::Portable => kernel.run(Portable),
+            // A `Path` for x86 is only made after detection; asking again costs a load and keeps this safe without trust.
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx2 => match x86::Avx2::detect() {
+                Some(simd) => simd.run(kernel),
+                None => kernel.run(Portable),
+            },
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512 => match x86::Avx512::detect() {
+                Some(simd) => simd.run(kernel),
+                None => kernel.run(Portable),
+            },
+        }
+    }
+}
+
+/// Plain Rust. Slow where the target has no multiply-add by default, and right everywhere.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable;
+
+impl Simd for Portable {
+    type V = [f32; LANES];
+    const MANY_REGISTERS: bool = cfg!(target_arch = "aarch64");
+
+    #[inline(always)]
+    fn zero(self) -> Self::V {
+        [0.0; LANES]
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::V {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> Self::V {
+        *values
+    }
+
+    #[inline(always)]
+    fn load_i8(self, values: &[i8; LANES]) -> Self::V {
+        let mut out = [0.0; LANES];
+        for i in 0..LANES {
+            out[i] = f32::from(values[i]);
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        let mut out = [0.0; LANES];
+        for i in 0..LANES {
+            out[i] = a[i].mul_add(b[i], c[i]);
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn array(self, v: Self::V) -> [f32; LANES] {
+        v
+    }
+}
+
+/// Sum of the lanes: halves are added until one is left.
+#[inline(always)]
+pub(crate) fn reduce(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// `sum_i a[i] * b[i]` of two slices of one length: element `i` goes to lane `i % 16`, ascending; a short last piece is filled with 0.
+#[inline(always)]
+pub(crate) fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
+    let (a_whole, a_rest) = a.as_chunks::<LANES>();
+    let (b_whole, b_rest) = b.as_chunks::<LANES>();
+    let mut sum = simd.zero();
+    for (x, y) in a_whole.iter().zip(b_whole) {
+        sum = simd.fma(simd.load(x), simd.load(y), sum);
+    }
+    if !a_rest.is_empty() {
+        let (mut x, mut y) = ([0.0; LANES], [0.0; LANES]);
+        x[..a_rest.len()].copy_from_slice(a_rest);
+        y[..b_rest.len()].copy_from_slice(b_rest);
+        sum = simd.fma(simd.load(&x), simd.load(&y), sum);
+    }
+    reduce(simd.array(sum))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{Random, seed};
+
+    struct Everything<'a>(&'a [f32; LANES], &'a [i8; LANES], &'a [f32; LANES]);
+
+    impl Kernel for Everything<'_> {
+        type Output = [f32; LANES];
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Self::Output {
+            let sum = s.fma(s.load(self.0), s.load_i8(self.1), s.load(self.2));
+            s.array(s.fma(sum, s.splat(0.1), s.zero()))
+        }
+    }
+
+    #[test]
+    fn every_path_gives_the_same_bits() {
+        let seed = seed(1);
+        let mut random = Random::new(seed);
+        for _ in 0..1000 {
+            let a = std::array::from_fn(|_| random.unit() * 1e3);
+            let q = std::array::from_fn(|_| random.bits() as i8);
+            let c = std::array::from_fn(|_| random.unit());
+            let want = Isa::available()[0].run(Everything(&a, &q, &c)).map(f32::to_bits);
+            for isa in Isa::available() {
+                assert_eq!(isa.run(Everything(&a, &q, &c)).map(f32::to_bits), want, "{isa:?}, seed {seed}");
+            }
+        }
+    }
+
+    #[test]
+    fn all_lanes_are_summed() {
+        assert_eq!(reduce(std::array::from_fn(|i| (1 << i) as f32)), 65535.0);
+    }
+}

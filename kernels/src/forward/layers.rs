@@ -1,0 +1,313 @@
+//! Weights, buffers and the pass itself, without the backend that owns their memory.
+
+use std::{borrow::Cow, ops::Range};
+
+use grokpipe_model::{LayerTensor, MatrixSource, ModelConfig, TensorName, WeightSource};
+
+use super::{StageOptions, Trace, validate};
+use crate::{AttentionParams, Backend, Batch, KV_BLOCK_TOKENS, KernelError, StepInput, StepOutput};
+
+/// One layer's weights.
+struct Layer<B: Backend> {
+    pre_attention_norm: B::Vector,
+    query: B::Matrix,
+    key: B::Matrix,
+    value: B::Matrix,
+    attention_output: B::Matrix,
+    post_attention_norm: B::Vector,
+    pre_moe_norm: B::Vector,
+    router: B::Matrix,
+    gate: B::Matrix,
+    up: B::Matrix,
+    down: B::Matrix,
+    post_moe_norm: B::Vector,
+}
+
+/// The head, and room for what it computes.
+struct Head<B: Backend> {
+    norm: B::Vector,
+    embedding: B::Matrix,
+    /// `[logit_rows, hidden_size]`.
+    picked: B::Activations,
+    /// `[logit_rows, hidden_size]`.
+    normed: B::Activations,
+    /// `[logit_rows, vocab_size]`.
+    logits: B::Activations,
+}
+
+/// Room for one step.
+struct Buffers<B: Backend> {
+    /// Residual stream.
+    residual: B::Activations,
+    /// Its norm, input of a block.
+    normed: B::Activations,
+    /// Output of a block before its norm.
+    block: B::Activations,
+    q: B::Activations,
+    k: B::Activations,
+    v: B::Activations,
+    /// Heads of attention, concatenated.
+    heads: B::Activations,
+    selection: B::Selection,
+    /// `[max_rows * chosen, intermediate_size]`.
+    expert_hidden: B::Activations,
+}
+
+/// A range of layers with all that a step needs but the device.
+pub(crate) struct Layers<B: Backend> {
+    config: ModelConfig,
+    options: StageOptions,
+    attention: AttentionParams,
+    first: bool,
+    layers: Vec<Layer<B>>,
+    head: Option<Head<B>>,
+    buffers: Buffers<B>,
+    kv: B::KvPool,
+}
+
+impl<B: Backend> Layers<B> {
+    /// Loads everything. See [`super::StageModel::load`].
+    pub(crate) fn load(
+        backend: &mut B,
+        config: &ModelConfig,
+        weights: &dyn WeightSource,
+        range: Range<u32>,
+        options: StageOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, KernelError> {
+        if range.is_empty() || range.end > config.num_hidden_layers {
+            return Err(KernelError::Shape {
+                what: "layers of a stage".into(),
+                expected: format!("a range within 0..{}", config.num_hidden_layers),
+                found: format!("{range:?}"),
+            });
+        }
+        let with_head = options.has_head(config, &range);
+        let total = weights.stored_bytes(range.clone(), with_head);
+        progress(0, total);
+        let mut loader = Loader { backend, config, weights, done: 0, total, progress };
+        let head = if with_head { Some(loader.head(options.logit_rows)?) } else { None };
+        let layers = range.clone().map(|layer| loader.layer(layer)).collect::<Result<Vec<_>, _>>()?;
+        let buffers = loader.buffers(options)?;
+        let slots = options.kv_blocks as usize * KV_BLOCK_TOKENS;
+        let kv = backend.kv_pool(layers.len(), slots, config.num_key_value_heads * config.head_dim)?;
+        let attention = AttentionParams {
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            multiplier: config.attention_multiplier,
+            logit_cap: config.attention_logit_cap,
+            rope_theta: config.rope_theta,
+        };
+        let config = config.clone();
+        Ok(Self { config, options, attention, first: range.start == 0, layers, head, buffers, kv })
+    }
+
+    /// One step. See [`crate::Stage::run`].
+    pub(crate) fn run(
+        &mut self,
+        backend: &mut B,
+        weights: &dyn WeightSource,
+        batch: &Batch,
+        input: StepInput<'_>,
+        wanted: &[u32],
+        mut trace: Option<&mut Trace>,
+    ) -> Result<StepOutput, KernelError> {
+        validate::batch(&self.config, self.options, batch)?;
+        if self.head.is_some() {
+            validate::wanted(batch.rows.len(), wanted)?;
+        }
+        let values = self.input(weights, batch.rows.len(), input)?;
+        backend.begin(batch, &mut self.kv)?;
+        backend.write(&values, &mut self.buffers.residual)?;
+        for index in 0..self.layers.len() {
+            self.layer(backend, index);
+            backend.layer_done();
+            if let Some(trace) = trace.as_deref_mut() {
+                self.record(backend, batch.rows.len(), trace)?;
+            }
+        }
+        if self.head.is_some() {
+            self.logits(backend, wanted)
+        } else {
+            let mut read = backend.finish(&[(&self.buffers.residual, batch.rows.len())])?;
+            let hidden = read.pop().unwrap_or_default();
+            validate::finite("hidden states", &hidden, self.config.hidden_size, None)?;
+            Ok(StepOutput::HiddenStates(hidden))
+        }
+    }
+
+    /// Checks the input, and gathers embedding rows where it is ids.
+    fn input<'a>(
+        &self,
+        weights: &dyn WeightSource,
+        rows: usize,
+        input: StepInput<'a>,
+    ) -> Result<Cow<'a, [f32]>, KernelError> {
+        let wrong_kind = |expected: &str, found: &str| {
+            Err(KernelError::Shape { what: "input of a stage".into(), expected: expected.into(), found: found.into() })
+        };
+        match input {
+            StepInput::TokenIds(_) if !self.first => wrong_kind("hidden states, as layer 0 is elsewhere", "token ids"),
+            StepInput::HiddenStates(_) if self.first => wrong_kind("token ids, as layer 0 is here", "hidden states"),
+            StepInput::TokenIds(ids) => {
+                validate::length("token ids of a step", rows, ids.len())?;
+                let mut values = weights.embedding_rows(ids)?;
+                validate::length("embedding rows", rows * self.config.hidden_size, values.len())?;
+                values.iter_mut().for_each(|value| *value *= self.config.embedding_multiplier);
+                Ok(Cow::Owned(values))
+            }
+            StepInput::HiddenStates(values) => {
+                validate::length("hidden states of a step", rows * self.config.hidden_size, values.len())?;
+                validate::finite("hidden states received", values, self.config.hidden_size, None)?;
+                Ok(Cow::Borrowed(values))
+            }
+        }
+    }
+
+    /// One layer over the rows of the step.
+    fn layer(&mut self, backend: &mut B, index: usize) {
+        let (layer, b, eps) = (&self.layers[index], &mut self.buffers, self.config.rms_norm_eps);
+        backend.rms_norm(eps, &b.residual, &layer.pre_attention_norm, &mut b.normed);
+        backend.matmul(&b.normed, &layer.query, 1.0, &mut b.q);
+        backend.matmul(&b.normed, &layer.key, 1.0, &mut b.k);
+        backend.matmul(&b.normed, &layer.value, 1.0, &mut b.v);
+        backend.rope_store(&self.attention, &mut b.q, &b.k, &b.v, &mut self.kv, index);
+        backend.attention(&self.attention, &b.q, &self.kv, index, &mut b.heads);
+        backend.matmul(&b.heads, &layer.attention_output, 1.0, &mut b.block);
+        backend.rms_norm_add(eps, &b.block, &layer.post_attention_norm, &mut b.residual);
+
+        backend.rms_norm(eps, &b.residual, &layer.pre_moe_norm, &mut b.normed);
+        backend.route(&b.normed, &layer.router, &mut b.selection);
+        backend.expert_gate_up(&b.normed, &b.selection, &layer.gate, &layer.up, &mut b.expert_hidden);
+        backend.expert_down(&b.expert_hidden, &b.selection, &layer.down, &mut b.block);
+        backend.rms_norm_add(eps, &b.block, &layer.post_moe_norm, &mut b.residual);
+    }
+
+    /// Adds what the layer that just ran left behind.
+    fn record(&mut self, backend: &mut B, rows: usize, trace: &mut Trace) -> Result<(), KernelError> {
+        for hidden in backend.finish(&[(&self.buffers.residual, rows)])? {
+            trace.hidden.extend(hidden);
+        }
+        let (ids, probabilities) = backend.read_selection(&self.buffers.selection, rows)?;
+        trace.expert_ids.extend(ids);
+        trace.expert_probabilities.extend(probabilities);
+        Ok(())
+    }
+
+    /// Logits of the wanted rows, some rows at a time.
+    fn logits(&mut self, backend: &mut B, wanted: &[u32]) -> Result<StepOutput, KernelError> {
+        let (config, residual) = (&self.config, &self.buffers.residual);
+        let Some(head) = &mut self.head else { return Ok(StepOutput::Logits(Vec::new())) };
+        if wanted.is_empty() {
+            // Keys and values are written all the same; waiting tells whether the device is still there.
+            backend.finish(&[])?;
+        }
+        let mut logits = Vec::new();
+        for rows in wanted.chunks(self.options.logit_rows.max(1)) {
+            backend.gather(residual, rows, &mut head.picked);
+            backend.rms_norm(config.rms_norm_eps, &head.picked, &head.norm, &mut head.normed);
+            backend.matmul(&head.normed, &head.embedding, config.output_multiplier, &mut head.logits);
+            for part in backend.finish(&[(&head.logits, rows.len())])? {
+                validate::finite("logits", &part, config.vocab_size, Some(rows))?;
+                if logits.is_empty() {
+                    logits = part;
+                } else {
+                    logits.extend(part);
+                }
+            }
+        }
+        Ok(StepOutput::Logits(logits))
+    }
+}
+
+/// Loads tensors one after the other and counts the bytes.
+struct Loader<'a, B: Backend> {
+    backend: &'a mut B,
+    config: &'a ModelConfig,
+    weights: &'a dyn WeightSource,
+    done: u64,
+    total: u64,
+    progress: &'a mut dyn FnMut(u64, u64),
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn matrix(
+        &mut self,
+        name: TensorName,
+        experts: usize,
+        inputs: usize,
+        outputs: usize,
+    ) -> Result<B::Matrix, KernelError> {
+        let source: Box<dyn MatrixSource> = self.weights.matrix(&name)?;
+        let spec = source.spec();
+        if (spec.experts, spec.inputs, spec.outputs) != (experts, inputs, outputs) {
+            return Err(KernelError::Shape {
+                what: name.to_string(),
+                expected: format!("{experts} matrices of {inputs} inputs and {outputs} outputs"),
+                found: format!("{} of {} and {}", spec.experts, spec.inputs, spec.outputs),
+            });
+        }
+        let Self { backend, done, total, progress, .. } = self;
+        backend.load_matrix(source.as_ref(), &mut |bytes| {
+            *done += bytes;
+            progress((*done).min(*total), *total);
+        })
+    }
+
+    fn vector(&mut self, name: TensorName) -> Result<B::Vector, KernelError> {
+        let values = self.weights.vector(&name)?;
+        validate::length(&name.to_string(), self.config.hidden_size, values.len())?;
+        self.done += 4 * values.len() as u64;
+        self.backend.load_vector(&values)
+    }
+
+    fn layer(&mut self, index: u32) -> Result<Layer<B>, KernelError> {
+        let name = |tensor| TensorName::Layer(index, tensor);
+        let c = self.config;
+        let (hidden, ffn, experts) = (c.hidden_size, c.intermediate_size, c.num_experts);
+        let (heads, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+        Ok(Layer {
+            gate: self.matrix(name(LayerTensor::MoeGate), experts, hidden, ffn)?,
+            down: self.matrix(name(LayerTensor::MoeDown), experts, ffn, hidden)?,
+            up: self.matrix(name(LayerTensor::MoeUp), experts, hidden, ffn)?,
+            key: self.matrix(name(LayerTensor::Key), 1, hidden, kv)?,
+            attention_output: self.matrix(name(LayerTensor::AttentionOutput), 1, heads, hidden)?,
+            query: self.matrix(name(LayerTensor::Query), 1, hidden, heads)?,
+            value: self.matrix(name(LayerTensor::Value), 1, hidden, kv)?,
+            pre_attention_norm: self.vector(name(LayerTensor::PreAttentionNorm))?,
+            post_attention_norm: self.vector(name(LayerTensor::PostAttentionNorm))?,
+            pre_moe_norm: self.vector(name(LayerTensor::PreMoeNorm))?,
+            post_moe_norm: self.vector(name(LayerTensor::PostMoeNorm))?,
+            router: self.matrix(name(LayerTensor::Router), 1, hidden, experts)?,
+        })
+    }
+
+    fn head(&mut self, logit_rows: usize) -> Result<Head<B>, KernelError> {
+        let (hidden, vocab, rows) = (self.config.hidden_size, self.config.vocab_size, logit_rows.max(1));
+        Ok(Head {
+            norm: self.vector(TensorName::FinalNorm)?,
+            embedding: self.matrix(TensorName::Embedding, 1, hidden, vocab)?,
+            picked: self.backend.activations(rows, hidden)?,
+            normed: self.backend.activations(rows, hidden)?,
+            logits: self.backend.activations(rows, vocab)?,
+        })
+    }
+
+    fn buffers(&mut self, options: StageOptions) -> Result<Buffers<B>, KernelError> {
+        let (c, rows) = (self.config, options.max_rows);
+        let (heads, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+        let mut room = |rows, width| self.backend.activations(rows, width);
+        Ok(Buffers {
+            residual: room(rows, c.hidden_size)?,
+            normed: room(rows, c.hidden_size)?,
+            block: room(rows, c.hidden_size)?,
+            q: room(rows, heads)?,
+            k: room(rows, kv)?,
+            v: room(rows, kv)?,
+            heads: room(rows, heads)?,
+            expert_hidden: room(rows.saturating_mul(c.num_experts_per_tok), c.intermediate_size)?,
+            selection: self.backend.selection(rows, c.num_experts_per_tok)?,
+        })
+    }
+}

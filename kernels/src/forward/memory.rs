@@ -1,0 +1,113 @@
+//! How much device memory a stage takes, from the configuration alone: the planner asks before any device has been touched.
+
+use std::ops::Range;
+
+use grokpipe_model::ModelConfig;
+
+use super::StageOptions;
+use crate::KV_BLOCK_TOKENS;
+
+/// Scale groups are filled up to a multiple of this many inputs.
+const GROUP_MULTIPLE: u64 = 16;
+
+/// Bytes on a device. Nothing here overflows: what does not fit in 64 bits is the largest number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryNeed {
+    /// Weights as they lie on the device: int8 with filled groups, scales and all else f32.
+    pub weights_bytes: u64,
+    /// Keys and values of all slots.
+    pub kv_bytes: u64,
+    /// Activations, and as much again for what operations hold in between.
+    pub scratch_bytes: u64,
+}
+
+impl MemoryNeed {
+    pub(super) fn new(config: &ModelConfig, layers: Range<u32>, options: StageOptions) -> Self {
+        let head = options.has_head(config, &layers);
+        let count = u64::from(layers.end.saturating_sub(layers.start));
+        let slots = u64::from(options.kv_blocks) * KV_BLOCK_TOKENS as u64;
+        let head_bytes = if head { matrix(config.hidden_size, config.vocab_size, None) } else { 0 };
+        Self {
+            weights_bytes: layer_bytes(config).saturating_mul(count).saturating_add(head_bytes),
+            kv_bytes: product(&[slots, kv_width(config), 2 * 4, count]),
+            scratch_bytes: scratch(config, options, head),
+        }
+    }
+
+    /// All of it.
+    pub fn total_bytes(&self) -> u64 {
+        self.weights_bytes.saturating_add(self.kv_bytes).saturating_add(self.scratch_bytes)
+    }
+}
+
+fn product(factors: &[u64]) -> u64 {
+    factors.iter().fold(1u64, |total, &factor| total.saturating_mul(factor))
+}
+
+fn kv_width(config: &ModelConfig) -> u64 {
+    product(&[config.num_key_value_heads as u64, config.head_dim as u64])
+}
+
+/// A matrix, int8 with `groups` or f32.
+fn matrix(inputs: usize, outputs: usize, groups: Option<usize>) -> u64 {
+    let (inputs, outputs) = (inputs as u64, outputs as u64);
+    match groups {
+        None => product(&[inputs.next_multiple_of(GROUP_MULTIPLE), outputs, 4]),
+        Some(groups) => {
+            let groups = (groups as u64).max(1);
+            let row = product(&[groups, inputs.div_ceil(groups).next_multiple_of(GROUP_MULTIPLE)]);
+            product(&[row.saturating_add(4 * groups), outputs])
+        }
+    }
+}
+
+fn layer_bytes(config: &ModelConfig) -> u64 {
+    let (hidden, ffn, experts) = (config.hidden_size, config.intermediate_size, config.num_experts as u64);
+    let attention = config.num_attention_heads.saturating_mul(config.head_dim);
+    let kv = kv_width(config) as usize;
+    let groups = Some(config.scale_groups_row_parallel);
+    [
+        matrix(hidden, attention, Some(1)),
+        product(&[2, matrix(hidden, kv, Some(1))]),
+        matrix(attention, hidden, groups),
+        product(&[2, experts, matrix(hidden, ffn, Some(1))]),
+        product(&[experts, matrix(ffn, hidden, groups)]),
+        matrix(hidden, config.num_experts, None),
+        product(&[4, 4, hidden as u64]),
+    ]
+    .into_iter()
+    .fold(0, u64::saturating_add)
+}
+
+fn scratch(config: &ModelConfig, options: StageOptions, head: bool) -> u64 {
+    let (hidden, chosen) = (config.hidden_size as u64, config.num_experts_per_tok as u64);
+    let attention = product(&[config.num_attention_heads as u64, config.head_dim as u64]);
+    let experts = product(&[chosen, (config.intermediate_size as u64).max(hidden)]);
+    let row = [3 * hidden, 2 * attention, 2 * kv_width(config), 2 * experts].into_iter().fold(0, u64::saturating_add);
+    let logits = if head { product(&[2 * 4, options.logit_rows as u64, config.vocab_size as u64]) } else { 0 };
+    product(&[2 * 4, options.max_rows as u64, row]).saturating_add(logits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layer_of_grok_1_takes_what_its_numbers_take() {
+        let config = ModelConfig::grok_1();
+        let options = StageOptions { kv_blocks: 512, max_rows: 1, head: true, logit_rows: 1 };
+        let need = MemoryNeed::new(&config, 0..1, options);
+        // 4,919,992,320 parameters a layer: int8 but for the router and the norms, and a few MB of scales.
+        assert!((4_919_992_320..4_930_000_000).contains(&need.weights_bytes), "{need:?}");
+        assert_eq!(need.kv_bytes, 8192 * 1024 * 4 * 2);
+        let last = MemoryNeed::new(&config, 63..64, options);
+        assert_eq!(last.weights_bytes - need.weights_bytes, 131_072 * 6144 * 4);
+    }
+
+    #[test]
+    fn absurd_sizes_do_not_overflow() {
+        let mut config = ModelConfig::grok_1();
+        (config.hidden_size, config.intermediate_size) = (usize::MAX / 32, usize::MAX / 32);
+        assert_eq!(MemoryNeed::new(&config, 0..64, StageOptions::default()).total_bytes(), u64::MAX);
+    }
+}

@@ -1,0 +1,190 @@
+//! Which adapter is opened, with which limits, and what it says of itself.
+//!
+//! Decides the order of adapters (discrete, integrated, virtual, others, software last) and the least limits that the kernels
+//! need. Knows nothing of models.
+
+use wgpu::{Adapter, AdapterInfo, DeviceType, Limits};
+
+use super::failure::Failure;
+use crate::{DeviceInfo, KernelError};
+
+/// Version of the portable kernels' arithmetic. Raised with every change of a sum's order, so that stages of different
+/// versions do not pass for equal.
+const KERNEL_SET: &str = "gpu-exact/1";
+
+/// Which adapter is wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GpuChoice {
+    /// The best hardware adapter; software ones do not count.
+    Hardware,
+    /// The best adapter there is; a software one with a warning.
+    Best,
+    /// The best adapter whose name has this part, upper or lower case.
+    Named(String),
+}
+
+impl GpuChoice {
+    fn accepts(&self, info: &AdapterInfo) -> bool {
+        match self {
+            Self::Hardware => !is_software(info),
+            Self::Best => true,
+            Self::Named(part) => describe(info).to_lowercase().contains(&part.to_lowercase()),
+        }
+    }
+
+    fn wanted(&self) -> String {
+        match self {
+            Self::Hardware => "hardware GPU".into(),
+            Self::Best => "gpu".into(),
+            Self::Named(part) => format!("gpu:{part}"),
+        }
+    }
+}
+
+/// An open device with what is needed to describe its failures.
+pub(super) struct Opened {
+    pub(super) device: wgpu::Device,
+    pub(super) queue: wgpu::Queue,
+    pub(super) info: DeviceInfo,
+    pub(super) software: bool,
+    pub(super) failure: Failure,
+}
+
+/// Opens the adapter that `choice` names. Adapters that refuse are passed over and named in the error.
+///
+/// # Errors
+/// [`KernelError::NoDevice`] listing the adapters; [`KernelError::Limit`] when the adapter is too small for any model.
+pub(super) fn open(choice: &GpuChoice) -> Result<Opened, KernelError> {
+    let mut adapters = adapters();
+    adapters.sort_by_key(|adapter| rank(adapter.get_info().device_type));
+    let mut found = Vec::new();
+    for adapter in adapters {
+        let info = adapter.get_info();
+        if !choice.accepts(&info) {
+            found.push(describe(&info));
+            continue;
+        }
+        check_limits(&adapter, &info)?;
+        match open_adapter(&adapter, &info) {
+            Ok(opened) => {
+                if opened.software && *choice == GpuChoice::Best {
+                    tracing::warn!(device = %opened.info.name, "no hardware GPU was found, a software one is used");
+                }
+                return Ok(opened);
+            }
+            Err(reason) => found.push(format!("{} (refused: {reason})", describe(&info))),
+        }
+    }
+    let found = if found.is_empty() { "no adapters".into() } else { found.join(", ") };
+    Err(KernelError::NoDevice { wanted: choice.wanted(), found })
+}
+
+fn adapters() -> Vec<Adapter> {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
+    // No validation layers: wgpu checks every call itself.
+    descriptor.flags = wgpu::InstanceFlags::empty();
+    let backends = descriptor.backends;
+    pollster::block_on(wgpu::Instance::new(descriptor).enumerate_adapters(backends))
+}
+
+fn rank(kind: DeviceType) -> u8 {
+    match kind {
+        DeviceType::DiscreteGpu => 0,
+        DeviceType::IntegratedGpu => 1,
+        DeviceType::VirtualGpu => 2,
+        DeviceType::Other => 3,
+        DeviceType::Cpu => 4,
+    }
+}
+
+fn is_software(info: &AdapterInfo) -> bool {
+    info.device_type == DeviceType::Cpu
+}
+
+/// `llvmpipe (LLVM 15.0.6, 256 bits) (vulkan, software)`.
+fn describe(info: &AdapterInfo) -> String {
+    let software = if is_software(info) { ", software" } else { "" };
+    format!("{} ({}{software})", info.name, info.backend)
+}
+
+/// What the kernels need beyond WebGPU's default limits is nothing; what they need of them is this.
+fn check_limits(adapter: &Adapter, info: &AdapterInfo) -> Result<(), KernelError> {
+    let limits = adapter.limits();
+    let needs = [
+        ("max_storage_buffers_per_shader_stage", 8, limits.max_storage_buffers_per_shader_stage),
+        ("max_compute_invocations_per_workgroup", 128, limits.max_compute_invocations_per_workgroup),
+        ("max_compute_workgroup_size_x", 128, limits.max_compute_workgroup_size_x),
+        ("max_compute_workgroup_storage_size", 8192, limits.max_compute_workgroup_storage_size),
+        ("max_compute_workgroups_per_dimension", 65_535, limits.max_compute_workgroups_per_dimension),
+    ];
+    for (limit, needed, offered) in needs {
+        if offered < needed {
+            return Err(KernelError::Limit {
+                what: "the kernels".into(),
+                limit,
+                needed: needed.into(),
+                offered: offered.into(),
+                device: describe(info),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn open_adapter(adapter: &Adapter, info: &AdapterInfo) -> Result<Opened, String> {
+    let offered = adapter.limits();
+    // WebGPU's defaults, or less where the adapter has less that the kernels do not need; buffers as large as it can.
+    let mut limits = Limits::default().or_worse_values_from(&offered);
+    limits.max_buffer_size = offered.max_buffer_size;
+    limits.max_storage_buffer_binding_size = offered.max_storage_buffer_binding_size;
+    let descriptor = wgpu::DeviceDescriptor {
+        label: Some("grokpipe"),
+        required_limits: limits,
+        memory_hints: wgpu::MemoryHints::Performance,
+        ..Default::default()
+    };
+    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).map_err(|error| error.to_string())?;
+    let name = describe(info);
+    let failure = Failure::watch(&device, &name);
+    let fingerprint =
+        format!("{KERNEL_SET} f32 {} driver {} {}", name, info.driver, info.driver_info).trim().to_string();
+    let info_out = DeviceInfo { name, is_gpu: true, fingerprint, memory_bytes: memory_bytes(adapter, info) };
+    Ok(Opened { device, queue, info: info_out, software: is_software(info), failure })
+}
+
+/// Memory of the device: what is free of the host's for a software adapter, the device-local heaps of a Vulkan one, else 0.
+fn memory_bytes(adapter: &Adapter, info: &AdapterInfo) -> u64 {
+    if is_software(info) { host_memory_available().unwrap_or(0) } else { device_local_bytes(adapter) }
+}
+
+fn host_memory_available() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+#[cfg(any(target_os = "linux", target_os = "windows", target_os = "android"))]
+#[expect(unsafe_code, reason = "wgpu does not say how much memory a device has, the Vulkan instance below it does")]
+fn device_local_bytes(adapter: &Adapter) -> u64 {
+    /// `VK_MEMORY_HEAP_DEVICE_LOCAL_BIT`.
+    const DEVICE_LOCAL: u32 = 1;
+    // SAFETY: the handle is only asked for its properties, nothing is destroyed, and `adapter` outlives it.
+    let Some(vulkan) = (unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }) else { return 0 };
+    let instance = vulkan.shared_instance().raw_instance();
+    // SAFETY: the physical device belongs to this instance, both are alive as long as `vulkan` is.
+    let memory = unsafe { instance.get_physical_device_memory_properties(vulkan.raw_physical_device()) };
+    memory
+        .memory_heaps
+        .iter()
+        .take(memory.memory_heap_count as usize)
+        .filter(|heap| heap.flags.as_raw() & DEVICE_LOCAL != 0)
+        .map(|heap| heap.size)
+        .sum()
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "windows", target_os = "android")))]
+fn device_local_bytes(_adapter: &Adapter) -> u64 {
+    0
+}

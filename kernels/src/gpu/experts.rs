@@ -1,0 +1,196 @@
+//! The experts as dispatches: choice, grouping of pairs, the two halves, and the sum over a row's experts.
+//!
+//! The choice stays on the device: kernels read it, the host never knows it. For few rows a thread computes one pair of a
+//! row and an expert; for many, pairs are first grouped by expert, so that a weight read once serves four.
+
+use grokpipe_model::Format;
+
+use super::{
+    GpuActivations, GpuBackend, GpuMatrix, GpuSelection,
+    batch::grow,
+    matrix::{LANES, WORKGROUPS_MAX},
+    pipelines::{Kernel, Sharing, TILE_ROWS, TILES_PER_WORKGROUP, matrix_kernel},
+    shaders::{CombineParams, ExpertParams, TilesParams},
+    shape, workgroups,
+};
+use crate::ops::{expert_down, gated_gelu, moe_router};
+
+/// Experts that the router's kernel has room for.
+const EXPERTS_MAX: usize = 64;
+/// Rows from which pairs are grouped: with eight experts and two a row, four rows give an expert one pair on average.
+const TILED_ROWS_MIN: usize = 8;
+/// Words of a tile.
+const TILE_WORDS: usize = 5;
+
+/// Tiles that always suffice: full ones, and one that is not for each expert.
+fn tiles(pairs: usize, experts: usize) -> usize {
+    pairs / TILE_ROWS + experts
+}
+
+/// Bytes of the tiles of a selection.
+pub(super) fn tiles_bytes(rows: usize, chosen: usize) -> Option<u64> {
+    let pairs = rows.checked_mul(chosen)?;
+    super::words(&[tiles(pairs, EXPERTS_MAX), TILE_WORDS])
+}
+
+/// How a step's pairs are given to the expert kernels.
+struct Pairs<'a> {
+    choice: &'a super::GpuBuffer,
+    /// Workgroups along the pairs.
+    groups: u32,
+    /// Pairs or tiles.
+    items: usize,
+    sharing: Sharing,
+    count: usize,
+}
+
+impl GpuBackend {
+    pub(super) fn route_impl(&mut self, x: &GpuActivations, router: &GpuMatrix, out: &GpuSelection) {
+        let (rows, experts) = (self.rows, router.outputs);
+        let fits = self.expect_rows("input of the router", rows, router.inputs, x)
+            && self.expect_selection(rows, out)
+            && self.expect(&format!("experts of {}", router.name), 1, router.experts)
+            && self.expect("shards of the router", 1, router.shards.len());
+        if !fits {
+            return;
+        }
+        if experts > EXPERTS_MAX || out.chosen > experts || !router.is_float {
+            let what = format!("{} (f32: {}, chosen {})", router.name, router.is_float, out.chosen);
+            return self.recorder.refuse(shape(
+                &what,
+                &format!("{:?} for at most {EXPERTS_MAX} experts", Format::F32),
+                experts,
+            ));
+        }
+        let params = moe_router::Params {
+            hidden_size: router.inputs as u32,
+            num_experts: experts as u32,
+            num_experts_per_tok: out.chosen as u32,
+        };
+        let buffers = [&x.buffer, &router.shards[0].buffer, &out.ids, &out.probabilities];
+        let work = (rows * router.inputs * experts) as u64;
+        self.recorder.dispatch(Kernel::MoeRouter, &params, &buffers, [rows as u32, 1, 1], work);
+        if rows >= TILED_ROWS_MIN {
+            let pairs = rows * out.chosen;
+            let params =
+                TilesParams { pairs: pairs as u32, num_experts: experts as u32, tiles: tiles(pairs, experts) as u32 };
+            self.recorder.dispatch(Kernel::ExpertTiles, &params, &[&out.ids, &out.tiles], [1, 1, 1], 0);
+        }
+    }
+
+    pub(super) fn gate_up_impl(
+        &mut self,
+        x: &GpuActivations,
+        selection: &GpuSelection,
+        gate: &GpuMatrix,
+        up: &GpuMatrix,
+        out: &GpuActivations,
+    ) {
+        let rows = self.rows;
+        let alike = (gate.experts, gate.inputs, gate.outputs, gate.groups, gate.is_float)
+            == (up.experts, up.inputs, up.outputs, up.groups, up.is_float);
+        if !alike {
+            return self.recorder.refuse(shape(&up.name, &format!("the shape of {}", gate.name), up.outputs));
+        }
+        let fits = self.expect_selection(rows, selection)
+            && self.expect_rows(&format!("input of {}", gate.name), rows, gate.inputs, x)
+            && self.expect_rows(&format!("output of {}", gate.name), rows * selection.chosen, gate.outputs, out);
+        if !fits {
+            return;
+        }
+        let pairs = self.pairs(selection, gate.experts);
+        let kernel = matrix_kernel(Kernel::GatedGeluInt8, gate.is_float, pairs.sharing);
+        let op = gated_gelu::Params {
+            inputs: gate.inputs as u32,
+            outputs: gate.outputs as u32,
+            groups: gate.groups as u32,
+            chosen: selection.chosen as u32,
+        };
+        for (gates, ups) in gate.shards.iter().zip(&up.shards) {
+            let params = expert_params(op, &pairs, gates);
+            let buffers = [&x.buffer, pairs.choice, &gates.buffer, &gate.scales, &ups.buffer, &up.scales, &out.buffer];
+            let groups = [pairs.groups, gates.blocks.len() as u32, 1];
+            let work = 2 * work(&pairs, gate, gates);
+            self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work);
+        }
+    }
+
+    pub(super) fn down_impl(
+        &mut self,
+        hidden: &GpuActivations,
+        selection: &GpuSelection,
+        down: &GpuMatrix,
+        out: &GpuActivations,
+    ) {
+        let rows = self.rows;
+        let fits = self.expect_selection(rows, selection)
+            && self.expect_rows(&format!("input of {}", down.name), rows * selection.chosen, down.inputs, hidden)
+            && self.expect_rows(&format!("output of {}", down.name), rows, down.outputs, out);
+        if !fits || rows == 0 {
+            return;
+        }
+        // Sized by what the output has room for, so that it is made once.
+        let count = out.rows * selection.chosen * down.outputs;
+        let what = format!("products of {}", down.name);
+        if let Err(error) = grow(&mut self.products, &mut self.memory, &mut self.recorder, &what, count) {
+            return self.recorder.refuse(error);
+        }
+        let Some(products) = self.products.as_ref() else { return };
+        let pairs = self.pairs(selection, down.experts);
+        let kernel = matrix_kernel(Kernel::ExpertDownInt8, down.is_float, pairs.sharing);
+        let op = expert_down::Params {
+            inputs: down.inputs as u32,
+            outputs: down.outputs as u32,
+            groups: down.groups as u32,
+            chosen: selection.chosen as u32,
+        };
+        for shard in &down.shards {
+            let params = expert_params(op, &pairs, shard);
+            let buffers = [&hidden.buffer, pairs.choice, &shard.buffer, &down.scales, products];
+            let groups = [pairs.groups, shard.blocks.len() as u32, 1];
+            self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work(&pairs, down, shard));
+        }
+        let params = CombineParams { outputs: down.outputs as u32, chosen: selection.chosen as u32 };
+        let buffers = [&selection.probabilities, products, &out.buffer];
+        let groups = [workgroups(down.outputs), rows as u32, 1];
+        self.recorder.dispatch(Kernel::ExpertCombine, &params, &buffers, groups, 0);
+    }
+
+    fn expect_selection(&mut self, rows: usize, selection: &GpuSelection) -> bool {
+        let most = selection.rows.min(WORKGROUPS_MAX / selection.chosen.max(1));
+        if rows > most || selection.chosen == 0 {
+            self.recorder.refuse(shape("rows of a selection", &format!("at most {most}"), rows));
+            return false;
+        }
+        true
+    }
+
+    fn pairs<'a>(&self, selection: &'a GpuSelection, experts: usize) -> Pairs<'a> {
+        let count = self.rows * selection.chosen;
+        if self.rows >= TILED_ROWS_MIN {
+            // Unused ones say so themselves.
+            let items = tiles(count, experts.min(EXPERTS_MAX));
+            let groups = items.div_ceil(TILES_PER_WORKGROUP) as u32;
+            return Pairs { choice: &selection.tiles, groups, items, sharing: Sharing::Tiled, count };
+        }
+        let sharing = if self.software { Sharing::Wide } else { Sharing::One };
+        Pairs { choice: &selection.ids, groups: count as u32, items: count, sharing, count }
+    }
+}
+
+fn expert_params<P>(op: P, pairs: &Pairs<'_>, shard: &super::matrix::Shard) -> ExpertParams<P> {
+    ExpertParams {
+        op,
+        items: pairs.items as u32,
+        expert_begin: shard.experts.start as u32,
+        expert_count: shard.experts.len() as u32,
+        column_begin: (shard.blocks.start * LANES) as u32,
+        blocks: shard.blocks.len() as u32,
+    }
+}
+
+/// Multiply-adds of one matrix over a shard, if the pairs are spread evenly.
+fn work(pairs: &Pairs<'_>, matrix: &GpuMatrix, shard: &super::matrix::Shard) -> u64 {
+    let columns = (shard.blocks.len() * LANES) as u64;
+    (pairs.count * matrix.inputs) as u64 * columns * shard.experts.len() as u64 / matrix.experts as u64
+}

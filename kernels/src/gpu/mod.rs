@@ -1,0 +1,384 @@
+//! The GPU backend: Grok-1's operations as compute shaders, through wgpu, on any adapter that has WebGPU's default limits.
+//!
+//! This is the portable path: no subgroups, no f16, no binding arrays, one thread an output. Faster paths for an adapter's
+//! features are further kernels in `pipelines.rs`, chosen when the device is opened. The one idea: operations only record
+//! what is to be done; `finish` submits a step as one compute pass and reads what is wanted, so that a decode step
+//! costs one submission however many layers it has. Nothing here panics on what a driver does: failures become [`KernelError`]s.
+//!
+//! `device.rs` opens an adapter, `failure.rs` keeps why it failed, `memory.rs` counts buffers, `matrix.rs` lays weights out and
+//! loads them, `shaders.rs` and `pipelines.rs` hold the kernels, `recorder.rs` submits them, `batch.rs` is what a step's rows become,
+//! `attention.rs` and `experts.rs` are the operations of several dispatches, `measure.rs` times the device.
+
+mod attention;
+mod batch;
+mod device;
+mod experts;
+mod failure;
+mod matrix;
+mod measure;
+mod memory;
+mod pipelines;
+mod recorder;
+mod shaders;
+#[cfg(test)]
+mod tests;
+
+use grokpipe_model::MatrixSource;
+
+use self::{
+    batch::StepBatch,
+    memory::{GpuBuffer, Memory, words},
+    pipelines::{Kernel, Sharing, TILE_ROWS, TILES_PER_WORKGROUP, matrix_kernel},
+    recorder::Recorder,
+    shaders::{GatherParams, MatmulParams},
+};
+pub use self::{
+    device::GpuChoice,
+    matrix::GpuMatrix,
+    shaders::{SHADERS, Shader},
+};
+use crate::{
+    AttentionParams, Backend, Batch, DeviceInfo, KernelError,
+    ops::{gather, matmul, rms_norm},
+};
+
+/// Rows of a step that is one submission whatever it computes: decode micro-batches.
+const DECODE_ROWS_MAX: usize = 33;
+
+/// What may be asked of a device when it is opened.
+#[derive(Clone, Debug, Default)]
+pub struct GpuOptions {
+    /// Cut weights into buffers of at most this size, although the device could hold larger ones. Results do not change.
+    pub max_shard_bytes: Option<u64>,
+}
+
+/// A device behind wgpu. See the module's page.
+pub struct GpuBackend {
+    info: DeviceInfo,
+    software: bool,
+    recorder: Recorder,
+    memory: Memory,
+    /// The step's rows on the device.
+    batch: StepBatch,
+    /// Rows that operations see: the batch's, or those of the last gather.
+    rows: usize,
+    /// Products of pairs before they are added up.
+    products: Option<GpuBuffer>,
+    /// Blocks of keys before they are combined.
+    partials: Option<GpuBuffer>,
+}
+
+/// A norm's scale on the device.
+pub struct GpuVector {
+    length: usize,
+    buffer: GpuBuffer,
+}
+
+/// Rows of f32 on the device.
+pub struct GpuActivations {
+    rows: usize,
+    width: usize,
+    buffer: GpuBuffer,
+}
+
+/// Chosen experts on the device.
+pub struct GpuSelection {
+    rows: usize,
+    chosen: usize,
+    ids: GpuBuffer,
+    probabilities: GpuBuffer,
+    /// Pairs by expert, for steps of many rows; see `expert_tiles.wgsl`.
+    tiles: GpuBuffer,
+}
+
+/// Keys, values and marks on the device.
+pub struct GpuKvPool {
+    layers: Vec<KvLayer>,
+    slots: usize,
+    width: usize,
+    attended: GpuBuffer,
+}
+
+struct KvLayer {
+    keys: GpuBuffer,
+    values: GpuBuffer,
+}
+
+impl GpuBackend {
+    /// Opens the adapter that `choice` names and compiles the kernels.
+    ///
+    /// # Errors
+    /// [`KernelError::NoDevice`] listing the adapters there are, [`KernelError::Limit`] when the adapter is too small for any
+    /// model, [`KernelError::DeviceLost`] naming the kernel that its driver refused.
+    pub fn open(choice: &GpuChoice) -> Result<Self, KernelError> {
+        Self::open_with(choice, &GpuOptions::default())
+    }
+
+    /// As [`GpuBackend::open`], with options.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_with(choice: &GpuChoice, options: &GpuOptions) -> Result<Self, KernelError> {
+        let opened = device::open(choice)?;
+        let memory_bytes = opened.info.memory_bytes;
+        let memory = Memory::new(&opened.device, &opened.failure, memory_bytes, options.max_shard_bytes);
+        Ok(Self {
+            info: opened.info,
+            software: opened.software,
+            recorder: Recorder::new(opened.device, opened.queue, opened.failure)?,
+            memory,
+            batch: StepBatch::default(),
+            rows: 0,
+            products: None,
+            partials: None,
+        })
+    }
+
+    /// Keeps the step's first shape error; operations return nothing, `finish` tells it.
+    fn expect(&mut self, what: &str, expected: usize, found: usize) -> bool {
+        if expected != found {
+            self.recorder.refuse(shape(what, &expected.to_string(), found));
+        }
+        expected == found
+    }
+
+    /// Whether a buffer of a step holds `rows` rows of `width`.
+    fn expect_rows(&mut self, what: &str, rows: usize, width: usize, found: &GpuActivations) -> bool {
+        if rows > found.rows {
+            self.recorder.refuse(shape(what, &format!("room for {rows} rows"), found.rows));
+            return false;
+        }
+        self.expect(what, width, found.width)
+    }
+
+    fn norm(&mut self, kernel: Kernel, epsilon: f32, x: &GpuActivations, weight: &GpuVector, out: &GpuActivations) {
+        let rows = self.rows;
+        let fits = self.expect_rows("input of a norm", rows, weight.length, x)
+            && self.expect_rows("output of a norm", rows, weight.length, out);
+        if fits {
+            let params = rms_norm::Params { hidden_size: weight.length as u32, epsilon };
+            let buffers = [&x.buffer, &weight.buffer, &out.buffer];
+            self.recorder.dispatch(kernel, &params, &buffers, [rows as u32, 1, 1], (rows * weight.length) as u64);
+        }
+    }
+}
+
+/// A [`KernelError::Shape`].
+fn shape(what: &str, expected: &str, found: usize) -> KernelError {
+    KernelError::Shape { what: what.to_string(), expected: expected.to_string(), found: found.to_string() }
+}
+
+/// Workgroups of 64 threads that cover `count`.
+fn workgroups(count: usize) -> u32 {
+    count.div_ceil(64) as u32
+}
+
+impl Backend for GpuBackend {
+    type Matrix = GpuMatrix;
+    type Vector = GpuVector;
+    type Activations = GpuActivations;
+    type Selection = GpuSelection;
+    type KvPool = GpuKvPool;
+
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn load_matrix(
+        &mut self,
+        source: &dyn MatrixSource,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<GpuMatrix, KernelError> {
+        matrix::load(&mut self.memory, &mut self.recorder, source, progress)
+    }
+
+    fn load_vector(&mut self, values: &[f32]) -> Result<GpuVector, KernelError> {
+        self.recorder.forget_bind_groups();
+        let buffer = self.memory.allocate("a norm", words(&[values.len()]))?;
+        self.recorder.write(&buffer, 0, bytemuck::cast_slice(values));
+        self.recorder.failure.check()?;
+        Ok(GpuVector { length: values.len(), buffer })
+    }
+
+    fn activations(&mut self, rows: usize, width: usize) -> Result<GpuActivations, KernelError> {
+        self.recorder.forget_bind_groups();
+        let what = format!("activations [{rows}, {width}]");
+        Ok(GpuActivations { rows, width, buffer: self.memory.allocate(&what, words(&[rows, width]))? })
+    }
+
+    fn selection(&mut self, rows: usize, experts_per_token: usize) -> Result<GpuSelection, KernelError> {
+        self.recorder.forget_bind_groups();
+        let pairs = words(&[rows, experts_per_token]);
+        Ok(GpuSelection {
+            rows,
+            chosen: experts_per_token,
+            ids: self.memory.allocate("chosen experts", pairs)?,
+            probabilities: self.memory.allocate("chosen experts' probabilities", pairs)?,
+            tiles: self.memory.allocate("pairs by expert", experts::tiles_bytes(rows, experts_per_token))?,
+        })
+    }
+
+    fn kv_pool(&mut self, layers: usize, slots: usize, kv_width: usize) -> Result<GpuKvPool, KernelError> {
+        self.recorder.forget_bind_groups();
+        let mut made = Vec::new();
+        for layer in 0..layers {
+            let mut half = |what| {
+                self.memory.allocate(&format!("{what} of {slots} tokens in layer {layer}"), words(&[slots, kv_width]))
+            };
+            made.push(KvLayer { keys: half("keys")?, values: half("values")? });
+        }
+        let attended = self.memory.allocate("marks of KV slots", words(&[slots]))?;
+        Ok(GpuKvPool { layers: made, slots, width: kv_width, attended })
+    }
+
+    fn begin(&mut self, batch: &Batch, kv: &mut GpuKvPool) -> Result<(), KernelError> {
+        self.rows = 0;
+        self.recorder.failure.check()?;
+        self.recorder.begin(batch.rows.len() > DECODE_ROWS_MAX);
+        self.batch.upload(&mut self.memory, &mut self.recorder, batch, kv)?;
+        self.rows = batch.rows.len();
+        Ok(())
+    }
+
+    fn write(&mut self, values: &[f32], out: &mut GpuActivations) -> Result<(), KernelError> {
+        if values.len() != self.rows * out.width {
+            return Err(shape("written values", &format!("{} rows of {}", self.rows, out.width), values.len()));
+        }
+        if self.rows > out.rows {
+            return Err(shape("written rows", &format!("at most {}", out.rows), self.rows));
+        }
+        self.recorder.write(&out.buffer, 0, bytemuck::cast_slice(values));
+        self.recorder.failure.check()
+    }
+
+    fn rms_norm(&mut self, epsilon: f32, x: &GpuActivations, weight: &GpuVector, out: &mut GpuActivations) {
+        self.norm(Kernel::RmsNorm, epsilon, x, weight, out);
+    }
+
+    fn rms_norm_add(&mut self, epsilon: f32, y: &GpuActivations, weight: &GpuVector, residual: &mut GpuActivations) {
+        self.norm(Kernel::RmsNormAdd, epsilon, y, weight, residual);
+    }
+
+    fn matmul(&mut self, x: &GpuActivations, w: &GpuMatrix, factor: f32, out: &mut GpuActivations) {
+        let rows = self.rows;
+        let fits = self.expect(&format!("experts of {}", w.name), 1, w.experts)
+            && self.expect_rows(&format!("input of {}", w.name), rows, w.inputs, x)
+            && self.expect_rows(&format!("output of {}", w.name), rows, w.outputs, out);
+        if !fits {
+            return;
+        }
+        let (sharing, rows_per_workgroup) = match (rows, self.software) {
+            (1, false) => (Sharing::One, 1),
+            (1, true) => (Sharing::Wide, 1),
+            _ => (Sharing::Tiled, TILE_ROWS * TILES_PER_WORKGROUP),
+        };
+        let kernel = matrix_kernel(Kernel::MatmulInt8, w.is_float, sharing);
+        let op = matmul::Params { inputs: w.inputs as u32, outputs: w.outputs as u32, groups: w.groups as u32, factor };
+        for shard in &w.shards {
+            let column_begin = (shard.blocks.start * matrix::LANES) as u32;
+            let params = MatmulParams { op, rows: rows as u32, column_begin };
+            let groups = [rows.div_ceil(rows_per_workgroup) as u32, shard.blocks.len() as u32, 1];
+            let work = (rows * w.inputs) as u64 * (shard.blocks.len() * matrix::LANES) as u64;
+            let buffers = [&x.buffer, &shard.buffer, &w.scales, &out.buffer];
+            self.recorder.dispatch(kernel, &params, &buffers, groups, work);
+        }
+    }
+
+    fn rope_store(
+        &mut self,
+        params: &AttentionParams,
+        q: &mut GpuActivations,
+        k: &GpuActivations,
+        v: &GpuActivations,
+        kv: &mut GpuKvPool,
+        layer: usize,
+    ) {
+        self.rope_store_impl(params, [q, k, v], kv, layer);
+    }
+
+    fn attention(
+        &mut self,
+        params: &AttentionParams,
+        q: &GpuActivations,
+        kv: &GpuKvPool,
+        layer: usize,
+        out: &mut GpuActivations,
+    ) {
+        self.attention_impl(params, q, kv, layer, out);
+    }
+
+    fn route(&mut self, x: &GpuActivations, router: &GpuMatrix, out: &mut GpuSelection) {
+        self.route_impl(x, router, out);
+    }
+
+    fn expert_gate_up(
+        &mut self,
+        x: &GpuActivations,
+        selection: &GpuSelection,
+        gate: &GpuMatrix,
+        up: &GpuMatrix,
+        out: &mut GpuActivations,
+    ) {
+        self.gate_up_impl(x, selection, gate, up, out);
+    }
+
+    fn expert_down(
+        &mut self,
+        hidden: &GpuActivations,
+        selection: &GpuSelection,
+        down: &GpuMatrix,
+        out: &mut GpuActivations,
+    ) {
+        self.down_impl(hidden, selection, down, out);
+    }
+
+    fn gather(&mut self, x: &GpuActivations, rows: &[u32], out: &mut GpuActivations) {
+        if !self.expect_rows("output of gather", rows.len(), x.width, out) {
+            return;
+        }
+        // A step may gather several times, always from the batch's rows.
+        let rows_there = self.batch.positions.len();
+        if let Some(&row) = rows.iter().find(|&&row| row as usize >= rows_there) {
+            return self.recorder.refuse(shape("gathered row", &format!("less than {rows_there}"), row as usize));
+        }
+        let (buffer, begin) = match self.batch.upload_gather(&mut self.memory, &mut self.recorder, rows) {
+            Ok(place) => place,
+            Err(error) => return self.recorder.refuse(error),
+        };
+        let params = GatherParams { op: gather::Params { width: x.width as u32 }, begin };
+        let groups = [workgroups(x.width), rows.len() as u32, 1];
+        self.recorder.dispatch(Kernel::Gather, &params, &[&x.buffer, buffer, &out.buffer], groups, 0);
+        self.rows = rows.len();
+    }
+
+    /// Nothing to do: the recorder cuts long steps by their work, between any two dispatches.
+    fn layer_done(&mut self) {}
+
+    fn finish(&mut self, reads: &[(&GpuActivations, usize)]) -> Result<Vec<Vec<f32>>, KernelError> {
+        if let Some((x, rows)) = reads.iter().find(|(x, rows)| *rows > x.rows) {
+            return Err(shape("rows to read", &format!("at most {}", x.rows), *rows));
+        }
+        let reads: Vec<_> = reads.iter().map(|(x, rows)| (&x.buffer, rows * x.width)).collect();
+        self.recorder.read_back(&reads)
+    }
+
+    fn read_selection(&mut self, selection: &GpuSelection, rows: usize) -> Result<(Vec<u32>, Vec<f32>), KernelError> {
+        if rows > selection.rows {
+            return Err(shape("rows of a selection to read", &format!("at most {}", selection.rows), rows));
+        }
+        let count = rows * selection.chosen;
+        let read = self.recorder.read_back::<u32>(&[(&selection.ids, count), (&selection.probabilities, count)])?;
+        let mut read = read.into_iter();
+        let ids = read.next().unwrap_or_default();
+        let probabilities = read.next().unwrap_or_default().into_iter().map(f32::from_bits).collect();
+        Ok((ids, probabilities))
+    }
+
+    fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {
+        self.read_bandwidth()
+    }
+
+    fn measure_flop_rate(&mut self) -> Result<f64, KernelError> {
+        self.flop_rate()
+    }
+}

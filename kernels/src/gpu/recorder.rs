@@ -1,0 +1,331 @@
+//! Collects a step's dispatches and submits them: one compute pass, one submission, unless the work exceeds what one may hold.
+//!
+//! Parameters of all dispatches lie one after the other in one uniform buffer, written once a submission and addressed by
+//! dynamic offsets; bind groups are kept by kernel and buffers. So a dispatch of a later step costs about a microsecond. The first
+//! error of a step is kept and told when its results are read: operations themselves cannot fail.
+
+use std::collections::HashMap;
+
+use bytemuck::Pod;
+
+use super::{
+    failure::Failure,
+    memory::{GpuBuffer, scoped, whole},
+    pipelines::{Kernel, Pipelines},
+};
+use crate::KernelError;
+
+/// Distance of parameters in the uniform buffer: the largest alignment that WebGPU lets a device ask for.
+const UNIFORM_STRIDE: usize = 256;
+/// Dispatches in one submission. 64 layers of the full model in 128 MiB shards need about 4,500.
+const DISPATCHES_MAX: usize = 16_384;
+/// Multiply-adds after which a submission is cut: 200 ms of a GPU that makes 100 billion of them a second. Drivers reset a GPU
+/// whose submission runs for seconds.
+const WORK_MAX: u64 = 20_000_000_000;
+/// Bindings beside the parameters.
+const BINDINGS_MAX: usize = 8;
+/// Bind groups kept. A stage of 64 layers in few shards has some thousands.
+const BIND_GROUPS_MAX: usize = 65_536;
+
+type GroupKey = (Kernel, [u64; BINDINGS_MAX]);
+
+struct Dispatch {
+    kernel: Kernel,
+    key: GroupKey,
+    group: wgpu::BindGroup,
+    offset: u32,
+    workgroups: [u32; 3],
+}
+
+/// See the module's page.
+pub(super) struct Recorder {
+    pub(super) device: wgpu::Device,
+    pub(super) queue: wgpu::Queue,
+    pub(super) failure: Failure,
+    pipelines: Pipelines,
+    uniforms: wgpu::Buffer,
+    uniform_bytes: Vec<u8>,
+    pending: Vec<Dispatch>,
+    groups: HashMap<GroupKey, wgpu::BindGroup>,
+    work: u64,
+    may_cut: bool,
+    error: Option<KernelError>,
+    staging: Option<wgpu::Buffer>,
+    submissions: u64,
+}
+
+impl Recorder {
+    /// Compiles the kernels and makes the uniform buffer.
+    pub(super) fn new(device: wgpu::Device, queue: wgpu::Queue, failure: Failure) -> Result<Self, KernelError> {
+        let pipelines = Pipelines::new(&device, &failure)?;
+        let uniforms = device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("parameters"),
+            size: (UNIFORM_STRIDE * DISPATCHES_MAX) as u64,
+            usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        });
+        failure.check()?;
+        Ok(Self {
+            device,
+            queue,
+            failure,
+            pipelines,
+            uniforms,
+            uniform_bytes: Vec::new(),
+            pending: Vec::new(),
+            groups: HashMap::new(),
+            work: 0,
+            may_cut: false,
+            error: None,
+            staging: None,
+            submissions: 0,
+        })
+    }
+
+    /// Starts a step. What an abandoned one left is dropped. `may_cut` says whether this step may become several submissions.
+    pub(super) fn begin(&mut self, may_cut: bool) {
+        self.drop_pending();
+        self.error = None;
+        self.may_cut = may_cut;
+    }
+
+    /// Keeps the step's first error.
+    pub(super) fn refuse(&mut self, error: KernelError) {
+        self.error.get_or_insert(error);
+    }
+
+    /// Bind groups hold their buffers; without this, buffers that were dropped would stay until the next allocation.
+    pub(super) fn forget_bind_groups(&mut self) {
+        self.groups.clear();
+    }
+
+    /// Submissions so far, for tests.
+    #[cfg(test)]
+    pub(super) fn submissions(&self) -> u64 {
+        self.submissions
+    }
+
+    /// Pretends that what is recorded is more work, for tests.
+    #[cfg(test)]
+    pub(super) fn add_work(&mut self, work: u64) {
+        self.work = self.work.saturating_add(work);
+    }
+
+    /// Adds a dispatch. `buffers` are the bindings from 1 on, `work` its multiply-adds.
+    pub(super) fn dispatch(
+        &mut self,
+        kernel: Kernel,
+        params: &impl Pod,
+        buffers: &[&GpuBuffer],
+        workgroups: [u32; 3],
+        work: u64,
+    ) {
+        if workgroups.contains(&0) || self.error.is_some() {
+            return;
+        }
+        let over = self.may_cut && self.work.saturating_add(work) > WORK_MAX;
+        if !self.pending.is_empty() && (over || self.pending.len() == DISPATCHES_MAX) {
+            self.submit();
+        }
+        let bytes = bytemuck::bytes_of(params);
+        assert_eq!(bytes.len() as u64, self.pipelines.get(kernel).params_bytes, "{kernel:?} is given other parameters");
+        let offset = self.uniform_bytes.len();
+        self.uniform_bytes.extend_from_slice(bytes);
+        self.uniform_bytes.resize(offset + UNIFORM_STRIDE, 0);
+        let mut ids = [0; BINDINGS_MAX];
+        for (id, buffer) in ids.iter_mut().zip(buffers) {
+            *id = buffer.id;
+        }
+        let key = (kernel, ids);
+        let group = self.bind_group(key, buffers);
+        self.pending.push(Dispatch { kernel, key, group, offset: offset as u32, workgroups });
+        self.work = self.work.saturating_add(work);
+    }
+
+    fn bind_group(&mut self, key: GroupKey, buffers: &[&GpuBuffer]) -> wgpu::BindGroup {
+        if let Some(group) = self.groups.get(&key) {
+            return group.clone();
+        }
+        let pipeline = self.pipelines.get(key.0);
+        let mut entries =
+            vec![wgpu::BindGroupEntry { binding: 0, resource: whole(&self.uniforms, pipeline.params_bytes) }];
+        for (index, buffer) in buffers.iter().enumerate() {
+            entries.push(wgpu::BindGroupEntry {
+                binding: index as u32 + 1,
+                resource: whole(&buffer.buffer, buffer.bytes()),
+            });
+        }
+        let group = self.device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: None,
+            layout: &pipeline.layout,
+            entries: &entries,
+        });
+        if self.groups.len() >= BIND_GROUPS_MAX {
+            self.groups.clear();
+        }
+        self.groups.insert(key, group.clone());
+        group
+    }
+
+    /// Writes into a buffer now, after everything that was recorded and uses it.
+    pub(super) fn write(&mut self, buffer: &GpuBuffer, offset: u64, bytes: &[u8]) {
+        if bytes.is_empty() || self.error.is_some() {
+            return;
+        }
+        if self.pending.iter().any(|dispatch| dispatch.key.1.contains(&buffer.id)) {
+            self.submit();
+        }
+        let written = self.failure.guard(|| self.queue.write_buffer(&buffer.buffer, offset, bytes));
+        if let Err(error) = written {
+            self.refuse(error);
+        }
+    }
+
+    /// Submits what was recorded.
+    pub(super) fn submit(&mut self) {
+        if let Err(error) = self.submit_with(&[]) {
+            self.refuse(error);
+        }
+    }
+
+    /// Submits what was recorded and waits until the device has done it.
+    ///
+    /// # Errors
+    /// The step's first error, or [`KernelError::DeviceLost`].
+    pub(super) fn submit_and_wait(&mut self) -> Result<(), KernelError> {
+        self.submit();
+        self.take_error()?;
+        self.failure.wait(&self.device)
+    }
+
+    /// Submits what was recorded and reads the first words of each buffer.
+    ///
+    /// # Errors
+    /// The step's first error, or [`KernelError::DeviceLost`].
+    pub(super) fn read_back<T: Pod>(&mut self, reads: &[(&GpuBuffer, usize)]) -> Result<Vec<Vec<T>>, KernelError> {
+        assert_eq!(size_of::<T>(), 4, "results are words");
+        self.take_error()?;
+        let total: u64 = reads.iter().map(|(_, words)| (*words as u64 * 4).next_multiple_of(16)).sum();
+        if total == 0 {
+            self.submit_and_wait()?;
+            return Ok(reads.iter().map(|_| Vec::new()).collect());
+        }
+        let staging = self.staging(total)?;
+        let mut copies = Vec::with_capacity(reads.len());
+        let mut offset = 0;
+        for (buffer, words) in reads {
+            let bytes = *words as u64 * 4;
+            copies.push((*buffer, &staging, offset, bytes));
+            offset += bytes.next_multiple_of(16);
+        }
+        self.submit_with(&copies)?;
+        let failure = self.failure.clone();
+        let on_mapped = failure.clone();
+        failure.guard(|| {
+            staging.map_async(wgpu::MapMode::Read, 0..total, move |mapped| {
+                if let Err(error) = mapped {
+                    on_mapped.set(format!("results cannot be read: {error}"));
+                }
+            });
+        })?;
+        failure.wait(&self.device)?;
+        let results = failure.guard(|| {
+            let view = match staging.get_mapped_range(0..total) {
+                Ok(view) => view,
+                Err(error) => {
+                    failure.set(format!("results cannot be read: {error}"));
+                    return Vec::new();
+                }
+            };
+            let bytes: &[u8] = &view;
+            let read = |(_, _, offset, length): &(&GpuBuffer, &wgpu::Buffer, u64, u64)| {
+                bytemuck::pod_collect_to_vec::<u8, T>(&bytes[*offset as usize..(*offset + *length) as usize])
+            };
+            copies.iter().map(read).collect()
+        })?;
+        failure.guard(|| staging.unmap())?;
+        failure.check()?;
+        Ok(results)
+    }
+
+    /// The step's first error, if any; what was recorded after it is dropped.
+    fn take_error(&mut self) -> Result<(), KernelError> {
+        match self.error.take() {
+            Some(error) => {
+                self.drop_pending();
+                Err(error)
+            }
+            None => self.failure.check(),
+        }
+    }
+
+    fn drop_pending(&mut self) {
+        self.pending.clear();
+        self.uniform_bytes.clear();
+        self.work = 0;
+    }
+
+    fn submit_with(&mut self, copies: &[(&GpuBuffer, &wgpu::Buffer, u64, u64)]) -> Result<(), KernelError> {
+        if self.pending.is_empty() && copies.is_empty() {
+            return self.failure.check();
+        }
+        self.failure.guard(|| {
+            if !self.uniform_bytes.is_empty() {
+                self.queue.write_buffer(&self.uniforms, 0, &self.uniform_bytes);
+            }
+            let mut encoder = self.device.create_command_encoder(&Default::default());
+            self.encode(&mut encoder);
+            for (source, target, offset, bytes) in copies {
+                encoder.copy_buffer_to_buffer(&source.buffer, 0, target, *offset, *bytes);
+            }
+            self.queue.submit([encoder.finish()]);
+        })?;
+        self.submissions += 1;
+        self.drop_pending();
+        self.failure.check()
+    }
+
+    fn encode(&self, encoder: &mut wgpu::CommandEncoder) {
+        if self.pending.is_empty() {
+            return;
+        }
+        let mut pass = encoder.begin_compute_pass(&Default::default());
+        let mut current = None;
+        for dispatch in &self.pending {
+            if current != Some(dispatch.kernel) {
+                pass.set_pipeline(&self.pipelines.get(dispatch.kernel).pipeline);
+                current = Some(dispatch.kernel);
+            }
+            pass.set_bind_group(0, &dispatch.group, &[dispatch.offset]);
+            let [x, y, z] = dispatch.workgroups;
+            pass.dispatch_workgroups(x, y, z);
+        }
+    }
+
+    /// A buffer that the host can read, of at least `bytes`; kept for the next step.
+    fn staging(&mut self, bytes: u64) -> Result<wgpu::Buffer, KernelError> {
+        if let Some(staging) = self.staging.as_ref().filter(|staging| staging.size() >= bytes) {
+            return Ok(staging.clone());
+        }
+        self.staging = None;
+        let descriptor = wgpu::BufferDescriptor {
+            label: Some("results"),
+            size: bytes.next_power_of_two(),
+            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        };
+        let device = self.device.clone();
+        match self.failure.guard(|| scoped(&device, || device.create_buffer(&descriptor)))? {
+            Ok(buffer) => {
+                self.staging = Some(buffer.clone());
+                Ok(buffer)
+            }
+            Err(_) => Err(KernelError::OutOfMemory {
+                what: "results of a step".into(),
+                needed_bytes: descriptor.size,
+                available_bytes: 0,
+                device: self.failure.device().to_string(),
+            }),
+        }
+    }
+}

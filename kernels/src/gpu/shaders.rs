@@ -1,0 +1,136 @@
+//! The shaders, and the uniform parameters that each is given.
+//!
+//! A uniform begins with the operation's own `Params`, which the reference and the CPU backend share; what a dispatch needs
+//! besides (rows, shard, offsets) follows.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::ops::{attention, expert_down, gated_gelu, gather, matmul, moe_router, rms_norm, rope};
+
+/// A shader's source and how its bindings are used. Its entry point has its name.
+#[derive(Clone, Copy, Debug)]
+pub struct Shader {
+    /// Name of file, entry point and label.
+    pub name: &'static str,
+    /// The text.
+    pub source: &'static str,
+    /// Size of its uniform parameters in Rust.
+    pub params_bytes: usize,
+    /// Whether each storage binding, from binding 1 on, is written.
+    pub written: &'static [bool],
+}
+
+macro_rules! shaders {
+    ($($constant:ident = $op:literal / $name:literal, $params:ty, [$($written:literal),*];)*) => {
+        $(
+            pub(super) const $constant: Shader = Shader {
+                name: $name,
+                source: include_str!(concat!("../ops/", $op, "/", $name, ".wgsl")),
+                params_bytes: size_of::<$params>(),
+                written: &[$($written),*],
+            };
+        )*
+        /// Every shader of the package, for tools and tests.
+        pub const SHADERS: &[Shader] = &[$($constant),*];
+    };
+}
+
+shaders! {
+    MATMUL = "matmul" / "matmul", MatmulParams, [false, false, false, true];
+    GATED_GELU = "gated_gelu" / "gated_gelu", ExpertParams<gated_gelu::Params>,
+        [false, false, false, false, false, false, true];
+    EXPERT_DOWN = "expert_down" / "expert_down", ExpertParams<expert_down::Params>, [false, false, false, false, true];
+    EXPERT_COMBINE = "expert_down" / "expert_combine", CombineParams, [false, false, true];
+    MOE_ROUTER = "moe_router" / "moe_router", moe_router::Params, [false, false, true, true];
+    EXPERT_TILES = "moe_router" / "expert_tiles", TilesParams, [false, true];
+    RMS_NORM = "rms_norm" / "rms_norm", rms_norm::Params, [false, false, true];
+    ROPE = "rope" / "rope", RopeParams, [true, false, false, false, false, true, true];
+    MARK_SLOTS = "attention" / "mark_slots", MarkParams, [false, true];
+    ATTENTION = "attention" / "attention", AttentionUniform, [false, false, false, false, false, false, true, true];
+    ATTENTION_COMBINE = "attention" / "attention_combine", AttentionCombineParams, [false, false, true];
+    GATHER = "gather" / "gather", GatherParams, [false, false, true];
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct MatmulParams {
+    pub(super) op: matmul::Params,
+    pub(super) rows: u32,
+    pub(super) column_begin: u32,
+}
+
+/// Parameters of the two expert kernels: the operation's, and the shard.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct ExpertParams<P> {
+    pub(super) op: P,
+    /// Pairs or tiles.
+    pub(super) items: u32,
+    pub(super) expert_begin: u32,
+    pub(super) expert_count: u32,
+    pub(super) column_begin: u32,
+    pub(super) blocks: u32,
+}
+
+impl<P: Pod> ExpertParams<P> {
+    /// The words as the shader sees them. Both operations' parameters are four words.
+    pub(super) fn to_words(self) -> [u32; 9] {
+        let mut out = [0; 9];
+        out[..4].copy_from_slice(bytemuck::cast_slice(bytemuck::bytes_of(&self.op)));
+        out[4..].copy_from_slice(&[self.items, self.expert_begin, self.expert_count, self.column_begin, self.blocks]);
+        out
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct CombineParams {
+    pub(super) outputs: u32,
+    pub(super) chosen: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct TilesParams {
+    pub(super) pairs: u32,
+    pub(super) num_experts: u32,
+    pub(super) tiles: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct RopeParams {
+    /// Of the queries.
+    pub(super) op: rope::Params,
+    pub(super) kv_heads: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct MarkParams {
+    pub(super) rows: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct AttentionUniform {
+    pub(super) op: attention::Params,
+    pub(super) row_begin: u32,
+    pub(super) blocks: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct AttentionCombineParams {
+    pub(super) heads: u32,
+    pub(super) head_dim: u32,
+    pub(super) row_begin: u32,
+    pub(super) blocks: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct GatherParams {
+    pub(super) op: gather::Params,
+    pub(super) begin: u32,
+}

@@ -1,0 +1,214 @@
+//! The GPU backend held to the references of all operations, cut into shards, and its own promises.
+//!
+//! `GPU_REQUIRED=1` makes a missing adapter fail; else tests say that they are skipped. `GPU_NAME` picks an adapter by name.
+
+use grokpipe_model::{Format, Layout};
+
+use super::{GpuBackend, GpuChoice, GpuOptions};
+use crate::{
+    Backend, KernelError, check_batch_invariance,
+    ops::{
+        self,
+        testing::{Random, TestMatrix, compare_bits, download, single_tokens, upload},
+    },
+};
+
+fn choice() -> GpuChoice {
+    std::env::var("GPU_NAME").map_or(GpuChoice::Best, GpuChoice::Named)
+}
+
+/// A backend whose shards have at most `shard_bytes`, or `None` where there is no adapter.
+fn open(shard_bytes: Option<u64>) -> Option<GpuBackend> {
+    match GpuBackend::open_with(&choice(), &GpuOptions { max_shard_bytes: shard_bytes }) {
+        Ok(backend) => Some(backend),
+        Err(error @ KernelError::NoDevice { .. }) => {
+            assert!(std::env::var_os("GPU_REQUIRED").is_none(), "a GPU is required: {error}");
+            println!("skipped: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+macro_rules! held_to_the_reference {
+    ($($name:ident: $check:path;)*) => {
+        $(
+            #[test]
+            fn $name() {
+                if let Some(mut backend) = open(None) {
+                    $check(&mut backend);
+                }
+            }
+        )*
+    };
+}
+
+held_to_the_reference! {
+    rms_norm_keeps_to_the_reference: ops::rms_norm::tests::check;
+    matmul_keeps_to_the_reference: ops::matmul::tests::check;
+    attention_keeps_to_the_reference: ops::attention::tests::check;
+    chunks_and_places_of_keys_do_not_show: ops::attention::tests::check_chunks;
+    router_keeps_to_the_reference: ops::moe_router::tests::check;
+    gated_gelu_keeps_to_the_reference: ops::gated_gelu::tests::check;
+    gates_of_fifty_are_finite: ops::gated_gelu::tests::check_extremes;
+    expert_down_keeps_to_the_reference: ops::expert_down::tests::check;
+    gather_copies_rows: ops::gather::tests::check;
+}
+
+#[test]
+fn one_row_alone_and_among_thirty_three_has_the_same_bits() {
+    if let Some(mut backend) = open(None) {
+        assert_eq!(check_batch_invariance(&mut backend).unwrap().difference, None);
+    }
+}
+
+/// All that an expert layer computes from `x`, and a product of `x` with a float matrix as a head has it.
+fn expert_layer(backend: &mut GpuBackend, seed: u64, format: Format, rows: usize) -> Vec<f32> {
+    let (hidden, ffn) = (96, 264);
+    let mut random = Random::new(seed);
+    let random = &mut random;
+    let x = random.floats(rows * hidden, 2.0);
+    let matrix = |random: &mut Random, shape, format, layout| TestMatrix::random(random, shape, format, layout);
+    let router = matrix(random, (1, hidden, 8), Format::F32, Layout::InOut);
+    let [gate, up] = [(); 2].map(|()| matrix(random, (8, hidden, ffn), format, Layout::InOut));
+    let down = matrix(random, (8, ffn, hidden), format, Layout::InOut);
+    let head = matrix(random, (1, hidden, 301), Format::F32, Layout::OutIn);
+    let mut load = |matrix: &TestMatrix| backend.load_matrix(matrix, &mut |_| ()).unwrap();
+    let (router, gate, up, down, head) = (load(&router), load(&gate), load(&up), load(&down), load(&head));
+    let input = upload(backend, &single_tokens(rows), hidden, &x);
+    let mut selection = backend.selection(rows, 2).unwrap();
+    let mut inner = backend.activations(rows * 2, ffn).unwrap();
+    let mut out = backend.activations(rows, hidden).unwrap();
+    let mut logits = backend.activations(rows, 301).unwrap();
+    backend.route(&input, &router, &mut selection);
+    backend.expert_gate_up(&input, &selection, &gate, &up, &mut inner);
+    backend.expert_down(&inner, &selection, &down, &mut out);
+    backend.matmul(&out, &head, 0.5, &mut logits);
+    download(backend, &logits, rows)
+}
+
+#[test]
+fn shards_do_not_show() {
+    let formats = [Format::Int8 { groups: 1 }, Format::Int8 { groups: 8 }, Format::F32];
+    for format in formats {
+        for rows in [1, 9] {
+            let Some(mut whole) = open(None) else { return };
+            let want = expert_layer(&mut whole, 5, format, rows);
+            // Some experts a shard, one expert in parts, one block of columns a shard.
+            for bytes in [300_000, 130_000, 80_000] {
+                let Some(mut cut) = open(Some(bytes)) else { return };
+                let got = expert_layer(&mut cut, 5, format, rows);
+                compare_bits("expert layer", &(format, rows, bytes), "shards", 5, &got, &want);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_decode_step_is_one_submission_and_a_long_one_is_cut() {
+    let Some(mut backend) = open(None) else { return };
+    let w = TestMatrix::random(&mut Random::new(4), (1, 64, 64), Format::Int8 { groups: 1 }, Layout::InOut);
+    let w = backend.load_matrix(&w, &mut |_| ()).unwrap();
+    let mut submissions = |rows: usize, work: u64| {
+        let x = upload(&mut backend, &single_tokens(rows), 64, &vec![1.0; rows * 64]);
+        let mut out = backend.activations(rows, 64).unwrap();
+        let before = backend.recorder.submissions();
+        for _ in 0..200 {
+            backend.recorder.add_work(work);
+            backend.matmul(&x, &w, 1.0, &mut out);
+            backend.layer_done();
+        }
+        download(&mut backend, &out, rows);
+        backend.recorder.submissions() - before
+    };
+    assert_eq!(submissions(1, 1 << 40), 1);
+    assert_eq!(submissions(33, 1 << 40), 1);
+    assert_eq!(submissions(34, 0), 1);
+    assert!(submissions(34, 4_000_000_000) > 20);
+}
+
+#[test]
+fn what_exceeds_a_binding_is_refused_and_named() {
+    let Some(mut backend) = open(Some(4096)) else { return };
+    let mut random = Random::new(1);
+    let wide = TestMatrix::random(&mut random, (1, 1000, 64), Format::F32, Layout::InOut);
+    let error = backend.load_matrix(&wide, &mut |_| ()).err().unwrap();
+    assert!(matches!(error, KernelError::Limit { needed: 256_000, offered: 4096, .. }), "{error}");
+    let error = backend.kv_pool(1, 1 << 20, 1024).err().unwrap();
+    assert!(matches!(error, KernelError::Limit { needed: 0x1_0000_0000, .. }), "{error}");
+    let error = backend.activations(usize::MAX, usize::MAX).err().unwrap();
+    assert!(matches!(error, KernelError::Limit { .. }), "{error}");
+}
+
+#[test]
+fn more_than_the_memory_is_refused_and_named() {
+    let Some(mut backend) = open(None) else { return };
+    if backend.info().memory_bytes == 0 {
+        return println!("skipped: the device does not say how much memory it has");
+    }
+    // Nothing is touched: the device's count refuses before its memory is full.
+    let width = usize::try_from(backend.memory.binding_bytes() / 4).unwrap();
+    let pieces = backend.info().memory_bytes / backend.memory.binding_bytes() + 1;
+    let mut held = Vec::new();
+    let error = (0..pieces).find_map(|_| backend.activations(1, width).map(|x| held.push(x)).err());
+    assert!(matches!(error, Some(KernelError::OutOfMemory { .. })), "{error:?}");
+    drop(held);
+    backend.activations(1, 1).unwrap();
+}
+
+#[test]
+fn sizes_that_do_not_belong_together_are_told_by_finish() {
+    let Some(mut backend) = open(None) else { return };
+    let w = TestMatrix::random(&mut Random::new(2), (1, 8, 8), Format::F32, Layout::InOut);
+    let w = backend.load_matrix(&w, &mut |_| ()).unwrap();
+    let x = upload(&mut backend, &single_tokens(2), 7, &[0.0; 14]);
+    let mut out = backend.activations(2, 8).unwrap();
+    backend.matmul(&x, &w, 1.0, &mut out);
+    let error = backend.finish(&[(&out, 2)]).unwrap_err();
+    assert!(error.to_string().contains("expected 8 in input of test, found 7"), "{error}");
+    // The device is as good as new.
+    let x = upload(&mut backend, &single_tokens(2), 8, &[0.0; 16]);
+    backend.matmul(&x, &w, 1.0, &mut out);
+    assert_eq!(download(&mut backend, &out, 2), [0.0; 16]);
+}
+
+#[test]
+fn an_infinite_input_stays_in_its_group() {
+    let Some(mut backend) = open(None) else { return };
+    // Groups of three: a quad's fourth input would be the next group's first, which is infinite and has weight 0 here.
+    let mut w = TestMatrix::random(&mut Random::new(3), (1, 6, 4), Format::Int8 { groups: 2 }, Layout::InOut);
+    w.scales[4..].fill(0.0);
+    w.bytes[12..].fill(1);
+    let w = backend.load_matrix(&w, &mut |_| ()).unwrap();
+    let mut out = backend.activations(1, 4).unwrap();
+    let mut run = |x: [f32; 6]| {
+        let x = upload(&mut backend, &single_tokens(1), 6, &x);
+        backend.matmul(&x, &w, 1.0, &mut out);
+        download(&mut backend, &out, 1)
+    };
+    assert!(run([1.0, 2.0, 3.0, f32::MAX, 0.0, 0.0]).iter().all(|y| y.is_finite()));
+}
+
+#[test]
+fn a_lost_device_is_an_error_and_not_a_panic() {
+    let Some(mut backend) = open(None) else { return };
+    let x = upload(&mut backend, &single_tokens(1), 4, &[1.0; 4]);
+    backend.recorder.device.destroy();
+    let error = backend.finish(&[(&x, 1)]).unwrap_err();
+    assert!(matches!(error, KernelError::DeviceLost { .. }), "{error}");
+    assert!(matches!(backend.activations(1, 1), Err(KernelError::DeviceLost { .. })));
+}
+
+#[test]
+fn an_adapter_that_is_not_there_is_refused_with_those_there_are() {
+    let error = GpuBackend::open(&GpuChoice::Named("no such adapter".into())).err().unwrap();
+    assert!(error.to_string().contains("gpu:no such adapter"), "{error}");
+}
+
+#[test]
+fn measured_speeds_are_above_nothing() {
+    let Some(mut backend) = open(None) else { return };
+    let (bytes, flops) = (backend.measure_read_bandwidth().unwrap(), backend.measure_flop_rate().unwrap());
+    println!("{}: {:.2} GB/s, {:.2} GFLOP/s", backend.info().name, bytes / 1e9, flops / 1e9);
+    assert!(bytes > 1e6 && flops > 1e6);
+}

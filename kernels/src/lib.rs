@@ -1,0 +1,28 @@
+//! How Grok-1 is computed: quantised weights, the operations, and two devices that run them.
+
+mod backend;
+mod batch;
+mod check;
+mod cpu;
+mod device;
+mod error;
+mod forward;
+mod gpu;
+mod open;
+mod ops;
+mod stage;
+mod synthetic;
+
+pub use backend::{AttentionParams, Backend};
+pub use batch::{Batch, KV_BLOCK_TOKENS, Row};
+pub use check::{BatchInvariance, check_batch_invariance};
+pub use cpu::{CpuActivations, CpuBackend, CpuKvPool, CpuMatrix, CpuSelection};
+pub use device::DeviceInfo;
+pub use error::KernelError;
+pub use forward::{MemoryNeed, StageModel, StageOptions, Trace, TracedStage};
+pub use gpu::{
+    GpuActivations, GpuBackend, GpuChoice, GpuKvPool, GpuMatrix, GpuOptions, GpuSelection, GpuVector, SHADERS, Shader,
+};
+pub use open::{Device, device, select_device};
+pub use stage::{Stage, StepInput, StepOutput};
+pub use synthetic::SyntheticWeights;

@@ -1,0 +1,155 @@
+//! Opens a device by name, so that nobody above this crate needs to know which backend it is.
+//!
+//! `auto`: a hardware GPU if there is one, else the CPU. `gpu`: the best adapter, a software one too. `gpu:NAME`: an adapter by
+//! part of its name. `cpu`.
+
+use std::{ops::Range, sync::Arc};
+
+use grokpipe_model::{ModelConfig, WeightSource};
+
+use crate::{
+    Backend, BatchInvariance, CpuBackend, DeviceInfo, GpuBackend, GpuChoice, KernelError, Stage, StageModel,
+    StageOptions, TracedStage, check_batch_invariance,
+};
+
+/// A device that was opened and has not loaded anything.
+pub trait Device: Send {
+    /// What it is.
+    fn info(&self) -> &DeviceInfo;
+
+    /// See [`Backend::measure_read_bandwidth`].
+    ///
+    /// # Errors
+    /// As there.
+    fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError>;
+
+    /// See [`Backend::measure_flop_rate`].
+    ///
+    /// # Errors
+    /// As there.
+    fn measure_flop_rate(&mut self) -> Result<f64, KernelError>;
+
+    /// See [`check_batch_invariance`].
+    ///
+    /// # Errors
+    /// As there.
+    fn check_batch_invariance(&mut self) -> Result<BatchInvariance, KernelError>;
+
+    /// Loads layers; the device belongs to the stage from then on. See [`StageModel::load`].
+    ///
+    /// # Errors
+    /// As there.
+    fn load(
+        self: Box<Self>,
+        config: &ModelConfig,
+        weights: Arc<dyn WeightSource>,
+        layers: Range<u32>,
+        options: StageOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Box<dyn Stage>, KernelError>;
+
+    /// As [`Device::load`], for a stage that can tell what happens inside.
+    ///
+    /// # Errors
+    /// As there.
+    fn load_traced(
+        self: Box<Self>,
+        config: &ModelConfig,
+        weights: Arc<dyn WeightSource>,
+        layers: Range<u32>,
+        options: StageOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Box<dyn TracedStage>, KernelError>;
+}
+
+/// A backend as a [`Device`].
+struct Opened<B>(B);
+
+impl<B: Backend> Device for Opened<B> {
+    fn info(&self) -> &DeviceInfo {
+        self.0.info()
+    }
+
+    fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {
+        self.0.measure_read_bandwidth()
+    }
+
+    fn measure_flop_rate(&mut self) -> Result<f64, KernelError> {
+        self.0.measure_flop_rate()
+    }
+
+    fn check_batch_invariance(&mut self) -> Result<BatchInvariance, KernelError> {
+        check_batch_invariance(&mut self.0)
+    }
+
+    fn load(
+        self: Box<Self>,
+        config: &ModelConfig,
+        weights: Arc<dyn WeightSource>,
+        layers: Range<u32>,
+        options: StageOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Box<dyn Stage>, KernelError> {
+        Ok(Box::new(StageModel::load(self.0, config, weights, layers, options, progress)?))
+    }
+
+    fn load_traced(
+        self: Box<Self>,
+        config: &ModelConfig,
+        weights: Arc<dyn WeightSource>,
+        layers: Range<u32>,
+        options: StageOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Box<dyn TracedStage>, KernelError> {
+        Ok(Box::new(StageModel::load(self.0, config, weights, layers, options, progress)?))
+    }
+}
+
+/// A backend as a device, for those who opened one themselves.
+pub fn device<B: Backend>(backend: B) -> Box<dyn Device> {
+    Box::new(Opened(backend))
+}
+
+/// Opens the device that `spec` names: `auto`, `gpu`, `gpu:NAME` or `cpu`. `threads` is for the CPU, at least one.
+///
+/// # Errors
+/// [`KernelError::NoDevice`] when `spec` is none of these, or no adapter matches.
+pub fn select_device(spec: &str, threads: usize) -> Result<Box<dyn Device>, KernelError> {
+    let cpu = || CpuBackend::new(threads).map(device);
+    match spec {
+        "cpu" => cpu(),
+        "auto" => match GpuBackend::open(&GpuChoice::Hardware) {
+            Ok(gpu) => Ok(device(gpu)),
+            Err(KernelError::NoDevice { .. }) => cpu(),
+            Err(error) => {
+                tracing::warn!(%error, "the GPU cannot be used, taking the CPU");
+                cpu()
+            }
+        },
+        "gpu" => GpuBackend::open(&GpuChoice::Best).map(device),
+        _ => match spec.strip_prefix("gpu:") {
+            Some(name) if !name.is_empty() => GpuBackend::open(&GpuChoice::Named(name.to_owned())).map(device),
+            _ => Err(KernelError::NoDevice { wanted: spec.to_owned(), found: "auto, gpu, gpu:NAME, cpu".to_owned() }),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cpu_is_opened_by_name() {
+        let mut cpu = select_device("cpu", 2).unwrap();
+        assert!(!cpu.info().is_gpu);
+        assert!(cpu.check_batch_invariance().unwrap().holds());
+    }
+
+    #[test]
+    fn an_unknown_name_is_refused_with_those_there_are() {
+        for wanted in ["", "cuda", "gpu:", "CPU"] {
+            let error = select_device(wanted, 1).err().unwrap().to_string();
+            assert!(error.contains("auto, gpu, gpu:NAME, cpu"), "{error}");
+        }
+    }
+}

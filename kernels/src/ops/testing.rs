@@ -1,0 +1,185 @@
+//! What the tests of all operations share: seeded inputs, matrices in memory, and a comparison that says where it failed.
+//!
+//! `SEED=17 cargo test` replays a run; without it every test has a fixed seed of its own, printed when it fails.
+
+use std::fmt::Debug;
+
+use grokpipe_model::{Format, Layout, MatrixSource, MatrixSpec, ModelError};
+
+use crate::{Backend, Batch, KV_BLOCK_TOKENS, Row};
+
+/// The seed of a test: `SEED` from the environment, else `default`.
+pub(crate) fn seed(default: u64) -> u64 {
+    std::env::var("SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// SplitMix64: small, and the same everywhere.
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub(crate) fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in [-1, 1).
+    pub(crate) fn unit(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    /// Less than `n`.
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        (self.bits() % n as u64) as usize
+    }
+
+    /// `n` numbers uniform in [-scale, scale).
+    pub(crate) fn floats(&mut self, n: usize, scale: f32) -> Vec<f32> {
+        (0..n).map(|_| self.unit() * scale).collect()
+    }
+}
+
+/// A matrix in memory, as a source for a backend and as operand of the references.
+#[derive(Clone)]
+pub(crate) struct TestMatrix {
+    pub(crate) spec: MatrixSpec,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) scales: Vec<f32>,
+}
+
+impl TestMatrix {
+    /// Random numbers of about unit variance over the inputs, so that products stay near 1.
+    pub(crate) fn random(
+        random: &mut Random,
+        (experts, inputs, outputs): (usize, usize, usize),
+        format: Format,
+        layout: Layout,
+    ) -> Self {
+        let spec = MatrixSpec { name: "test".into(), experts, inputs, outputs, format, layout };
+        let count = experts * inputs * outputs;
+        let size = 1.0 / (inputs as f32).sqrt();
+        let (bytes, scales) = match format {
+            Format::F32 => ((0..count).flat_map(|_| (random.unit() * size).to_le_bytes()).collect(), Vec::new()),
+            Format::Int8 { .. } => {
+                let bytes = (0..count).map(|_| (random.below(255) as i32 - 127) as i8 as u8).collect();
+                let scales =
+                    (0..spec.scale_count()).map(|_| size / 127.0 * (1.0 + 0.5 * random.unit())).collect::<Vec<_>>();
+                (bytes, scales)
+            }
+        };
+        Self { spec, bytes, scales }
+    }
+
+    /// `w[expert][k, n]`, dequantised.
+    pub(crate) fn at(&self, expert: usize, k: usize, n: usize) -> f64 {
+        let MatrixSpec { inputs, outputs, .. } = self.spec;
+        let index = match self.spec.layout {
+            Layout::InOut => (expert * inputs + k) * outputs + n,
+            Layout::OutIn => (expert * outputs + n) * inputs + k,
+        };
+        match self.spec.format {
+            Format::F32 => {
+                let bytes = &self.bytes[index * 4..index * 4 + 4];
+                f64::from(f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+            }
+            Format::Int8 { groups } => {
+                let group = k / (inputs / groups);
+                let scale = self.scales[(expert * groups + group) * outputs + n];
+                f64::from(self.bytes[index] as i8) * f64::from(scale)
+            }
+        }
+    }
+}
+
+impl MatrixSource for TestMatrix {
+    fn spec(&self) -> &MatrixSpec {
+        &self.spec
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), ModelError> {
+        let start = offset as usize;
+        out.copy_from_slice(&self.bytes[start..start + out.len()]);
+        Ok(())
+    }
+
+    fn scales(&self) -> Result<Vec<f32>, ModelError> {
+        Ok(self.scales.clone())
+    }
+}
+
+/// How far a result may be from its reference: `|got - want| <= absolute + relative * max |want|`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bound {
+    pub(crate) absolute: f32,
+    pub(crate) relative: f32,
+}
+
+/// Panics with operation, shape, device, seed, the worst index and both values when `got` is out of bound or not finite.
+pub(crate) fn compare(op: &str, shape: &dyn Debug, device: &str, seed: u64, got: &[f32], want: &[f32], bound: Bound) {
+    assert_eq!(got.len(), want.len(), "{op} {shape:?} on {device}, seed {seed}: length");
+    let largest = want.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+    let allowed = bound.absolute + bound.relative * largest;
+    let distance = |i: usize| {
+        let d = (got[i] - want[i]).abs();
+        if d.is_nan() { f32::INFINITY } else { d }
+    };
+    let Some(worst) = (0..got.len()).max_by(|&a, &b| distance(a).total_cmp(&distance(b))) else { return };
+    assert!(
+        distance(worst) <= allowed,
+        "{op} {shape:?} on {device}, seed {seed}: at {worst} got {}, want {}, difference {} > {allowed}",
+        got[worst],
+        want[worst],
+        distance(worst),
+    );
+}
+
+/// Panics with operation, shape, device, seed, first index and both values when two results differ in any bit.
+pub(crate) fn compare_bits(op: &str, shape: &dyn Debug, device: &str, seed: u64, got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len(), "{op} {shape:?} on {device}, seed {seed}: length");
+    if let Some(i) = (0..got.len()).find(|&i| got[i].to_bits() != want[i].to_bits()) {
+        panic!("{op} {shape:?} on {device}, seed {seed}: at {i} got {:?}, want {:?}", got[i], want[i]);
+    }
+}
+
+/// A batch of one sequence: positions `first..first + count`, blocks in descending order from the end of a pool of `blocks`.
+pub(crate) fn one_sequence(first: usize, count: usize, blocks: u32, attended: impl Fn(usize) -> bool) -> Batch {
+    let needed = (first + count).div_ceil(KV_BLOCK_TOKENS) as u32;
+    assert!(needed <= blocks, "the pool has {blocks} blocks, {needed} are needed");
+    Batch {
+        rows: (first..first + count)
+            .map(|position| Row { position: position as u32, table_offset: 0, attended: attended(position) })
+            .collect(),
+        block_tables: (0..needed).map(|i| blocks - 1 - i).collect(),
+    }
+}
+
+/// `count` sequences of one token each, at position 0, a block each.
+pub(crate) fn single_tokens(count: usize) -> Batch {
+    Batch {
+        rows: (0..count).map(|i| Row { position: 0, table_offset: i as u32, attended: true }).collect(),
+        block_tables: (0..count as u32).collect(),
+    }
+}
+
+/// Uploads `[rows, width]` in a step of its own and begins a step of `batch` rows for the operation under test.
+pub(crate) fn upload<B: Backend>(backend: &mut B, batch: &Batch, width: usize, values: &[f32]) -> B::Activations {
+    let rows = values.len() / width;
+    let mut kv = backend.kv_pool(1, rows.max(batch.rows.len()) * KV_BLOCK_TOKENS, 16).unwrap();
+    let mut x = backend.activations(rows, width).unwrap();
+    backend.begin(&single_tokens(rows), &mut kv).unwrap();
+    backend.write(values, &mut x).unwrap();
+    backend.finish(&[]).unwrap();
+    backend.begin(batch, &mut kv).unwrap();
+    x
+}
+
+/// The one buffer that a test reads.
+pub(crate) fn download<B: Backend>(backend: &mut B, x: &B::Activations, rows: usize) -> Vec<f32> {
+    backend.finish(&[(x, rows)]).unwrap().pop().unwrap()
+}

@@ -1,0 +1,115 @@
+//! Every shader parses, validates and becomes a pipeline, and its parameters are as large as in Rust. Needs no GPU.
+
+use std::path::Path;
+
+use grokpipe_kernels::{SHADERS, Shader};
+use wgpu::naga::{
+    AddressSpace, Module, ShaderStage, StorageAccess, TypeInner,
+    front::wgsl,
+    valid::{Capabilities, ValidationFlags, Validator},
+};
+
+fn parse(shader: &Shader) -> Module {
+    wgsl::parse_str(shader.source)
+        .unwrap_or_else(|error| panic!("{}: {}", shader.name, error.emit_to_string(shader.source)))
+}
+
+#[test]
+fn shaders_are_valid_without_any_capability() {
+    for shader in SHADERS {
+        let validated = Validator::new(ValidationFlags::all(), Capabilities::empty()).validate(&parse(shader));
+        assert!(validated.is_ok(), "{}: {:?}", shader.name, validated.err());
+    }
+}
+
+#[test]
+fn a_shader_has_one_entry_point_with_its_name() {
+    for shader in SHADERS {
+        let module = parse(shader);
+        let entries: Vec<_> = module.entry_points.iter().map(|entry| (entry.name.as_str(), entry.stage)).collect();
+        assert_eq!(entries, [(shader.name, ShaderStage::Compute)]);
+    }
+}
+
+#[test]
+fn parameters_have_the_same_size_in_rust() {
+    for shader in SHADERS {
+        let module = parse(shader);
+        let (_, params) =
+            module.global_variables.iter().find(|(_, variable)| variable.space == AddressSpace::Uniform).unwrap();
+        let TypeInner::Struct { span, .. } = module.types[params.ty].inner else {
+            panic!("{}: parameters are no struct", shader.name)
+        };
+        assert_eq!(span as usize, shader.params_bytes, "{}", shader.name);
+    }
+}
+
+#[test]
+fn bindings_run_from_parameters_to_outputs_and_fit_the_default_limits() {
+    for shader in SHADERS {
+        let module = parse(shader);
+        let mut bindings = Vec::new();
+        for (_, variable) in module.global_variables.iter() {
+            let Some(binding) = &variable.binding else { continue };
+            assert_eq!(binding.group, 0, "{}", shader.name);
+            let written = match variable.space {
+                AddressSpace::Uniform => None,
+                AddressSpace::Storage { access } => Some(access.contains(StorageAccess::STORE)),
+                other => panic!("{}: binding in {other:?}", shader.name),
+            };
+            bindings.push((binding.binding, written));
+        }
+        bindings.sort();
+        let declared = std::iter::once(None).chain(shader.written.iter().copied().map(Some));
+        let want: Vec<_> = declared.enumerate().map(|(index, written)| (index as u32, written)).collect();
+        assert_eq!(bindings, want, "{}", shader.name);
+        assert!(shader.written.len() <= 8, "{} has more storage buffers than every adapter allows", shader.name);
+    }
+}
+
+#[test]
+fn every_shader_file_is_in_the_list_and_opens_with_its_name() {
+    let ops = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/ops");
+    let mut files = Vec::new();
+    for folder in std::fs::read_dir(ops).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()) {
+        let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        files.extend(entries.filter(|path| path.extension().is_some_and(|extension| extension == "wgsl")));
+    }
+    let mut found: Vec<_> = files.iter().map(|file| file.file_stem().unwrap().to_str().unwrap()).collect();
+    let mut listed: Vec<_> = SHADERS.iter().map(|shader| shader.name).collect();
+    found.sort_unstable();
+    listed.sort_unstable();
+    assert_eq!(found, listed);
+    for shader in SHADERS {
+        assert!(shader.source.starts_with(&format!("// {}: ", shader.name)), "{}", shader.name);
+    }
+}
+
+/// wgpu's own checks of pipelines, on a device that computes nothing.
+#[test]
+fn every_shader_becomes_a_pipeline() {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.backends = wgpu::Backends::NOOP;
+    descriptor.backend_options.noop = wgpu::NoopBackendOptions { enable: true, ..Default::default() };
+    let instance = wgpu::Instance::new(descriptor);
+    let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::NOOP));
+    let adapter = adapters.first().expect("the noop backend is built in");
+    let (device, _queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default())).unwrap();
+    for shader in SHADERS {
+        let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
+            label: Some(shader.name),
+            source: wgpu::ShaderSource::Wgsl(shader.source.into()),
+        });
+        let _pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(shader.name),
+            layout: None,
+            module: &module,
+            entry_point: Some(shader.name),
+            compilation_options: Default::default(),
+            cache: None,
+        });
+        let error = pollster::block_on(scope.pop());
+        assert!(error.is_none(), "{}: {error:?}", shader.name);
+    }
+}

@@ -1,0 +1,340 @@
+//! Opens a model's files: xAI's checkpoint, or safetensors with the same names.
+//!
+//! Opening a model looks at names and lengths only. A tensor's file is opened when that tensor is asked for, so that a worker
+//! reads its own layers' bytes and no others. Shapes and formats are checked against the configuration at that moment.
+
+use std::{
+    fmt, io,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
+
+use crate::{Format, MatrixSource, MatrixSpec, ModelConfig, ModelError, TensorName, TensorShape, WeightSource};
+
+mod files;
+pub mod pickle;
+pub mod safetensors;
+pub mod storage;
+
+#[cfg(test)]
+mod tests;
+
+use files::Files;
+use storage::{Folder, ReadAt, Storage};
+
+/// A model on disk.
+pub struct Model {
+    config: ModelConfig,
+    storage: Arc<dyn Storage>,
+    folder: PathBuf,
+    files: Files,
+    embedding: OnceLock<StoredMatrix>,
+}
+
+/// What `inspect` shows of a tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSummary {
+    /// Which tensor.
+    pub name: TensorName,
+    /// Sizes, outermost first.
+    pub shape: Vec<u64>,
+    /// How the numbers are stored.
+    pub format: Format,
+    /// Its file, relative to the model.
+    pub file: String,
+    /// Bytes that it takes on disk.
+    pub bytes: u64,
+}
+
+/// Scales are read and widened this many at a time.
+const SCALES_AT_ONCE: usize = 1 << 16;
+
+impl Model {
+    /// Opens the model at `path`: a folder, or one `.safetensors` file with its `config.json` beside it. Reads no weights.
+    ///
+    /// # Errors
+    /// [`ModelError`] naming the file and what is wrong with it.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let metadata = std::fs::metadata(path).map_err(|source| ModelError::Io { path: path.to_owned(), source })?;
+        if metadata.is_dir() {
+            return Self::open_folder(path, Arc::new(Folder(path.to_owned())));
+        }
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let place = path.display().to_string();
+        let Some(file) = path.file_name().and_then(|name| name.to_str()).filter(|name| name.ends_with(".safetensors"))
+        else {
+            return Err(ModelError::invalid(place, "a model's folder or a .safetensors file", "another file"));
+        };
+        let config = ModelConfig::open(&folder.join("config.json"))?;
+        let storage: Arc<dyn Storage> = Arc::new(Folder(folder.to_owned()));
+        let files = Files::in_safetensors(&*storage, file, &config)?;
+        Ok(Self { config, storage, folder: folder.to_owned(), files, embedding: OnceLock::new() })
+    }
+
+    /// Opens the model in `folder`, its tensors read through `storage`.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn open_folder(folder: &Path, storage: Arc<dyn Storage>) -> Result<Self, ModelError> {
+        let config_path = folder.join("config.json");
+        // A link that leads nowhere is a damaged model, not one without a configuration.
+        let config = match std::fs::symlink_metadata(&config_path) {
+            Ok(_) => ModelConfig::open(&config_path)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => ModelConfig::grok_1(),
+            Err(source) => return Err(ModelError::Io { path: config_path, source }),
+        };
+        let files = Files::find(&*storage, folder, &config)?;
+        Ok(Self { config, storage, folder: folder.to_owned(), files, embedding: OnceLock::new() })
+    }
+
+    /// The model's sizes.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The folder that the model lies in.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// `tokenizer.model` in the model's folder or its parent.
+    pub fn tokenizer_path(&self) -> Option<PathBuf> {
+        let candidates = [Some(self.folder.as_path()), self.folder.parent()];
+        candidates.into_iter().flatten().map(|folder| folder.join("tokenizer.model")).find(|path| path.is_file())
+    }
+
+    /// Hex digest of configuration, tensor names, stored sizes and file format: equal for equal files, whatever the path.
+    /// FNV-1a with 128 bits. Contents are not part of it, since that would mean reading them all.
+    pub fn digest(&self) -> String {
+        let mut text = format!("{:?}|{}", self.config, self.files.kind());
+        for name in TensorName::in_file_order(self.config.num_hidden_layers) {
+            text.push_str(&format!("|{name}:{}", self.tensor_bytes(&name)));
+        }
+        let mut hash = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128;
+        for byte in text.bytes() {
+            hash = (hash ^ u128::from(byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b);
+        }
+        format!("{hash:032x}")
+    }
+
+    /// Opens every tensor, checks it, and says what it is; in the order of the published files.
+    ///
+    /// # Errors
+    /// As [`WeightSource::matrix`], for the first tensor that is wrong.
+    pub fn inspect(&self) -> Result<Vec<TensorSummary>, ModelError> {
+        let names = TensorName::in_file_order(self.config.num_hidden_layers);
+        names.into_iter().map(|name| self.summary(name)).collect()
+    }
+
+    /// Bytes of one tensor on disk.
+    pub fn tensor_bytes(&self, name: &TensorName) -> u64 {
+        self.files.bytes(name)
+    }
+
+    fn summary(&self, name: TensorName) -> Result<TensorSummary, ModelError> {
+        let format = match name.shape(&self.config) {
+            TensorShape::Vector(_) => {
+                self.vector(&name)?;
+                Format::F32
+            }
+            TensorShape::Matrix { .. } => self.stored(&name)?.spec.format,
+        };
+        Ok(TensorSummary {
+            shape: name.shape(&self.config).dimensions(),
+            format,
+            file: self.files.file(&name).unwrap_or_default().to_owned(),
+            bytes: self.tensor_bytes(&name),
+            name,
+        })
+    }
+
+    /// Opens a tensor's file and checks what it holds.
+    fn located(&self, name: &TensorName) -> Result<Located, ModelError> {
+        let shape = name.shape(&self.config);
+        let file_name = self.files.file(name).ok_or_else(|| missing(name, &self.folder))?;
+        let place = format!("{} ({name})", self.storage.path(file_name).display());
+        let source_error = |source| ModelError::Io { path: self.storage.path(file_name), source };
+        let file = self.storage.open(file_name).map_err(source_error)?;
+        if let Files::Safetensors(tensors) = &self.files {
+            let (_, entry) = tensors.get(name).ok_or_else(|| missing(name, &self.folder))?;
+            return Ok(Located { file, weight: entry.offset, scales: None, groups: None, place });
+        }
+        let tensor = pickle::read(&*file).map_err(|error| {
+            ModelError::invalid(format!("{place}: byte {}", error.offset), error.expected, error.found)
+        })?;
+        located_pickle(file, tensor, &shape, place)
+    }
+
+    fn stored(&self, name: &TensorName) -> Result<StoredMatrix, ModelError> {
+        let TensorShape::Matrix { experts, inputs, outputs, layout, .. } = name.shape(&self.config) else {
+            return Err(ModelError::invalid(name.to_string(), "a matrix", "a vector"));
+        };
+        let located = self.located(name)?;
+        let format = located.groups.map_or(Format::F32, |groups| Format::Int8 { groups });
+        let spec =
+            MatrixSpec { name: name.to_string(), experts: experts.unwrap_or(1), inputs, outputs, format, layout };
+        Ok(StoredMatrix { spec, located })
+    }
+}
+
+impl fmt::Debug for Model {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Model").field("folder", &self.folder).field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl WeightSource for Model {
+    fn matrix(&self, name: &TensorName) -> Result<Box<dyn MatrixSource>, ModelError> {
+        Ok(Box::new(self.stored(name)?))
+    }
+
+    fn vector(&self, name: &TensorName) -> Result<Vec<f32>, ModelError> {
+        let TensorShape::Vector(length) = name.shape(&self.config) else {
+            return Err(ModelError::invalid(name.to_string(), "a vector", "a matrix"));
+        };
+        let located = self.located(name)?;
+        let values = located.floats(located.weight, length)?;
+        finite(&values, &located.place)?;
+        Ok(values)
+    }
+
+    fn embedding_rows(&self, ids: &[u32]) -> Result<Vec<f32>, ModelError> {
+        let embedding = match self.embedding.get() {
+            Some(embedding) => embedding,
+            None => {
+                let opened = self.stored(&TensorName::Embedding)?;
+                self.embedding.get_or_init(|| opened)
+            }
+        };
+        let width = self.config.hidden_size;
+        let mut rows = Vec::with_capacity(ids.len() * width);
+        for id in ids {
+            if *id as usize >= self.config.vocab_size {
+                let expected = format!("token ids below {}", self.config.vocab_size);
+                return Err(ModelError::invalid("embedding", expected, id.to_string()));
+            }
+            let located = &embedding.located;
+            let row = located.floats(located.weight + u64::from(*id) * width as u64 * 4, width)?;
+            finite(&row, &located.place)?;
+            rows.extend(row);
+        }
+        Ok(rows)
+    }
+
+    fn stored_bytes(&self, layers: Range<u32>, with_head: bool) -> u64 {
+        let names = layers.flat_map(|layer| crate::LayerTensor::ALL.map(|tensor| TensorName::Layer(layer, tensor)));
+        let head = with_head.then_some([TensorName::Embedding, TensorName::FinalNorm]);
+        names.chain(head.into_iter().flatten()).map(|name| self.tensor_bytes(&name)).sum()
+    }
+}
+
+/// An opened tensor whose extents lie within its file.
+struct Located {
+    file: Box<dyn ReadAt>,
+    weight: u64,
+    /// Where the scales are, as bf16.
+    scales: Option<u64>,
+    groups: Option<usize>,
+    place: String,
+}
+
+impl Located {
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), ModelError> {
+        self.file
+            .read_exact_at(out, offset)
+            .map_err(|source| ModelError::Io { path: PathBuf::from(&self.place), source })
+    }
+
+    fn floats(&self, offset: u64, count: usize) -> Result<Vec<f32>, ModelError> {
+        let mut bytes = vec![0; count * 4];
+        self.read(offset, &mut bytes)?;
+        Ok(bytes.as_chunks::<4>().0.iter().map(|chunk| f32::from_le_bytes(*chunk)).collect())
+    }
+}
+
+struct StoredMatrix {
+    spec: MatrixSpec,
+    located: Located,
+}
+
+impl MatrixSource for StoredMatrix {
+    fn spec(&self) -> &MatrixSpec {
+        &self.spec
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), ModelError> {
+        let within = offset.checked_add(out.len() as u64).is_some_and(|end| end <= self.spec.weight_bytes());
+        if !within {
+            let expected = format!("bytes within 0..{}", self.spec.weight_bytes());
+            return Err(ModelError::invalid(&*self.located.place, expected, format!("{} from {offset}", out.len())));
+        }
+        self.located.read(self.located.weight + offset, out)
+    }
+
+    fn scales(&self) -> Result<Vec<f32>, ModelError> {
+        let Some(offset) = self.located.scales else { return Ok(Vec::new()) };
+        let count = self.spec.scale_count();
+        let mut scales = Vec::with_capacity(count);
+        let mut bytes = vec![0; SCALES_AT_ONCE.min(count) * 2];
+        while scales.len() < count {
+            let now = SCALES_AT_ONCE.min(count - scales.len());
+            let piece = &mut bytes[..now * 2];
+            self.located.read(offset + scales.len() as u64 * 2, piece)?;
+            // bf16 is the upper half of an f32.
+            let halves = piece.as_chunks::<2>().0.iter().map(|half| u32::from(u16::from_le_bytes(*half)) << 16);
+            scales.extend(halves.map(f32::from_bits));
+        }
+        finite(&scales, &self.located.place)?;
+        Ok(scales)
+    }
+}
+
+fn finite(values: &[f32], place: &str) -> Result<(), ModelError> {
+    match values.iter().position(|value| !value.is_finite()) {
+        None => Ok(()),
+        Some(at) => Err(ModelError::invalid(place, "finite numbers", format!("{} at {at}", values[at]))),
+    }
+}
+
+fn missing(name: &TensorName, folder: &Path) -> ModelError {
+    ModelError::invalid(folder.display().to_string(), format!("tensor {name}"), "none")
+}
+
+fn located_pickle(
+    file: Box<dyn ReadAt>,
+    tensor: pickle::Tensor,
+    shape: &TensorShape,
+    place: String,
+) -> Result<Located, ModelError> {
+    let quantised = matches!(shape, TensorShape::Matrix { groups: Some(_), .. });
+    let dtype = if quantised { pickle::Dtype::I8 } else { pickle::Dtype::F32 };
+    let wanted = (shape.dimensions(), dtype);
+    let found = (tensor.weight.shape, tensor.weight.dtype);
+    if wanted != found {
+        return Err(ModelError::invalid(
+            place,
+            format!("{:?} of {:?}", wanted.0, wanted.1),
+            format!("{:?} of {:?}", found.0, found.1),
+        ));
+    }
+    let scales = match (shape.scale_dimensions(), tensor.scales) {
+        (None, None) => None,
+        (Some(dimensions), Some(scales)) if dimensions == scales.shape && scales.dtype == pickle::Dtype::Bf16 => {
+            Some(scales.offset)
+        }
+        (wanted, found) => {
+            let text = |shape: Option<&Vec<u64>>| {
+                shape.map_or("no scales".to_owned(), |shape| format!("bf16 scales of {shape:?}"))
+            };
+            let found = found
+                .map_or("no scales".to_owned(), |scales| format!("{:?} scales of {:?}", scales.dtype, scales.shape));
+            return Err(ModelError::invalid(place, text(wanted.as_ref()), found));
+        }
+    };
+    let groups = match shape {
+        TensorShape::Matrix { groups, .. } => *groups,
+        TensorShape::Vector(_) => None,
+    };
+    Ok(Located { file, weight: tensor.weight.offset, scales, groups, place })
+}

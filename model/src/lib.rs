@@ -1,0 +1,18 @@
+//! What Grok-1 is: its configuration, the names and shapes of its tensors, the readers of its files, and its tokenizer.
+//!
+//! No arithmetic and no networks here. Everything that comes from a file is untrusted: sizes are checked before anything is
+//! allocated, and a reader constructs nothing but numbers.
+
+mod config;
+mod error;
+mod source;
+mod tensors;
+
+pub mod checkpoint;
+pub mod tokenizer;
+
+pub use checkpoint::Model;
+pub use config::ModelConfig;
+pub use error::ModelError;
+pub use source::{Format, Layout, MatrixSource, MatrixSpec, WeightSource};
+pub use tensors::{LayerTensor, TensorName, TensorShape};

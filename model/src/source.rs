@@ -1,0 +1,113 @@
+//! Where weights come from, as the backends see it: one matrix or vector at a time, read in pieces.
+//!
+//! Decides nothing about files or networks: a checkpoint on disk, generated weights for a benchmark and (later) a peer or an
+//! object store all look like this. A reader takes bytes in bounded pieces, so that loading never needs a second copy of a model.
+
+use std::ops::Range;
+
+use crate::{ModelError, TensorName};
+
+/// How the numbers of a matrix are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// 32-bit floats, little-endian.
+    F32,
+    /// Signed bytes; `w[k, n] = q[k, n] * scale[k / (inputs / groups), n]`, one scale per group of inputs and per output.
+    Int8 {
+        /// Scale groups along the inputs: 1, or 8 for the row-parallel matrices of the published checkpoint.
+        groups: usize,
+    },
+}
+
+impl Format {
+    /// Bytes of one stored number.
+    pub fn bytes_per_value(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Int8 { .. } => 1,
+        }
+    }
+}
+
+/// Which index runs fastest in the stored matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// `[experts, inputs, outputs]`, outputs fastest: xAI's checkpoint.
+    InOut,
+    /// `[experts, outputs, inputs]`, inputs fastest: the embedding, used as the head.
+    OutIn,
+}
+
+/// Shape and storage of a matrix, or of a stack of one matrix an expert.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MatrixSpec {
+    /// Name in the checkpoint, for messages.
+    pub name: String,
+    /// Stacked matrices; 1 for an ordinary one.
+    pub experts: usize,
+    /// Length of the input vector.
+    pub inputs: usize,
+    /// Length of the output vector.
+    pub outputs: usize,
+    /// How the numbers are stored.
+    pub format: Format,
+    /// Which index runs fastest.
+    pub layout: Layout,
+}
+
+impl MatrixSpec {
+    /// Bytes of the stored numbers, without scales.
+    pub fn weight_bytes(&self) -> u64 {
+        (self.experts as u64) * (self.inputs as u64) * (self.outputs as u64) * self.format.bytes_per_value() as u64
+    }
+
+    /// Number of scales: `experts * groups * outputs`, 0 for floats.
+    pub fn scale_count(&self) -> usize {
+        match self.format {
+            Format::F32 => 0,
+            Format::Int8 { groups } => self.experts * groups * self.outputs,
+        }
+    }
+}
+
+/// One matrix, readable in pieces. Shapes were checked when it was opened.
+pub trait MatrixSource: Send + Sync {
+    /// Shape and storage.
+    fn spec(&self) -> &MatrixSpec;
+
+    /// Fills `out` with the stored bytes from `offset` on.
+    ///
+    /// # Errors
+    /// [`ModelError::Io`] when the bytes cannot be read.
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), ModelError>;
+
+    /// The scales as f32, `[experts, groups, outputs]`; empty for floats.
+    ///
+    /// # Errors
+    /// [`ModelError::Io`] when the bytes cannot be read; [`ModelError`] naming the tensor when a scale is not finite.
+    fn scales(&self) -> Result<Vec<f32>, ModelError>;
+}
+
+/// All tensors of one model, each opened when asked for and not before.
+pub trait WeightSource: Send + Sync {
+    /// A matrix by name.
+    ///
+    /// # Errors
+    /// [`ModelError`] when the tensor is missing, damaged, or not of the shape that the configuration asks for.
+    fn matrix(&self, name: &TensorName) -> Result<Box<dyn MatrixSource>, ModelError>;
+
+    /// A norm's scale, f32, `[hidden_size]`.
+    ///
+    /// # Errors
+    /// As [`WeightSource::matrix`].
+    fn vector(&self, name: &TensorName) -> Result<Vec<f32>, ModelError>;
+
+    /// Rows of the embedding for these ids, f32, `[ids.len(), hidden_size]`, not multiplied by anything. Only these rows are read.
+    ///
+    /// # Errors
+    /// As [`WeightSource::matrix`], and [`ModelError`] when an id is not in the vocabulary.
+    fn embedding_rows(&self, ids: &[u32]) -> Result<Vec<f32>, ModelError>;
+
+    /// Stored bytes of these layers, and of the head if `with_head`, without opening them: for plans and progress.
+    fn stored_bytes(&self, layers: Range<u32>, with_head: bool) -> u64;
+}

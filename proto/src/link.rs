@@ -1,0 +1,234 @@
+//! One link of the pipeline: frames go to the next stage, acknowledgements and refusals come back.
+//!
+//! The coordinator's link to the first stage and every stage's link to the next are this same code. A link lives as long as one
+//! plan epoch. It keeps each frame until it is answered, so that a frame damaged on the way can be sent again; it does not
+//! decide what happens when the link breaks.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use tokio::{sync::mpsc, time::Instant};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, Streaming};
+use tracing::{debug, warn};
+
+use crate::{
+    secret::Secret,
+    transport::{self, ConnectError, Keepalive, Net},
+    v1::{
+        Frame, FrameAck, FrameRefusal, RefusalReason, RunRequest, RunResponse,
+        pipeline_service_client::PipelineServiceClient, run_response::Answer,
+    },
+};
+
+/// Times that a frame with a bad checksum is sent again: one bit flips now and then, three in a row are a broken link.
+const RESENDS: u32 = 2;
+
+/// What a link needs to know of its two ends.
+#[derive(Clone)]
+pub struct LinkSettings {
+    /// Next stage's data address.
+    pub address: String,
+    /// Next stage's worker, for messages.
+    pub worker: String,
+    /// The cluster's secret.
+    pub secret: Secret,
+    /// Largest frame, see [`crate::max_frame_bytes`].
+    pub max_frame_bytes: usize,
+    /// Most unanswered frames.
+    pub max_in_flight: usize,
+}
+
+/// What a link tells its owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LinkEvent {
+    /// The next stage will not compute this frame; the link goes on.
+    FrameFailed {
+        /// Which micro-batch.
+        micro_batch_id: u64,
+        /// Who refused, and why.
+        message: String,
+    },
+    /// The link is gone.
+    Lost {
+        /// How that was noticed.
+        reason: String,
+    },
+}
+
+/// Why a link could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// Nobody there.
+    #[error("worker {worker}: {source}")]
+    Connect {
+        /// Whom the link was to reach.
+        worker: String,
+        /// What went wrong.
+        source: ConnectError,
+    },
+    /// Somebody there who does not want the link.
+    #[error("worker {worker}: {status}")]
+    Refused {
+        /// Whom the link was to reach.
+        worker: String,
+        /// What it said.
+        status: Box<Status>,
+    },
+}
+
+/// The sending end. Dropping it ends the link.
+#[derive(Debug)]
+pub struct Link {
+    frames: mpsc::Sender<Frame>,
+    wire_us: Arc<AtomicU64>,
+}
+
+/// The link has ended; its [`LinkEvent::Lost`] says why.
+#[derive(Debug, thiserror::Error)]
+#[error("the link to the next stage has ended")]
+pub struct LinkClosed;
+
+impl Link {
+    /// Opens a link and starts the task that serves it until `stop` or until the link breaks.
+    ///
+    /// # Errors
+    /// [`LinkError`]; trying again may help.
+    pub async fn open(
+        net: &Arc<dyn Net>,
+        settings: LinkSettings,
+        events: mpsc::Sender<LinkEvent>,
+        stop: CancellationToken,
+    ) -> Result<Self, LinkError> {
+        let worker = settings.worker.clone();
+        let channel = transport::connect(net, &settings.address, Keepalive::Cluster)
+            .await
+            .map_err(|source| LinkError::Connect { worker: worker.clone(), source })?;
+        let mut client = PipelineServiceClient::with_interceptor(channel, settings.secret.attach())
+            .max_encoding_message_size(settings.max_frame_bytes);
+        let (wire_tx, wire_rx) = mpsc::channel(settings.max_in_flight);
+        let answers = client
+            .run(ReceiverStream::new(wire_rx))
+            .await
+            .map_err(|status| LinkError::Refused { worker, status: Box::new(status) })?
+            .into_inner();
+        let (frames, frames_rx) = mpsc::channel(settings.max_in_flight);
+        let wire_us = Arc::new(AtomicU64::new(0));
+        let task = LinkTask {
+            worker: settings.worker,
+            unanswered: HashMap::new(),
+            max_in_flight: settings.max_in_flight,
+            wire: wire_tx,
+            wire_us: Arc::clone(&wire_us),
+            events,
+        };
+        tokio::spawn(task.serve(frames_rx, answers, stop));
+        Ok(Self { frames, wire_us })
+    }
+
+    /// Sends a frame; waits while the next stage owes answers to all earlier ones.
+    ///
+    /// # Errors
+    /// [`LinkClosed`].
+    pub async fn send(&self, frame: Frame) -> Result<(), LinkClosed> {
+        self.frames.send(frame).await.map_err(|_closed| LinkClosed)
+    }
+
+    /// Round trip of the last answered frame less what the next stage spent on it, in microseconds; 0 before the first.
+    pub fn wire_us(&self) -> u64 {
+        self.wire_us.load(Ordering::Relaxed)
+    }
+}
+
+struct Unanswered {
+    frame: Frame,
+    sent: Instant,
+    resends: u32,
+}
+
+struct LinkTask {
+    worker: String,
+    unanswered: HashMap<u64, Unanswered>,
+    max_in_flight: usize,
+    wire: mpsc::Sender<RunRequest>,
+    wire_us: Arc<AtomicU64>,
+    events: mpsc::Sender<LinkEvent>,
+}
+
+impl LinkTask {
+    async fn serve(
+        mut self,
+        mut frames: mpsc::Receiver<Frame>,
+        mut answers: Streaming<RunResponse>,
+        stop: CancellationToken,
+    ) {
+        loop {
+            let has_credit = self.unanswered.len() < self.max_in_flight;
+            let lost = tokio::select! {
+                () = stop.cancelled() => return,
+                frame = frames.recv(), if has_credit => match frame {
+                    None => return,
+                    Some(frame) => self.transmit(frame, 0).await,
+                },
+                answer = answers.message() => match answer {
+                    Ok(Some(RunResponse { answer: Some(answer) })) => self.answered(answer).await,
+                    Ok(Some(RunResponse { answer: None })) => Some("an answer without content".to_owned()),
+                    Ok(None) => Some("the stream was closed".to_owned()),
+                    Err(status) => Some(status.message().to_owned()),
+                },
+            };
+            if let Some(reason) = lost {
+                let reason = format!("the link to {} broke: {reason}", self.worker);
+                // The owner may be gone already, then nobody needs to know.
+                let _ = self.events.send(LinkEvent::Lost { reason }).await;
+                return;
+            }
+        }
+    }
+
+    /// Puts a frame on the wire; `Some` says how the link was lost.
+    async fn transmit(&mut self, frame: Frame, resends: u32) -> Option<String> {
+        let kept = Unanswered { frame: frame.clone(), sent: Instant::now(), resends };
+        self.unanswered.insert(frame.micro_batch_id, kept);
+        let sent = self.wire.send(RunRequest { frame: Some(frame) }).await;
+        sent.is_err().then(|| "the stream was closed".to_owned())
+    }
+
+    async fn answered(&mut self, answer: Answer) -> Option<String> {
+        match answer {
+            Answer::Ack(ack) => {
+                self.acknowledged(ack);
+                None
+            }
+            Answer::Refusal(refusal) => self.refused(refusal).await,
+        }
+    }
+
+    fn acknowledged(&mut self, ack: FrameAck) {
+        let Some(kept) = self.unanswered.remove(&ack.micro_batch_id) else {
+            debug!(micro_batch = ack.micro_batch_id, worker = self.worker, "acknowledgement of an unknown frame");
+            return;
+        };
+        let round_trip = kept.sent.elapsed().as_micros() as u64;
+        let remote = ack.queue_us.saturating_add(ack.compute_us);
+        self.wire_us.store(round_trip.saturating_sub(remote), Ordering::Relaxed);
+    }
+
+    async fn refused(&mut self, refusal: FrameRefusal) -> Option<String> {
+        let kept = self.unanswered.remove(&refusal.micro_batch_id)?;
+        let reason = RefusalReason::try_from(refusal.reason).unwrap_or(RefusalReason::Unspecified);
+        if reason == RefusalReason::Checksum && kept.resends < RESENDS {
+            warn!(micro_batch = refusal.micro_batch_id, worker = self.worker, "frame damaged on the way, sent again");
+            return self.transmit(kept.frame, kept.resends + 1).await;
+        }
+        let message = format!("worker {} refused a frame: {}", self.worker, refusal.message);
+        let event = LinkEvent::FrameFailed { micro_batch_id: refusal.micro_batch_id, message };
+        self.events.send(event).await.is_err().then(|| "nobody listens to this link".to_owned())
+    }
+}

@@ -1,0 +1,247 @@
+use super::*;
+
+fn span(start: u32, end: u32) -> LayerSpan {
+    LayerSpan::new(start, end).expect("start <= end")
+}
+
+fn node(name: &str, state: NodeState, layers: Option<[u32; 2]>) -> SnapshotNode {
+    SnapshotNode { layers: layers.map(|[start, end]| span(start, end)), ..SnapshotNode::new(name, state) }
+}
+
+fn plan(stages: &[(&str, u32, u32)]) -> SnapshotPlan {
+    let stage = |&(node, start, end): &(&str, u32, u32)| SnapshotStage { node: node.into(), layers: span(start, end) };
+    SnapshotPlan { epoch: 3, predicted_tokens_per_second: Some(41.0), stages: stages.iter().map(stage).collect() }
+}
+
+/// Every field set, or every field that may be absent absent.
+fn snapshot(full: bool) -> ClusterSnapshot {
+    let mut w1 = node("w1", NodeState::Ready, Some([0, 16]));
+    w1.address = Some("10.0.0.1:7071".into());
+    w1.device = Some("cpu".into());
+    w1.pid = Some(4711);
+    w1.memory = SnapshotMemory { weights_bytes: Some(5), kv_bytes: Some(0), free_bytes: Some(7), rss_bytes: Some(9) };
+    w1.load = SnapshotLoad { bytes: Some(0), bytes_total: Some(12) };
+    w1.tokens_per_second = Some(0.0);
+    w1.step_seconds_p50 = Some(0.25);
+    w1.heartbeat_age_seconds = Some(0.5);
+    w1.last_error = Some("connection reset".into());
+    w1.last_error_age_seconds = Some(90.5);
+    w1.queue_depth = Some(0);
+    w1.idle_ratio = Some(0.5);
+    w1.joins = 2;
+    let event = SnapshotEvent {
+        id: 8,
+        age_seconds: 1.5,
+        code: "worker_lost".into(),
+        node: Some("w1".into()),
+        text: "w1 lost".into(),
+    };
+    ClusterSnapshot {
+        cluster: "demo".into(),
+        verdict: Verdict {
+            serving: false,
+            phase: VerdictPhase::Down,
+            text: "Down".into(),
+            missing_layers: vec![span(16, 64)],
+        },
+        model: SnapshotModel { name: "grok-1".into(), layers: 64 },
+        plan: full.then(|| plan(&[("w1", 0, 16)])),
+        nodes: if full { vec![w1] } else { vec![node("w2", NodeState::Joining, None)] },
+        requests: SnapshotRequests { running: 1, waiting: 2 },
+        events: if full { vec![event] } else { vec![] },
+    }
+}
+
+#[test]
+fn json_has_the_documented_shape() {
+    let full = serde_json::json!({
+        "cluster": "demo",
+        "verdict": {"serving": false, "phase": "down", "text": "Down", "missing_layers": [[16, 64]]},
+        "model": {"name": "grok-1", "layers": 64},
+        "plan": {"epoch": 3, "predicted_tokens_per_second": 41.0, "stages": [{"node": "w1", "layers": [0, 16]}]},
+        "nodes": [{
+            "name": "w1", "state": "ready", "layers": [0, 16], "address": "10.0.0.1:7071", "device": "cpu", "pid": 4711,
+            "memory": {"weights_bytes": 5, "kv_bytes": 0, "free_bytes": 7, "rss_bytes": 9},
+            "load": {"bytes": 0, "bytes_total": 12},
+            "tokens_per_second": 0.0, "step_seconds_p50": 0.25, "heartbeat_age_seconds": 0.5,
+            "last_error": "connection reset", "last_error_age_seconds": 90.5,
+            "queue_depth": 0, "idle_ratio": 0.5, "joins": 2,
+        }],
+        "requests": {"running": 1, "waiting": 2},
+        "events": [{"id": 8, "age_seconds": 1.5, "code": "worker_lost", "node": "w1", "text": "w1 lost"}],
+    });
+    assert_eq!(serde_json::to_value(snapshot(true)).expect("serialises"), full);
+
+    let bare = serde_json::to_value(snapshot(false)).expect("serialises");
+    assert_eq!(bare["plan"], serde_json::Value::Null);
+    let unknown = &bare["nodes"][0];
+    for field in ["layers", "address", "device", "pid", "tokens_per_second", "step_seconds_p50", "last_error"] {
+        assert_eq!(unknown.get(field), Some(&serde_json::Value::Null), "{field} is there and null");
+    }
+    assert_eq!(unknown["memory"]["weights_bytes"], serde_json::Value::Null);
+}
+
+#[test]
+fn json_and_messages_lose_nothing() {
+    for full in [true, false] {
+        let before = snapshot(full);
+        let json = serde_json::to_string(&before).expect("serialises");
+        assert_eq!(serde_json::from_str::<ClusterSnapshot>(&json).expect("parses"), before);
+        let message = crate::v1::ClusterSnapshot::from(before.clone());
+        assert_eq!(ClusterSnapshot::try_from(message), Ok(before));
+    }
+}
+
+#[test]
+fn faulty_messages_are_refused_by_name() {
+    type Spoil = fn(&mut crate::v1::ClusterSnapshot);
+    let cases: [(Spoil, &str); 7] = [
+        (|s| s.verdict = None, "expected \"verdict\" in the cluster snapshot, found none"),
+        (|s| s.model = None, "expected \"model\" in the cluster snapshot, found none"),
+        (|s| s.requests = None, "expected \"requests\" in the cluster snapshot, found none"),
+        (|s| s.nodes[0].state = 0, "expected a known \"nodes.state\", found number 0"),
+        (|s| s.verdict.as_mut().expect("set").phase = 77, "expected a known \"verdict.phase\", found number 77"),
+        (
+            |s| s.nodes[0].layers = Some(crate::v1::LayerSpan { start: 9, end: 3 }),
+            "expected a layer range [start, end) with start <= end, found [9, 3)",
+        ),
+        (
+            |s| s.plan.as_mut().expect("set").stages[0].layers = None,
+            "expected \"plan.stages.layers\" in the cluster snapshot, found none",
+        ),
+    ];
+    for (spoil, expected) in cases {
+        let mut message = crate::v1::ClusterSnapshot::from(snapshot(true));
+        spoil(&mut message);
+        let error = ClusterSnapshot::try_from(message).expect_err(expected);
+        assert_eq!(error.to_string(), expected);
+    }
+}
+
+#[test]
+fn json_range_that_ends_before_it_starts_is_refused() {
+    let error = serde_json::from_str::<LayerSpan>("[9, 3]").expect_err("backwards");
+    assert!(error.to_string().contains("found [9, 3)"), "{error}");
+}
+
+fn lost(name: &str, error: Option<&str>, age: f64) -> SnapshotNode {
+    SnapshotNode {
+        last_error: error.map(Into::into),
+        last_error_age_seconds: error.map(|_| age),
+        heartbeat_age_seconds: Some(age),
+        ..node(name, NodeState::Down, None)
+    }
+}
+
+fn loading(name: &str, bytes: Option<u64>) -> SnapshotNode {
+    let load = SnapshotLoad { bytes, bytes_total: bytes.map(|_| 1000) };
+    SnapshotNode { load, ..node(name, NodeState::Loading, None) }
+}
+
+#[test]
+fn verdict_says_it_in_words() {
+    use NodeState::{Down, Draining, Joining, Ready, Standby};
+    let four = plan(&[("w0", 0, 16), ("w1", 16, 32), ("w2", 32, 48), ("w3", 48, 64)]);
+    let one = plan(&[("w0", 0, 64)]);
+    let holed = plan(&[("w0", 0, 10), ("w1", 11, 63)]);
+    let is = |name: &str, state| node(name, state, None);
+    let ready = |names: &[&str]| names.iter().map(|name| is(name, Ready)).collect::<Vec<_>>();
+    let with = |mut nodes: Vec<SnapshotNode>, more: Vec<SnapshotNode>| {
+        nodes.extend(more);
+        nodes
+    };
+    type Case<'a> = (Option<&'a SnapshotPlan>, Vec<SnapshotNode>, VerdictPhase, &'a str, Vec<[u32; 2]>);
+    let cases: Vec<Case<'_>> = vec![
+        (None, vec![], VerdictPhase::Waiting, "Waiting for workers: 0 of 4 joined", vec![[0, 64]]),
+        (
+            None,
+            vec![is("w0", Joining), is("w1", Joining), is("w2", Down)],
+            VerdictPhase::Waiting,
+            "Waiting for workers: 2 of 4 joined",
+            vec![[0, 64]],
+        ),
+        (
+            None,
+            ["w0", "w1", "w2", "w3"].map(|name| is(name, Joining)).to_vec(),
+            VerdictPhase::Waiting,
+            "Planning: 4 workers joined",
+            vec![[0, 64]],
+        ),
+        (
+            Some(&four),
+            ready(&["w0", "w1", "w2", "w3"]),
+            VerdictPhase::Serving,
+            "Serving: 64 of 64 layers on 4 nodes",
+            vec![],
+        ),
+        (
+            Some(&one),
+            vec![is("w0", Draining), is("w9", Standby), is("w8", Down)],
+            VerdictPhase::Serving,
+            "Serving: 64 of 64 layers on 1 node",
+            vec![],
+        ),
+        (
+            Some(&four),
+            with(ready(&["w0", "w1"]), vec![loading("w2", Some(999)), loading("w3", None)]),
+            VerdictPhase::Loading,
+            "Loading: 32 of 64 layers, w2 at 99 %, w3 has not begun",
+            vec![[32, 64]],
+        ),
+        (
+            Some(&four),
+            with(ready(&["w0", "w1", "w3"]), vec![lost("w2", Some("connection reset"), 4.7)]),
+            VerdictPhase::Down,
+            "Down: layers 32–47 have no live stage for 4 s, w2 lost: connection reset",
+            vec![[32, 48]],
+        ),
+        (
+            Some(&four),
+            with(
+                ready(&["w2"]),
+                vec![lost("w0", None, 200.0), lost("w1", Some("killed"), 10.0), loading("w3", Some(0))],
+            ),
+            VerdictPhase::Down,
+            "Down: layers 0–31 have no live stage for 3 min, w0 lost; w1 lost: killed",
+            vec![[0, 32], [48, 64]],
+        ),
+        (
+            Some(&four),
+            with(ready(&["w1", "w3"]), vec![is("w2", Joining)]),
+            VerdictPhase::Down,
+            "Down: layers 0–15, 32–47 have no live stage, w0 has not joined; w2 is joining",
+            vec![[0, 16], [32, 48]],
+        ),
+        (
+            Some(&holed),
+            ready(&["w0", "w1"]),
+            VerdictPhase::Down,
+            "Down: layers 10, 63 have no live stage, layer 10 in no stage of the plan; layer 63 in no stage of the plan",
+            vec![[10, 11], [63, 64]],
+        ),
+    ];
+    for (plan, nodes, phase, text, missing) in cases {
+        let found = verdict(VerdictInput { layers: 64, plan, nodes: &nodes, workers_expected: 4, refusal: None });
+        let missing_layers = missing.into_iter().map(|[start, end]| span(start, end)).collect();
+        let serving = phase == VerdictPhase::Serving;
+        assert_eq!(found, Verdict { serving, phase, text: text.into(), missing_layers });
+    }
+}
+
+#[test]
+fn verdict_without_a_plan_gives_the_planners_reason() {
+    let input = VerdictInput { layers: 64, plan: None, nodes: &[], workers_expected: 0, refusal: None };
+    assert_eq!(verdict(input).text, "Waiting for workers: none joined");
+    let refused = VerdictInput { refusal: Some("9.1 GiB missing on w1"), ..input };
+    assert_eq!(verdict(refused).text, "No plan: 9.1 GiB missing on w1");
+}
+
+#[test]
+fn load_ratio_is_known_only_with_a_total() {
+    let ratio = |bytes, bytes_total| SnapshotLoad { bytes, bytes_total }.ratio();
+    assert_eq!(ratio(None, Some(5)), None);
+    assert_eq!(ratio(Some(5), None), None);
+    assert_eq!(ratio(Some(0), Some(0)), Some(1.0));
+    assert_eq!(ratio(Some(1), Some(4)), Some(0.25));
+    assert_eq!(ratio(Some(9), Some(4)), Some(1.0));
+}

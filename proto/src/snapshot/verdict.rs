@@ -1,0 +1,183 @@
+//! The verdict: does the cluster serve, and if not, which layers lack a live stage and why.
+//!
+//! A pure function of plan and nodes. A stage counts as covered when its node is `ready` or `draining`; as loading when its node
+//! is `loading`; as lost in every other case, also when its node has rejoined but has no layers yet. Lost outweighs loading,
+//! loading outweighs serving. Text counts layers with both ends inclusive, as people do.
+
+use super::{LayerSpan, NodeState, SnapshotNode, SnapshotPlan, Verdict, VerdictPhase};
+
+/// What a verdict is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct VerdictInput<'a> {
+    /// Layers of the model.
+    pub layers: u32,
+    /// The plan in force, if there is one.
+    pub plan: Option<&'a SnapshotPlan>,
+    /// Every known node.
+    pub nodes: &'a [SnapshotNode],
+    /// How many workers the configuration names; 0 when it names none.
+    pub workers_expected: u32,
+    /// Why the workers present do not suffice, when the planner has refused them.
+    pub refusal: Option<&'a str>,
+}
+
+/// Says whether the cluster serves, in words.
+pub fn verdict(input: VerdictInput<'_>) -> Verdict {
+    let Some(plan) = input.plan else {
+        return waiting(&input);
+    };
+    let coverage = Coverage::of(input.layers, plan, input.nodes);
+    let missing_layers = merged(coverage.lost.iter().chain(&coverage.loading).map(|stage| stage.layers));
+    if !coverage.lost.is_empty() {
+        let text = down_text(&coverage.lost);
+        return Verdict { serving: false, phase: VerdictPhase::Down, text, missing_layers };
+    }
+    let ready = input.layers - missing_layers.iter().map(|span| span.count()).sum::<u32>().min(input.layers);
+    if !coverage.loading.is_empty() {
+        let progress = coverage.loading.iter().map(Stage::progress).collect::<Vec<_>>().join(", ");
+        let text = format!("Loading: {ready} of {} layers, {progress}", input.layers);
+        return Verdict { serving: false, phase: VerdictPhase::Loading, text, missing_layers };
+    }
+    let nodes = plan.stages.len();
+    let text = format!("Serving: {ready} of {} layers on {}", input.layers, counted(nodes, "node"));
+    Verdict { serving: true, phase: VerdictPhase::Serving, text, missing_layers }
+}
+
+fn waiting(input: &VerdictInput<'_>) -> Verdict {
+    let joined = input.nodes.iter().filter(|node| node.state != NodeState::Down).count();
+    let expected = input.workers_expected as usize;
+    let text = match input.refusal {
+        Some(refusal) => format!("No plan: {refusal}"),
+        None if joined < expected => format!("Waiting for workers: {joined} of {expected} joined"),
+        None if joined == 0 => "Waiting for workers: none joined".to_owned(),
+        None => format!("Planning: {} joined", counted(joined, "worker")),
+    };
+    let missing_layers = merged([LayerSpan { start: 0, end: input.layers }]);
+    Verdict { serving: false, phase: VerdictPhase::Waiting, text, missing_layers }
+}
+
+/// A stretch of layers that no ready node covers, and the node that should.
+struct Stage<'a> {
+    layers: LayerSpan,
+    /// Name in the plan; `None` for layers that are in no stage.
+    name: Option<&'a str>,
+    node: Option<&'a SnapshotNode>,
+}
+
+/// Which stages are not ready.
+struct Coverage<'a> {
+    lost: Vec<Stage<'a>>,
+    loading: Vec<Stage<'a>>,
+}
+
+impl<'a> Coverage<'a> {
+    fn of(layers: u32, plan: &'a SnapshotPlan, nodes: &'a [SnapshotNode]) -> Self {
+        let mut coverage = Self { lost: Vec::new(), loading: Vec::new() };
+        for stage in &plan.stages {
+            let node = nodes.iter().find(|node| node.name == stage.node);
+            let found = Stage { layers: stage.layers, name: Some(&stage.node), node };
+            match node.map(|node| node.state) {
+                Some(NodeState::Ready | NodeState::Draining) => {}
+                Some(NodeState::Loading) => coverage.loading.push(found),
+                _ => coverage.lost.push(found),
+            }
+        }
+        let gaps = gaps(layers, plan.stages.iter().map(|stage| stage.layers));
+        coverage.lost.extend(gaps.into_iter().map(|layers| Stage { layers, name: None, node: None }));
+        coverage
+    }
+}
+
+impl Stage<'_> {
+    /// "w3 at 37 %".
+    fn progress(&self) -> String {
+        let name = self.name.unwrap_or("?");
+        match self.node.and_then(|node| node.load.ratio()) {
+            // Rounded down: 100 % is for those who are ready.
+            Some(ratio) => format!("{name} at {} %", (ratio * 100.0).floor()),
+            None => format!("{name} has not begun"),
+        }
+    }
+
+    /// "w2 lost: connection reset".
+    fn reason(&self) -> String {
+        let Some(name) = self.name else {
+            return format!("{} in no stage of the plan", self.layers);
+        };
+        match self.node {
+            None => format!("{name} has not joined"),
+            Some(node) if node.state == NodeState::Down => match &node.last_error {
+                Some(error) => format!("{name} lost: {error}"),
+                None => format!("{name} lost"),
+            },
+            Some(node) => format!("{name} is {}", node.state.as_str()),
+        }
+    }
+
+    /// How long the stage has been lost. The error tells best; without one, the silence.
+    fn lost_seconds(&self) -> Option<f64> {
+        let node = self.node.filter(|node| node.state == NodeState::Down)?;
+        node.last_error_age_seconds.or(node.heartbeat_age_seconds)
+    }
+}
+
+fn down_text(lost: &[Stage<'_>]) -> String {
+    let spans = merged(lost.iter().map(|stage| stage.layers));
+    let noun = if let [only] = spans[..] { only.to_string() } else { format!("layers {}", listed(&spans)) };
+    let verb = if spans.iter().map(|span| span.count()).sum::<u32>() == 1 { "has" } else { "have" };
+    let since = lost.iter().filter_map(Stage::lost_seconds).reduce(f64::max);
+    let age = since.map_or_else(String::new, |seconds| format!(" for {}", age(seconds)));
+    let reasons = lost.iter().map(Stage::reason).collect::<Vec<_>>().join("; ");
+    format!("Down: {noun} {verb} no live stage{age}, {reasons}")
+}
+
+fn listed(spans: &[LayerSpan]) -> String {
+    let span = |span: &LayerSpan| match span.count() {
+        1 => span.start.to_string(),
+        _ => format!("{}–{}", span.start, span.end.saturating_sub(1)),
+    };
+    spans.iter().map(span).collect::<Vec<_>>().join(", ")
+}
+
+fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
+/// A length of time in its largest unit: "4 s", "2 min", "3 h".
+fn age(seconds: f64) -> String {
+    match seconds.max(0.0) as u64 {
+        seconds @ 0..120 => format!("{seconds} s"),
+        seconds @ 120..7200 => format!("{} min", seconds / 60),
+        seconds => format!("{} h", seconds / 3600),
+    }
+}
+
+/// Layers of `0..layers` that are in none of `covered`.
+fn gaps(layers: u32, covered: impl Iterator<Item = LayerSpan>) -> Vec<LayerSpan> {
+    let mut gaps = Vec::new();
+    let mut next = 0;
+    for span in merged(covered) {
+        if span.start > next {
+            gaps.push(LayerSpan { start: next, end: span.start.min(layers) });
+        }
+        next = next.max(span.end);
+    }
+    if next < layers {
+        gaps.push(LayerSpan { start: next, end: layers });
+    }
+    gaps
+}
+
+/// Sorted, without empty ranges, neighbours and overlaps joined.
+fn merged(spans: impl IntoIterator<Item = LayerSpan>) -> Vec<LayerSpan> {
+    let mut spans: Vec<_> = spans.into_iter().filter(|span| span.count() > 0).collect();
+    spans.sort_unstable();
+    let mut joined: Vec<LayerSpan> = Vec::with_capacity(spans.len());
+    for span in spans {
+        match joined.last_mut() {
+            Some(last) if span.start <= last.end => last.end = last.end.max(span.end),
+            _ => joined.push(span),
+        }
+    }
+    joined
+}

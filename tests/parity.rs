@@ -1,0 +1,131 @@
+//! `grokpipe logits` against outputs of xAI's own implementation.
+
+use std::{collections::HashMap, path::Path};
+
+use grokpipe_tests::{gpu_required, processes::grokpipe, shared};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+
+const MODELS: [&str; 3] = ["a4", "b64", "c8way"];
+
+struct Tensors(HashMap<String, (Vec<usize>, Vec<f32>)>);
+
+impl Tensors {
+    fn read(path: &Path) -> Self {
+        let bytes = std::fs::read(path).expect("a file");
+        let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+        let tensors = file.tensors().into_iter().map(|(name, view)| {
+            let words = view.data().as_chunks::<4>().0;
+            let value = |word: &[u8; 4]| match view.dtype() {
+                Dtype::F32 => f32::from_le_bytes(*word),
+                Dtype::I32 => i32::from_le_bytes(*word) as f32,
+                other => panic!("{name} is {other:?}"),
+            };
+            let values: Vec<f32> = words.iter().map(value).collect();
+            (name.clone(), (view.shape().to_vec(), values))
+        });
+        Self(tensors.collect())
+    }
+
+    fn get(&self, name: &str) -> &(Vec<usize>, Vec<f32>) {
+        self.0.get(name).unwrap_or_else(|| panic!("no {name}"))
+    }
+}
+
+fn largest_difference(name: &str, a: &(Vec<usize>, Vec<f32>), b: &(Vec<usize>, Vec<f32>)) -> f32 {
+    assert_eq!(a.0, b.0, "{name}");
+    let largest = a.1.iter().zip(&b.1).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+    assert!(a.1.iter().all(|value| value.is_finite()), "{name}");
+    largest
+}
+
+fn prompts(model: &Path) -> Vec<Vec<u64>> {
+    let text = std::fs::read_to_string(model.join("prompts.json")).expect("prompts");
+    let value: Value = serde_json::from_str(&text).expect("JSON");
+    let list = value.as_array().or_else(|| value["prompts"].as_array()).expect("a list of prompts");
+    let ids = |prompt: &Value| {
+        let ids = prompt.as_array().or_else(|| prompt["ids"].as_array()).expect("ids");
+        ids.iter().map(|id| id.as_u64().expect("an id")).collect()
+    };
+    list.iter().map(ids).collect()
+}
+
+/// Runs `grokpipe logits`; `None` when the device is not there.
+fn logits(model: &Path, ids: &[u64], device: &str, out: &Path, trace: bool) -> Option<Tensors> {
+    let ids = ids.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
+    let mut command = grokpipe(["logits", "--token-ids", &ids, "--device", device, "--model"]);
+    command.arg(model).arg("--out").arg(out);
+    if trace {
+        command.arg("--trace");
+    }
+    let output = command.output().expect("grokpipe runs");
+    if output.status.success() {
+        return Some(Tensors::read(out));
+    }
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(device == "gpu" && !gpu_required(), "{complaint}");
+    println!("skipped: {complaint}");
+    None
+}
+
+fn equal_to_the_reference(device: &str, bound: f32) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let out = folder.path().join("out.safetensors");
+    for name in MODELS {
+        let Some(model) = shared(&format!("golden/{name}")) else { return };
+        let expected = Tensors::read(&model.join("expected_f32.safetensors"));
+        for (index, ids) in prompts(&model).iter().enumerate() {
+            let trace = index == 1;
+            let Some(found) = logits(&model, ids, device, &out, trace) else { return };
+            let key = format!("prompt{index}.logits");
+            let difference = largest_difference(&key, found.get("logits"), expected.get(&key));
+            println!("{name} prompt {index} on {device}: logits within {difference:e}");
+            assert!(difference <= bound, "{name} {key}: {difference:e}");
+            if trace {
+                let hidden = largest_difference("hidden", found.get("hidden"), expected.get("hidden"));
+                println!("{name} prompt {index} on {device}: hidden states within {hidden:e}");
+                assert!(hidden <= 1e-3, "{name}: {hidden:e}");
+                assert_eq!(found.get("topk_idx").1, expected.get("topk_idx").1, "{name}: chosen experts");
+                let probabilities = largest_difference("topk_prob", found.get("topk_prob"), expected.get("topk_prob"));
+                assert!(probabilities <= 1e-4, "{name}: {probabilities:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn logits_on_the_cpu_equal_the_reference() {
+    equal_to_the_reference("cpu", 2e-4);
+}
+
+#[test]
+fn logits_on_a_gpu_equal_the_reference() {
+    equal_to_the_reference("gpu", 1e-3);
+}
+
+#[test]
+fn greedy_tokens_through_the_kv_cache_equal_the_reference() {
+    use grokpipe_tests::processes::{Cluster, ClusterOptions, token_ids};
+    for name in MODELS {
+        let Some(model) = shared(&format!("golden/{name}")) else { return };
+        let expected = Tensors::read(&model.join("expected_f32.safetensors"));
+        let expected: Vec<u32> = expected.get("greedy.ids").1.iter().map(|id| *id as u32).collect();
+        let ids = prompts(&model)[1].iter().map(u64::to_string).collect::<Vec<_>>().join(",");
+        let workers = if name == "b64" { 4 } else { 2 };
+        for device in ["cpu", "gpu"] {
+            if device == "gpu" && logits(&model, &[5], "gpu", Path::new("/dev/null"), false).is_none() {
+                continue;
+            }
+            let options = ClusterOptions {
+                model: model.clone(),
+                workers,
+                device: device.into(),
+                kv_tokens: 256,
+                ..ClusterOptions::demo()
+            };
+            let cluster = Cluster::start(options);
+            let generated = cluster.generated(["--token-ids", &ids, "--max-tokens", "32", "--ignore-eos"]);
+            assert_eq!(token_ids(&generated, "output_token_ids"), expected, "{name} on {device}");
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! A three-stage cluster under simulated network and time: real coordinator, real workers, one seed a run.
+//!
+//! `SEED=17 cargo test --test simulation` repeats a run; without it a few fixed seeds are run. The seed is printed.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use grokpipe_proto::{
+    secret::Secret,
+    transport::{self, Keepalive, Net},
+    v1::{
+        GenerateRequest, GetStatusRequest, SamplingOptions, cluster_service_client::ClusterServiceClient,
+        inference_service_client::InferenceServiceClient,
+    },
+};
+use grokpipe_tests::simulated::{
+    GRPC_PORT, SimulatedNet, address, reference_tokens, request, run_coordinator, run_worker, small_config, token_of,
+};
+use tokio::time::{Instant, timeout};
+use tonic::{Code, Status, transport::Channel};
+
+const MODEL_SEED: u64 = 5;
+const STAGES: usize = 3;
+
+fn seeds() -> Vec<u64> {
+    match std::env::var("SEED") {
+        Ok(seed) => vec![seed.parse().expect("SEED is a number")],
+        Err(_) => vec![1, 2, 3],
+    }
+}
+
+fn secret() -> Secret {
+    Secret::new("simulated-secret-16").expect("long enough")
+}
+
+/// A simulation of a coordinator and three workers over a network with delays; restarts count incarnations.
+fn simulation<'a>(seed: u64) -> turmoil::Sim<'a> {
+    println!("SEED={seed}");
+    let mut sim = turmoil::Builder::new()
+        .rng_seed(seed)
+        .simulation_duration(Duration::from_secs(120))
+        .min_message_latency(Duration::from_millis(1))
+        .max_message_latency(Duration::from_millis(20))
+        .tcp_capacity(4096)
+        .enable_tokio_io()
+        .build();
+    let config = small_config(6);
+    let for_coordinator = config.clone();
+    sim.host("coordinator", move || run_coordinator(for_coordinator.clone(), STAGES, secret()));
+    for index in 1..=STAGES {
+        let (config, incarnation) = (config.clone(), Arc::new(AtomicU64::new(1)));
+        sim.host(format!("w{index}"), move || {
+            run_worker(config.clone(), MODEL_SEED, index, incarnation.fetch_add(1, Ordering::Relaxed), secret())
+        });
+    }
+    sim
+}
+
+async fn channel() -> Channel {
+    let net: Arc<dyn Net> = Arc::new(SimulatedNet);
+    loop {
+        if let Ok(channel) = transport::connect(&net, &address("coordinator", GRPC_PORT), Keepalive::Client).await {
+            return channel;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn until_serving(channel: &Channel) {
+    let mut client = ClusterServiceClient::new(channel.clone());
+    loop {
+        let status = client.get_status(GetStatusRequest {}).await.expect("the coordinator answers").into_inner();
+        if status.snapshot.and_then(|snapshot| snapshot.verdict).is_some_and(|verdict| verdict.serving) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn generate(channel: &Channel, request: GenerateRequest) -> Result<Vec<u32>, Status> {
+    let mut stream = InferenceServiceClient::new(channel.clone()).generate(request).await?.into_inner();
+    let mut ids = Vec::new();
+    while let Some(response) = stream.message().await? {
+        ids.extend(token_of(response, ids.len()));
+    }
+    Ok(ids)
+}
+
+fn prompts() -> Vec<Vec<u32>> {
+    vec![vec![5, 9, 13], (1..=40).collect(), vec![96], (20..53).rev().collect()]
+}
+
+#[test]
+fn concurrent_requests_over_three_stages_get_the_tokens_of_one() {
+    let expected: Vec<Vec<u32>> =
+        prompts().iter().map(|prompt| reference_tokens(&small_config(6), MODEL_SEED, prompt, 20).unwrap()).collect();
+    for seed in seeds() {
+        let mut sim = simulation(seed);
+        let expected = expected.clone();
+        sim.client("client", async move {
+            let channel = channel().await;
+            until_serving(&channel).await;
+            let running = prompts().into_iter().map(|prompt| {
+                let channel = channel.clone();
+                tokio::spawn(async move { generate(&channel, request(&prompt, 20, SamplingOptions::default())).await })
+            });
+            for (request, expected) in running.collect::<Vec<_>>().into_iter().zip(expected) {
+                assert_eq!(request.await??, expected);
+            }
+            Ok(())
+        });
+        sim.run().unwrap_or_else(|error| panic!("SEED={seed}: {error}"));
+    }
+}
+
+#[test]
+fn a_killed_worker_ends_its_requests_with_a_typed_error_and_serves_again_after_its_return() {
+    let expected = reference_tokens(&small_config(6), MODEL_SEED, &[5, 9, 13], 12).unwrap();
+    for seed in seeds() {
+        let mut sim = simulation(seed);
+        let expected = expected.clone();
+        let (killed, seen) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let (kill, done) = (Arc::clone(&killed), Arc::clone(&seen));
+        sim.client("client", async move {
+            let channel = channel().await;
+            until_serving(&channel).await;
+            let mut stream = InferenceServiceClient::new(channel.clone())
+                .generate(request(&[5, 9, 13], 200, SamplingOptions::default()))
+                .await?
+                .into_inner();
+            for _ in 0..4 {
+                stream.message().await?.expect("tokens come");
+            }
+            kill.store(1, Ordering::Relaxed);
+            let since = Instant::now();
+            let error = loop {
+                match timeout(Duration::from_secs(30), stream.message()).await? {
+                    Ok(Some(_)) => {}
+                    Ok(None) => panic!("expected an error, found the end"),
+                    Err(status) => break status,
+                }
+            };
+            assert!(since.elapsed() <= Duration::from_secs(4), "found {:?}", since.elapsed());
+            assert_eq!(error.code(), Code::Unavailable);
+            assert!(error.message().contains("worker w2 with layers 2..4 was lost"), "{}", error.message());
+            done.store(1, Ordering::Relaxed);
+            until_serving(&channel).await;
+            assert_eq!(generate(&channel, request(&[5, 9, 13], 12, SamplingOptions::default())).await?, expected);
+            Ok(())
+        });
+        let mut state = 0;
+        loop {
+            let finished = sim.step().unwrap_or_else(|error| panic!("SEED={seed}: {error}"));
+            if state == 0 && killed.load(Ordering::Relaxed) == 1 {
+                sim.crash("w2");
+                state = 1;
+            }
+            if state == 1 && seen.load(Ordering::Relaxed) == 1 {
+                sim.bounce("w2");
+                state = 2;
+            }
+            if finished {
+                break;
+            }
+        }
+        assert_eq!(state, 2, "SEED={seed}: the worker was killed and returned");
+    }
+}
+
+#[test]
+fn a_partition_of_a_stage_is_noticed_and_heals() {
+    for seed in seeds() {
+        let mut sim = simulation(seed);
+        sim.client("client", async move {
+            let channel = channel().await;
+            until_serving(&channel).await;
+            let before = generate(&channel, request(&[7, 8], 10, SamplingOptions::default())).await?;
+            for host in ["coordinator", "w1", "w3", "client"] {
+                turmoil::partition("w2", host);
+            }
+            let cut =
+                timeout(Duration::from_secs(10), generate(&channel, request(&[7, 8], 10, SamplingOptions::default())));
+            let error = cut.await?.expect_err("no token can come");
+            assert_eq!(error.code(), Code::Unavailable, "{}", error.message());
+            for host in ["coordinator", "w1", "w3", "client"] {
+                turmoil::repair("w2", host);
+            }
+            timeout(Duration::from_secs(30), until_serving(&channel)).await?;
+            assert_eq!(generate(&channel, request(&[7, 8], 10, SamplingOptions::default())).await?, before);
+            Ok(())
+        });
+        sim.run().unwrap_or_else(|error| panic!("SEED={seed}: {error}"));
+    }
+}
+
+#[test]
+fn a_worker_with_a_wrong_secret_is_refused() {
+    let mut sim = turmoil::Builder::new().rng_seed(1).simulation_duration(Duration::from_secs(60)).build();
+    let config = small_config(6);
+    let for_coordinator = config.clone();
+    sim.host("coordinator", move || run_coordinator(for_coordinator.clone(), 1, secret()));
+    sim.client("w1", async move {
+        let wrong = Secret::new("another-secret-of-16").expect("long enough");
+        let refused = run_worker(config, MODEL_SEED, 1, 1, wrong).await.expect_err("the secret is wrong").to_string();
+        assert!(refused.contains("expected the cluster's secret, found another one"), "{refused}");
+        Ok(())
+    });
+    sim.run().unwrap();
+}

@@ -1,0 +1,386 @@
+//! The life of this worker's stage: from an assignment to a stage at work, one plan epoch after the other.
+//!
+//! The newest assignment wins. Layers that are already on the device are kept across epochs, so that a plan that changes nothing
+//! for this worker costs it nothing. What is loaded where is the coordinator's decision.
+
+use std::{ops::Range, sync::Arc, time::Duration};
+
+use grokpipe_kernels::KernelError;
+use grokpipe_model::ModelConfig;
+use grokpipe_proto::{
+    link::{Link, LinkEvent, LinkSettings},
+    max_frame_bytes,
+    secret::Secret,
+    transport::{self, Keepalive, Net},
+    v1::{
+        ActivationDtype, Assignment, DeliverRequest, FrameFailed, LoadProgress, MicroBatchResult, StageFailed,
+        StageReady, join_request::Message, result_service_client::ResultServiceClient,
+    },
+};
+use tokio::sync::{Mutex, mpsc, watch};
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, info, info_span, warn};
+
+use crate::{
+    executor::{Executor, compute},
+    loader::{LoadRequest, StageLoader},
+    runner::{Outlet, Runner, SharedStage},
+    sequences::StageLimits,
+    service::ActiveStage,
+    stats::Stats,
+};
+
+/// Progress of a load is reported this often.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
+/// The next stage is dialled again after this long; it may still be starting.
+const REDIAL: Duration = Duration::from_millis(100);
+
+/// What the coordinator last asked of this worker.
+#[derive(Clone, Debug, Default)]
+pub enum Order {
+    /// Nothing: keep what is held, compute nothing.
+    #[default]
+    Idle,
+    /// Run these layers.
+    Run(Box<Assignment>),
+}
+
+struct Held {
+    stage: SharedStage,
+    request: LoadRequest,
+    weights_bytes: u64,
+    kv_bytes: u64,
+}
+
+/// What [`Controller`] works with.
+pub struct Controller {
+    /// Name of this worker.
+    pub worker: String,
+    /// This process's generation.
+    pub generation: u64,
+    /// The coordinator's address, for results.
+    pub coordinator: String,
+    /// The cluster's secret.
+    pub secret: Secret,
+    /// How connections are made.
+    pub net: Arc<dyn Net>,
+    /// Where computations run.
+    pub executor: Arc<dyn Executor>,
+    /// How stages are loaded.
+    pub loader: Arc<std::sync::Mutex<Box<dyn StageLoader>>>,
+    /// The model's sizes.
+    pub config: ModelConfig,
+    /// The model's digest.
+    pub model_digest: String,
+    /// Where the port finds the stage at work.
+    pub active: ActiveStage,
+    /// Counters.
+    pub stats: Arc<Stats>,
+    /// Layers on the device, for the next hello.
+    pub held_layers: watch::Sender<Option<Range<u32>>>,
+    /// What the coordinator is to be told.
+    pub reports: mpsc::Sender<Message>,
+}
+
+struct Failure {
+    message: String,
+    retryable: bool,
+    /// The worker at the other end of a broken link.
+    lost_peer: String,
+}
+
+impl Failure {
+    fn fatal(message: impl Into<String>) -> Self {
+        Self { message: message.into(), retryable: false, lost_peer: String::new() }
+    }
+    fn passing(message: impl Into<String>) -> Self {
+        Self { message: message.into(), retryable: true, lost_peer: String::new() }
+    }
+}
+
+impl Controller {
+    /// Follows the orders until `shutdown`.
+    pub async fn run(self, mut orders: watch::Receiver<Order>, shutdown: CancellationToken) {
+        let held = Mutex::new(None);
+        loop {
+            let order = orders.borrow_and_update().clone();
+            let epoch_ends = async {
+                tokio::select! {
+                    () = shutdown.cancelled() => false,
+                    changed = orders.changed() => changed.is_ok(),
+                }
+            };
+            let go_on = match order {
+                Order::Idle => epoch_ends.await,
+                Order::Run(assignment) => {
+                    let span = info_span!("epoch", stage = self.worker, epoch = assignment.plan_epoch);
+                    let stop = CancellationToken::new();
+                    let _stops_with_the_epoch = stop.clone().drop_guard();
+                    let work = self.follow(*assignment, &held, stop.clone()).instrument(span);
+                    // Loading goes on to its end even when the epoch ends: what it loads will most likely be wanted again.
+                    let ended = async {
+                        let go_on = epoch_ends.await;
+                        stop.cancel();
+                        self.active.clear();
+                        go_on
+                    };
+                    tokio::join!(work, ended).1
+                }
+            };
+            self.active.clear();
+            if !go_on {
+                // Weights are freed where they were made.
+                let dropped = held.lock().await.take();
+                let _ = compute(&*self.executor, move || drop(dropped)).await;
+                return;
+            }
+        }
+    }
+
+    async fn follow(&self, assignment: Assignment, held: &Mutex<Option<Held>>, stop: CancellationToken) {
+        let epoch = assignment.plan_epoch;
+        if let Err(failure) = self.try_follow(assignment, held, stop.clone()).await {
+            self.active.clear();
+            if !stop.is_cancelled() {
+                warn!(reason = failure.message, "stage failed");
+                let Failure { message, retryable, lost_peer } = failure;
+                let failed = StageFailed { plan_epoch: epoch, message, retryable, lost_peer };
+                self.report(Message::StageFailed(failed)).await;
+            }
+        }
+    }
+
+    async fn try_follow(
+        &self,
+        assignment: Assignment,
+        held: &Mutex<Option<Held>>,
+        stop: CancellationToken,
+    ) -> Result<(), Failure> {
+        let request = self.check(&assignment)?;
+        let mut held = held.lock().await;
+        self.hold(&assignment, &request, &mut held).await?;
+        let Some(held) = &*held else { return Err(Failure::passing("expected loaded layers, found none")) };
+        if stop.is_cancelled() {
+            return Ok(());
+        }
+        let (events, lost) = mpsc::channel(64);
+        let Some(outlet) = self.open_outlet(&assignment, events, &stop).await? else { return Ok(()) };
+        self.stats.start_epoch(held.weights_bytes, held.kv_bytes);
+        let (queue, jobs) = mpsc::channel(assignment.max_frames_in_flight as usize);
+        let runner = Runner {
+            worker: self.worker.clone(),
+            generation: self.generation,
+            layers: request.layers.clone(),
+            limits: self.limits(&assignment, &request),
+            stage: Arc::clone(&held.stage),
+            executor: Arc::clone(&self.executor),
+            outlet,
+            stats: Arc::clone(&self.stats),
+        };
+        self.active.set(assignment.plan_epoch, queue);
+        info!(layers = ?request.layers, "stage ready");
+        self.report(Message::StageReady(StageReady { plan_epoch: assignment.plan_epoch })).await;
+        tokio::select! {
+            ended = runner.run(jobs, stop.clone()) => ended.map_err(|failed| {
+                let lost_peer = if failed.outlet { assignment.next_worker.clone() } else { String::new() };
+                Failure { lost_peer, ..Failure::passing(failed.reason) }
+            }),
+            lost = self.watch_link(assignment.plan_epoch, lost) => {
+                Err(Failure { lost_peer: assignment.next_worker.clone(), ..Failure::passing(lost) })
+            }
+        }
+    }
+
+    fn check(&self, assignment: &Assignment) -> Result<LoadRequest, Failure> {
+        let (start, end) = (assignment.layer_start, assignment.layer_end);
+        let layers = self.config.num_hidden_layers;
+        if start >= end || end > layers {
+            return Err(Failure::fatal(format!("expected a range of layers within 0..{layers}, found {start}..{end}")));
+        }
+        if assignment.model_digest != self.model_digest {
+            return Err(Failure::fatal(format!(
+                "expected model {} with digest {}, found {} with digest {} here",
+                assignment.model_name, assignment.model_digest, self.config.name, self.model_digest
+            )));
+        }
+        if assignment.kv_block_tokens as usize != grokpipe_kernels::KV_BLOCK_TOKENS {
+            return Err(Failure::fatal(format!(
+                "expected KV blocks of {} tokens, found {}",
+                grokpipe_kernels::KV_BLOCK_TOKENS,
+                assignment.kv_block_tokens
+            )));
+        }
+        if assignment.activation_dtype != ActivationDtype::F32 as i32 {
+            return Err(Failure::fatal("expected activations in f32, found another dtype"));
+        }
+        if assignment.kv_blocks == 0 || !(1..=65_536).contains(&assignment.max_batch_tokens) {
+            return Err(Failure::fatal("expected KV blocks and 1 to 65536 tokens a frame"));
+        }
+        if !(1..=4096).contains(&assignment.max_frames_in_flight) {
+            return Err(Failure::fatal("expected 1 to 4096 frames in flight"));
+        }
+        if assignment.next_address.is_empty() != (end == layers) {
+            return Err(Failure::fatal("expected a next stage before the last layer, and none after it"));
+        }
+        Ok(LoadRequest {
+            layers: start..end,
+            kv_blocks: assignment.kv_blocks,
+            max_batch_tokens: assignment.max_batch_tokens as usize,
+        })
+    }
+
+    fn limits(&self, assignment: &Assignment, request: &LoadRequest) -> StageLimits {
+        StageLimits {
+            plan_epoch: assignment.plan_epoch,
+            previous_generation: assignment.previous_generation,
+            kv_blocks: request.kv_blocks,
+            max_batch_tokens: request.max_batch_tokens,
+            max_positions: self.config.max_position_embeddings,
+            vocab_size: self.config.vocab_size,
+            hidden_size: self.config.hidden_size,
+            pad_token_id: self.config.pad_token_id,
+            is_first: request.layers.start == 0,
+            is_last: request.layers.end == self.config.num_hidden_layers,
+        }
+    }
+
+    /// Makes `held` what the request asks for, loading only if it is not that already.
+    async fn hold(
+        &self,
+        assignment: &Assignment,
+        request: &LoadRequest,
+        held: &mut Option<Held>,
+    ) -> Result<(), Failure> {
+        if held.as_ref().is_some_and(|held| held.request == *request) {
+            info!(layers = ?request.layers, "layers kept from an earlier epoch");
+            return Ok(());
+        }
+        self.held_layers.send_replace(None);
+        let old = held.take();
+        info!(layers = ?request.layers, "loading");
+        let (progress, seen) = watch::channel((0_u64, 0_u64));
+        let (loader, wanted) = (Arc::clone(&self.loader), request.clone());
+        let loading = compute(&*self.executor, move || {
+            drop(old);
+            let mut loader = loader.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            loader.load(&wanted, &mut |done, total| {
+                progress.send_replace((done, total));
+            })
+        });
+        let loaded = tokio::select! {
+            loaded = loading => loaded,
+            () = self.report_progress(assignment.plan_epoch, seen.clone()) => unreachable!("progress is reported for ever"),
+        };
+        let stage = loaded.map_err(|failed| Failure::passing(failed.to_string()))?.map_err(|error| Failure {
+            retryable: matches!(error, KernelError::DeviceLost { .. }),
+            ..Failure::fatal(error.to_string())
+        })?;
+        let (weights_bytes, kv_bytes) = (stage.weights_bytes(), stage.kv_bytes());
+        let (done, total) = *seen.borrow();
+        let finished = LoadProgress { plan_epoch: assignment.plan_epoch, bytes: done, bytes_total: total };
+        self.report(Message::LoadProgress(finished)).await;
+        *held = Some(Held {
+            stage: Arc::new(std::sync::Mutex::new(stage)),
+            request: request.clone(),
+            weights_bytes,
+            kv_bytes,
+        });
+        self.held_layers.send_replace(Some(request.layers.clone()));
+        Ok(())
+    }
+
+    async fn report_progress(&self, plan_epoch: u64, seen: watch::Receiver<(u64, u64)>) {
+        loop {
+            tokio::time::sleep(PROGRESS_INTERVAL).await;
+            let (bytes, bytes_total) = *seen.borrow();
+            self.report(Message::LoadProgress(LoadProgress { plan_epoch, bytes, bytes_total })).await;
+        }
+    }
+
+    /// Dials the next stage, or the coordinator from the last stage, until it answers or the epoch ends (`None`).
+    async fn open_outlet(
+        &self,
+        assignment: &Assignment,
+        events: mpsc::Sender<LinkEvent>,
+        stop: &CancellationToken,
+    ) -> Result<Option<Outlet>, Failure> {
+        let mut told = false;
+        loop {
+            let opened = tokio::select! {
+                () = stop.cancelled() => return Ok(None),
+                opened = self.try_open_outlet(assignment, events.clone(), stop) => opened,
+            };
+            match opened {
+                Ok(outlet) => return Ok(Some(outlet)),
+                Err(reason) if !told => {
+                    told = true;
+                    warn!(reason, "the next stage does not answer yet, trying on");
+                }
+                Err(_again) => {}
+            }
+            tokio::select! {
+                () = stop.cancelled() => return Ok(None),
+                () = tokio::time::sleep(REDIAL) => {}
+            }
+        }
+    }
+
+    async fn try_open_outlet(
+        &self,
+        assignment: &Assignment,
+        events: mpsc::Sender<LinkEvent>,
+        stop: &CancellationToken,
+    ) -> Result<Outlet, String> {
+        if !assignment.next_address.is_empty() {
+            let settings = LinkSettings {
+                address: assignment.next_address.clone(),
+                worker: assignment.next_worker.clone(),
+                secret: self.secret.clone(),
+                max_frame_bytes: max_frame_bytes(assignment.max_batch_tokens as usize, self.config.hidden_size),
+                max_in_flight: assignment.max_frames_in_flight as usize,
+            };
+            let link = Link::open(&self.net, settings, events, stop.clone()).await;
+            return link.map(Outlet::Next).map_err(|error| error.to_string());
+        }
+        let channel = transport::connect(&self.net, &self.coordinator, Keepalive::Cluster)
+            .await
+            .map_err(|error| format!("coordinator: {error}"))?;
+        let mut client = ResultServiceClient::with_interceptor(channel, self.secret.attach());
+        let (results, outgoing) = mpsc::channel::<MicroBatchResult>(assignment.max_frames_in_flight as usize);
+        let outgoing = ReceiverStream::new(outgoing).map(|result| DeliverRequest { result: Some(result) });
+        let mut answers =
+            client.deliver(outgoing).await.map_err(|status| format!("coordinator: {status}"))?.into_inner();
+        let stop = stop.clone();
+        // Owned by the epoch: ends with it, or when the coordinator hangs up.
+        tokio::spawn(async move {
+            let reason = tokio::select! {
+                () = stop.cancelled() => return,
+                ended = answers.message() => match ended {
+                    Ok(_) => "the result stream was closed by the coordinator".to_owned(),
+                    Err(status) => format!("the result stream broke: {}", status.message()),
+                },
+            };
+            let _ = events.send(LinkEvent::Lost { reason }).await;
+        });
+        Ok(Outlet::Coordinator(results))
+    }
+
+    /// Reports refused frames; returns when the link is lost.
+    async fn watch_link(&self, plan_epoch: u64, mut events: mpsc::Receiver<LinkEvent>) -> String {
+        loop {
+            match events.recv().await {
+                Some(LinkEvent::FrameFailed { micro_batch_id, message }) => {
+                    self.report(Message::FrameFailed(FrameFailed { plan_epoch, micro_batch_id, message })).await;
+                }
+                Some(LinkEvent::Lost { reason }) => return reason,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    async fn report(&self, message: Message) {
+        // Without a coordinator there is nobody to tell; the next hello tells what is held.
+        let _ = self.reports.send(message).await;
+    }
+}

@@ -1,0 +1,184 @@
+//! One stage of the pipeline: joins a cluster, loads the layers that it is assigned, and turns frames into frames.
+//!
+//! The coordinator decides, a worker computes: it holds weights and KV bytes, knows nothing of requests, and answers the same
+//! frame with the same bytes. Device, executor, listener and connector are given to it, so that a whole cluster can run inside a
+//! test with simulated time and network.
+//!
+//! A frame's way: [`service`] queues it, [`sequences`] checks it, [`runner`] has it computed by the [`executor`], and hands the
+//! result to the next stage, or draws tokens ([`sampler`]) in the last one. [`controller`] follows assignments, [`membership`]
+//! talks with the coordinator.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use grokpipe_proto::{
+    max_frame_bytes,
+    secret::Secret,
+    transport::{self, Keepalive, Net},
+    v1::pipeline_service_server::PipelineServiceServer,
+};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tonic::service::interceptor::InterceptedService;
+
+pub mod controller;
+pub mod executor;
+pub mod loader;
+pub mod membership;
+pub mod runner;
+pub mod sampler;
+pub mod sequences;
+pub mod service;
+pub mod stats;
+
+use executor::Executor;
+use loader::StageLoader;
+
+/// Largest frame that is accepted before an assignment says how many tokens there may be; equal to the bound in assignments.
+const MOST_BATCH_TOKENS: usize = 65_536;
+/// Answers that may wait for a previous stage to read them.
+const ANSWERS: usize = 4096;
+
+/// What a worker is started with. Checked by whoever made it.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The coordinator's gRPC address, `host:port`.
+    pub coordinator: String,
+    /// Unique in the cluster.
+    pub name: String,
+    /// Address to listen on for frames; port 0 lets the system choose.
+    pub listen: String,
+    /// Address that others reach it by, if not the one it listens on; port 0 stands for the port it listens on.
+    pub advertise: Option<String>,
+    /// The cluster's secret.
+    pub secret: Secret,
+    /// Larger than that of every earlier process of this name: milliseconds since 1970 will do.
+    pub generation: u64,
+}
+
+/// Why a worker ended.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The port for frames could not be opened.
+    #[error("{address}: {source}")]
+    Listen {
+        /// Which address.
+        address: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Nobody could reach this worker there.
+    #[error("expected an address that others can reach, found {found}: give --advertise HOST:PORT")]
+    Advertise {
+        /// The address.
+        found: String,
+    },
+    /// Two workers with one name.
+    #[error("another live worker has the name {name}: give this one another name")]
+    NameTaken {
+        /// The name.
+        name: String,
+    },
+    /// The coordinator does not want this worker.
+    #[error("coordinator {coordinator} refused this worker: {said}")]
+    Refused {
+        /// Which coordinator.
+        coordinator: String,
+        /// Its reason.
+        said: String,
+    },
+    /// The port for frames failed.
+    #[error("the port for frames failed: {0}")]
+    Serve(tonic::transport::Error),
+}
+
+/// Runs a worker until `shutdown`, or until it is refused for good.
+///
+/// # Errors
+/// [`WorkerError`].
+pub async fn run(
+    settings: Settings,
+    net: Arc<dyn Net>,
+    executor: Arc<dyn Executor>,
+    loader: Box<dyn StageLoader>,
+    shutdown: CancellationToken,
+) -> Result<(), WorkerError> {
+    let listening = net
+        .bind(settings.listen.clone())
+        .await
+        .map_err(|source| WorkerError::Listen { address: settings.listen.clone(), source })?;
+    let data_address = advertised(&settings, listening.address)?;
+    let (device, config) = (loader.device().clone(), loader.config().clone());
+    let model_digest = loader.model_digest().to_owned();
+    let loader = Arc::new(Mutex::new(loader));
+    let active = service::ActiveStage::default();
+    let stats = Arc::new(stats::Stats::default());
+    let (held_tx, held_rx) = watch::channel(None);
+    let (orders_tx, orders_rx) = watch::channel(controller::Order::default());
+    let (reports_tx, reports_rx) = mpsc::channel(64);
+
+    let pipeline = service::Pipeline {
+        worker: settings.name.clone(),
+        active: active.clone(),
+        max_answers: ANSWERS,
+        shutdown: shutdown.clone(),
+    };
+    let controller = controller::Controller {
+        worker: settings.name.clone(),
+        generation: settings.generation,
+        coordinator: settings.coordinator.clone(),
+        secret: settings.secret.clone(),
+        net: Arc::clone(&net),
+        executor: Arc::clone(&executor),
+        loader: Arc::clone(&loader),
+        config: config.clone(),
+        model_digest: model_digest.clone(),
+        active,
+        stats: Arc::clone(&stats),
+        held_layers: held_tx,
+        reports: reports_tx,
+    };
+    let frames = PipelineServiceServer::new(pipeline)
+        .max_decoding_message_size(max_frame_bytes(MOST_BATCH_TOKENS, config.hidden_size));
+    let secret = settings.secret.clone();
+    let membership = membership::Membership {
+        settings,
+        net,
+        device,
+        model_digest,
+        data_address,
+        stats,
+        held_layers: held_rx,
+        orders: orders_tx,
+        reports: reports_rx,
+    };
+
+    // All three end with this token, whichever ends first and why.
+    let ending = shutdown.child_token();
+    let serving = transport::server(Keepalive::Cluster)
+        .add_service(InterceptedService::new(frames, secret.require()))
+        .serve_with_incoming_shutdown(listening.incoming, ending.clone().cancelled_owned());
+    let serving = async {
+        let served = serving.await.map_err(WorkerError::Serve);
+        ending.cancel();
+        served
+    };
+    let belonging = async {
+        let ended = membership.run(ending.clone()).await;
+        ending.cancel();
+        ended
+    };
+    let (served, belonged, ()) = tokio::join!(serving, belonging, controller.run(orders_rx, ending.clone()));
+    drop(loader.lock().unwrap_or_else(PoisonError::into_inner));
+    belonged.and(served)
+}
+
+fn advertised(settings: &Settings, listening: std::net::SocketAddr) -> Result<String, WorkerError> {
+    match &settings.advertise {
+        Some(address) => Ok(match address.strip_suffix(":0") {
+            Some(host) => format!("{host}:{}", listening.port()),
+            None => address.clone(),
+        }),
+        None if listening.ip().is_unspecified() => Err(WorkerError::Advertise { found: listening.to_string() }),
+        None => Ok(listening.to_string()),
+    }
+}

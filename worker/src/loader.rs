@@ -1,0 +1,58 @@
+//! What a worker needs of its device and its model before it has a stage: facts for the hello, and the loading itself.
+//!
+//! A trait, so that a simulated cluster can load without files and devices.
+
+use std::ops::Range;
+
+use grokpipe_kernels::{KernelError, Stage};
+use grokpipe_model::ModelConfig;
+
+/// What the device is and can do, measured once at start.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeviceFacts {
+    /// For people.
+    pub name: String,
+    /// Equal fingerprints give equal bits.
+    pub fingerprint: String,
+    /// Bytes that weights, KV and scratch may take.
+    pub memory_bytes: u64,
+    /// Bytes a second.
+    pub read_bandwidth: f64,
+    /// Multiply-adds times two a second.
+    pub flop_rate: f64,
+    /// What the checks at join found, for people.
+    pub notes: Vec<String>,
+}
+
+/// Which layers to load, and how much room beside them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadRequest {
+    /// The layers.
+    pub layers: Range<u32>,
+    /// Blocks of the KV pool.
+    pub kv_blocks: u32,
+    /// Most tokens in a frame.
+    pub max_batch_tokens: usize,
+}
+
+/// Loads stages of one model onto one device.
+pub trait StageLoader: Send + 'static {
+    /// The device.
+    fn device(&self) -> &DeviceFacts;
+
+    /// The model's sizes.
+    fn config(&self) -> &ModelConfig;
+
+    /// The model's digest, equal on every node that has the same model.
+    fn model_digest(&self) -> &str;
+
+    /// Loads layers; `progress` is told the bytes done and the bytes in all.
+    ///
+    /// # Errors
+    /// [`KernelError`] naming the tensor or the memory that is missing.
+    fn load(
+        &mut self,
+        request: &LoadRequest,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Box<dyn Stage>, KernelError>;
+}

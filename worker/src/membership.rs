@@ -1,0 +1,228 @@
+//! The worker's side of membership: says hello, sends heartbeats and reports, passes orders on, and dials again when the
+//! coordinator is gone. Layers stay loaded meanwhile.
+
+use std::{ops::Range, sync::Arc, time::Duration};
+
+use grokpipe_proto::{
+    LOST_AFTER, PROTOCOL_VERSIONS,
+    transport::{self, Keepalive, Net},
+    v1::{
+        Hello, JoinRequest, JoinResponse, Welcome, join_request::Message, join_response,
+        membership_service_client::MembershipServiceClient,
+    },
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, MissedTickBehavior, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status, Streaming};
+use tracing::{info, warn};
+
+use crate::{
+    Settings, WorkerError,
+    controller::Order,
+    loader::DeviceFacts,
+    stats::{Stats, rss_bytes},
+};
+
+const WELCOME_WITHIN: Duration = Duration::from_secs(5);
+const REDIAL_FIRST: Duration = Duration::from_millis(100);
+const REDIAL_LONGEST: Duration = Duration::from_secs(2);
+/// A worker of the same name may be a process of ours that died a moment ago and is not yet known to be lost.
+const NAME_TAKEN_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What [`Membership`] works with.
+pub struct Membership {
+    /// What the worker was started with.
+    pub settings: Settings,
+    /// How connections are made.
+    pub net: Arc<dyn Net>,
+    /// The device.
+    pub device: DeviceFacts,
+    /// The model's digest.
+    pub model_digest: String,
+    /// Where the previous stage finds this worker.
+    pub data_address: String,
+    /// Counters.
+    pub stats: Arc<Stats>,
+    /// Layers on the device.
+    pub held_layers: watch::Receiver<Option<Range<u32>>>,
+    /// Where orders go.
+    pub orders: watch::Sender<Order>,
+    /// What the coordinator is to be told.
+    pub reports: mpsc::Receiver<Message>,
+}
+
+enum Ended {
+    Shutdown,
+    Lost(String),
+    Fatal(WorkerError),
+}
+
+impl Membership {
+    /// Belongs to the cluster until `shutdown`.
+    ///
+    /// # Errors
+    /// [`WorkerError`] when the coordinator refuses this worker for good.
+    pub async fn run(mut self, shutdown: CancellationToken) -> Result<(), WorkerError> {
+        let mut wait = REDIAL_FIRST;
+        let mut name_taken_since: Option<Instant> = None;
+        let mut told = false;
+        loop {
+            let ended = tokio::select! {
+                () = shutdown.cancelled() => return Ok(()),
+                ended = self.belong(&shutdown, &mut wait, &mut told) => ended,
+            };
+            // Without a coordinator no frame makes sense; the layers are kept.
+            self.orders.send_replace(Order::Idle);
+            match ended {
+                Ended::Shutdown => return Ok(()),
+                Ended::Fatal(WorkerError::NameTaken { name })
+                    if name_taken_since.get_or_insert_with(Instant::now).elapsed() < NAME_TAKEN_PATIENCE =>
+                {
+                    if !told {
+                        warn!(name, "another worker has this name, waiting in case it is a process that has just died");
+                        told = true;
+                    }
+                }
+                Ended::Fatal(error) => return Err(error),
+                Ended::Lost(reason) => {
+                    name_taken_since = None;
+                    if !told {
+                        warn!(coordinator = self.settings.coordinator, reason, "no coordinator, dialling again");
+                        told = true;
+                    }
+                }
+            }
+            tokio::select! {
+                () = shutdown.cancelled() => return Ok(()),
+                () = tokio::time::sleep(wait) => {}
+            }
+            wait = (wait * 2).min(REDIAL_LONGEST);
+        }
+    }
+
+    async fn belong(&mut self, shutdown: &CancellationToken, wait: &mut Duration, told: &mut bool) -> Ended {
+        let channel = match transport::connect(&self.net, &self.settings.coordinator, Keepalive::Cluster).await {
+            Ok(channel) => channel,
+            Err(error) => return Ended::Lost(error.to_string()),
+        };
+        let mut client = MembershipServiceClient::with_interceptor(channel, self.settings.secret.attach());
+        let (outgoing, stream) = mpsc::channel(64);
+        if outgoing.send(request(Message::Hello(self.hello()))).await.is_err() {
+            return Ended::Lost("the stream was closed".into());
+        }
+        let answers = match timeout(WELCOME_WITHIN, client.join(ReceiverStream::new(stream))).await {
+            Err(_late) => return Ended::Lost("no answer within 5 s".into()),
+            Ok(Err(status)) => return self.refused(&status),
+            Ok(Ok(response)) => response.into_inner(),
+        };
+        match self.welcome(answers).await {
+            Ok((welcome, answers)) => {
+                info!(cluster = welcome.cluster, data_address = self.data_address, "joined");
+                *wait = REDIAL_FIRST;
+                *told = false;
+                self.serve(&welcome, answers, outgoing, shutdown).await
+            }
+            Err(ended) => ended,
+        }
+    }
+
+    async fn welcome(&self, mut answers: Streaming<JoinResponse>) -> Result<(Welcome, Streaming<JoinResponse>), Ended> {
+        let first = timeout(WELCOME_WITHIN, answers.message()).await;
+        let first = first.map_err(|_late| Ended::Lost("no welcome within 5 s".into()))?;
+        match first.map_err(|status| self.refused(&status))?.and_then(|response| response.message) {
+            Some(join_response::Message::Welcome(welcome)) => Ok((welcome, answers)),
+            other => Err(Ended::Lost(format!("expected a welcome, found {other:?}"))),
+        }
+    }
+
+    fn refused(&self, status: &Status) -> Ended {
+        let said = status.message().to_owned();
+        match status.code() {
+            Code::AlreadyExists => Ended::Fatal(WorkerError::NameTaken { name: self.settings.name.clone() }),
+            Code::Unauthenticated | Code::InvalidArgument | Code::FailedPrecondition => {
+                Ended::Fatal(WorkerError::Refused { coordinator: self.settings.coordinator.clone(), said })
+            }
+            _ => Ended::Lost(said),
+        }
+    }
+
+    async fn serve(
+        &mut self,
+        welcome: &Welcome,
+        mut answers: Streaming<JoinResponse>,
+        outgoing: mpsc::Sender<JoinRequest>,
+        shutdown: &CancellationToken,
+    ) -> Ended {
+        let interval =
+            Duration::from_millis(u64::from(welcome.heartbeat_interval_ms)).clamp(REDIAL_FIRST, LOST_AFTER / 2);
+        let mut beat = tokio::time::interval(interval);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let message = tokio::select! {
+                () = shutdown.cancelled() => return Ended::Shutdown,
+                answer = answers.message() => match answer {
+                    Ok(Some(JoinResponse { message: Some(message) })) => {
+                        self.obey(message);
+                        continue;
+                    }
+                    Ok(Some(JoinResponse { message: None })) => continue,
+                    Ok(None) => return Ended::Lost("the coordinator closed the stream".into()),
+                    Err(status) => return self.refused(&status),
+                },
+                _now = beat.tick() => Message::Heartbeat(self.stats.heartbeat(self.device.memory_bytes, rss_bytes())),
+                report = self.reports.recv() => match report {
+                    Some(report) => report,
+                    None => return Ended::Shutdown,
+                },
+            };
+            // A coordinator that takes nothing for as long as a lost one is lost.
+            match timeout(LOST_AFTER, outgoing.send(request(message))).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_closed)) => return Ended::Lost("the coordinator closed the stream".into()),
+                Err(_stuck) => return Ended::Lost("the coordinator takes no messages".into()),
+            }
+        }
+    }
+
+    fn obey(&self, message: join_response::Message) {
+        match message {
+            join_response::Message::Assignment(assignment) => {
+                self.orders.send_replace(Order::Run(Box::new(assignment)));
+            }
+            join_response::Message::Release(_) => {
+                self.orders.send_replace(Order::Idle);
+            }
+            join_response::Message::Welcome(_) => {}
+        }
+    }
+
+    fn hello(&self) -> Hello {
+        let held = self.held_layers.borrow().clone().unwrap_or(0..0);
+        Hello {
+            name: self.settings.name.clone(),
+            generation: self.settings.generation,
+            version_min: *PROTOCOL_VERSIONS.start(),
+            version_max: *PROTOCOL_VERSIONS.end(),
+            device: self.device.name.clone(),
+            fingerprint: self.device.fingerprint.clone(),
+            memory_bytes: self.device.memory_bytes,
+            read_bandwidth: self.device.read_bandwidth,
+            flop_rate: self.device.flop_rate,
+            data_address: self.data_address.clone(),
+            pid: std::process::id(),
+            build: env!("CARGO_PKG_VERSION").into(),
+            model_digest: self.model_digest.clone(),
+            held_layer_start: held.start,
+            held_layer_end: held.end,
+            notes: self.device.notes.clone(),
+        }
+    }
+}
+
+fn request(message: Message) -> JoinRequest {
+    JoinRequest { message: Some(message) }
+}

@@ -1,0 +1,120 @@
+//! What a stage has done lately, for heartbeats.
+
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use grokpipe_proto::v1::Heartbeat;
+use tokio::time::Instant;
+
+/// Rates are over this long.
+const WINDOW: Duration = Duration::from_secs(5);
+/// More steps than this in the window are thinned out at the old end; a bound on memory, far above real rates.
+const MOST_STEPS: usize = 8192;
+
+#[derive(Clone, Copy, Debug)]
+struct StepDone {
+    at: Instant,
+    rows: usize,
+    compute: Duration,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    frames_total: u64,
+    rows_total: u64,
+    recent: VecDeque<StepDone>,
+    weights_bytes: u64,
+    kv_bytes: u64,
+    queue_depth: u32,
+}
+
+/// Counters of one worker.
+#[derive(Debug, Default)]
+pub struct Stats(Mutex<Inner>);
+
+impl Stats {
+    fn inner(&self) -> std::sync::MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new assignment: counts start again.
+    pub fn start_epoch(&self, weights_bytes: u64, kv_bytes: u64) {
+        *self.inner() = Inner { weights_bytes, kv_bytes, ..Inner::default() };
+    }
+
+    /// A step has ended now.
+    pub fn step_done(&self, rows: usize, compute: Duration) {
+        let mut inner = self.inner();
+        inner.frames_total += 1;
+        inner.rows_total += rows as u64;
+        if inner.recent.len() == MOST_STEPS {
+            inner.recent.pop_front();
+        }
+        inner.recent.push_back(StepDone { at: Instant::now(), rows, compute });
+    }
+
+    /// Frames waiting now.
+    pub fn queue_depth(&self, depth: usize) {
+        self.inner().queue_depth = depth as u32;
+    }
+
+    /// The figures of now.
+    pub fn heartbeat(&self, memory_bytes: u64, rss_bytes: u64) -> Heartbeat {
+        let mut inner = self.inner();
+        let now = Instant::now();
+        while inner.recent.front().is_some_and(|step| now.duration_since(step.at) > WINDOW) {
+            inner.recent.pop_front();
+        }
+        let busy: Duration = inner.recent.iter().map(|step| step.compute).sum();
+        let rows: usize = inner.recent.iter().map(|step| step.rows).sum();
+        let mut times: Vec<Duration> = inner.recent.iter().map(|step| step.compute).collect();
+        let middle = times.len() / 2;
+        let p50 = if times.is_empty() { Duration::ZERO } else { *times.select_nth_unstable(middle).1 };
+        Heartbeat {
+            frames_total: inner.frames_total,
+            rows_total: inner.rows_total,
+            step_seconds_p50: p50.as_secs_f64(),
+            tokens_per_second: rows as f64 / WINDOW.as_secs_f64(),
+            queue_depth: inner.queue_depth,
+            weights_bytes: inner.weights_bytes,
+            kv_bytes: inner.kv_bytes,
+            free_bytes: memory_bytes.saturating_sub(inner.weights_bytes + inner.kv_bytes),
+            rss_bytes,
+            idle_ratio: (1.0 - busy.as_secs_f64() / WINDOW.as_secs_f64()).clamp(0.0, 1.0),
+        }
+    }
+}
+
+/// Resident set of this process; 0 where the system does not say.
+pub fn rss_bytes() -> u64 {
+    let Ok(status) = std::fs::read_to_string("/proc/self/status") else { return 0 };
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kib.unwrap_or(0).saturating_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn rates_cover_the_last_five_seconds() {
+        let stats = Stats::default();
+        stats.start_epoch(100, 20);
+        stats.step_done(50, Duration::from_secs(1));
+        tokio::time::advance(Duration::from_secs(4)).await;
+        stats.step_done(10, Duration::from_millis(500));
+        let now = stats.heartbeat(1000, 7);
+        assert_eq!((now.tokens_per_second, now.free_bytes, now.frames_total), (12.0, 880, 2));
+        assert!((now.idle_ratio - 0.7).abs() < 1e-9);
+        tokio::time::advance(Duration::from_secs(2)).await;
+        let later = stats.heartbeat(1000, 7);
+        assert_eq!((later.tokens_per_second, later.rows_total), (2.0, 60));
+        tokio::time::advance(Duration::from_secs(9)).await;
+        let idle = stats.heartbeat(1000, 7);
+        assert_eq!((idle.tokens_per_second, idle.idle_ratio, idle.step_seconds_p50), (0.0, 1.0, 0.0));
+    }
+}
