@@ -333,9 +333,11 @@ impl Cluster {
         let epoch = self.epoch;
         let Some(node) = self.present(name, generation) else { return };
         node.last_heard = now;
-        if failed.plan_epoch != epoch {
+        // Only who runs a stage can break the plan.
+        if failed.plan_epoch != epoch || !self.runs_stage(name) {
             return;
         }
+        let Some(node) = self.present(name, generation) else { return };
         node.last_error = Some((now, failed.message.clone()));
         node.unfit = !failed.retryable;
         self.changes += 1;
@@ -344,6 +346,11 @@ impl Cluster {
         let culprit = if failed.lost_peer.is_empty() { name } else { &failed.lost_peer };
         self.break_stage_of(now, culprit, &failed.message);
         self.advance(now);
+    }
+
+    /// Whether this worker has a stage of the plan in force.
+    pub fn runs_stage(&self, name: &str) -> bool {
+        self.active.as_ref().is_some_and(|active| active.stages.iter().any(|stage| stage.node == name))
     }
 
     /// The link to the first stage stands.

@@ -370,7 +370,7 @@ impl Engine {
             Message::StageReady(ready) => self.cluster.stage_ready(now, name, generation, ready.plan_epoch),
             Message::StageFailed(failed) => self.cluster.stage_failed(now, name, generation, &failed),
             Message::FrameFailed(FrameFailed { plan_epoch, micro_batch_id, message }) => {
-                if plan_epoch == self.cluster.epoch() {
+                if plan_epoch == self.cluster.epoch() && self.cluster.runs_stage(name) {
                     self.frame_failed(micro_batch_id, &message);
                 }
             }
