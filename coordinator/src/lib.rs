@@ -272,7 +272,8 @@ async fn serve_http(
     http::serve(listener, state, ending).await.map_err(CoordinatorError::Http)
 }
 
-/// gRPC health: serving only while all layers are covered and loaded. The empty name says that the process lives.
+/// gRPC health: serving only while all layers are covered and loaded, for the service and for the empty name that
+/// probes ask by default.
 async fn report_health(engine: Handle, reporter: tonic_health::server::HealthReporter, ending: CancellationToken) {
     use tonic_health::ServingStatus;
     let mut snapshot = engine.snapshot();
@@ -283,7 +284,9 @@ async fn report_health(engine: Handle, reporter: tonic_health::server::HealthRep
         if known != Some(serving) {
             known = Some(serving);
             let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
-            reporter.set_service_status(service, status).await;
+            for name in ["", service] {
+                reporter.set_service_status(name, status).await;
+            }
         }
         tokio::select! {
             () = ending.cancelled() => break,
