@@ -90,6 +90,9 @@ fn worker_settings(coordinator: &str, index: usize) -> grokpipe_worker::Settings
 /// What a case came to, if it was refused as it should have been.
 type Outcome = Result<(), String>;
 
+/// Its name, what is sent, how it must be refused, and words that the refusal must say.
+type Case<Sent, Refusal> = (&'static str, Sent, Refusal, &'static [&'static str]);
+
 /// Counts cases, and remembers those that went wrong.
 #[derive(Default)]
 struct Table {
@@ -259,7 +262,7 @@ async fn requests(live: &Live, table: &mut Table) {
     let temperature = |value| sampled(|options| options.temperature = Some(value));
     let top_p = |value| sampled(|options| options.top_p = Some(value));
     let min_p = |value| sampled(|options| options.min_p = Some(value));
-    let cases: Vec<(&str, GenerateRequest, Code, &[&str])> = vec![
+    let cases: Vec<Case<GenerateRequest, Code>> = vec![
         ("no prompt", with(&|r| r.prompt = None), Invalid, &["prompt", "neither"]),
         ("empty text", with(&|r| r.prompt = Some(Prompt::Text(String::new()))), Invalid, &["prompt", "none"]),
         ("no ids", ids(vec![]), Invalid, &["prompt", "none"]),
@@ -372,7 +375,7 @@ fn saying(message: join_request::Message) -> JoinRequest {
 
 async fn hellos(live: &Live, table: &mut Table) {
     use Code::{AlreadyExists, FailedPrecondition, InvalidArgument as Invalid};
-    let cases: Vec<(&str, Hello, Code, &[&str])> = vec![
+    let cases: Vec<Case<Hello, Code>> = vec![
         ("no name", hello(|h| h.name.clear()), Invalid, &["name"]),
         ("name too long", hello(|h| h.name = "n".repeat(65)), Invalid, &["name"]),
         ("name of a megabyte", hello(|h| h.name = "n".repeat(1 << 20)), Invalid, &["name"]),
@@ -552,7 +555,7 @@ async fn frames(live: &Live, table: &mut Table) {
     };
     let other = |id, block| slice(|slice| (slice.sequence_id, slice.new_blocks) = (id, vec![block]));
     let at = |position, draw, target_ids: Vec<u32>| WantedLogits { position, draw, target_ids };
-    let cases: Vec<(&str, (usize, Frame), RefusalReason, &[&str])> = vec![
+    let cases: Vec<Case<(usize, Frame), RefusalReason>> = vec![
         ("epoch 0", frame(0, &|f| f.plan_epoch = 0), StaleEpoch, &["epoch", "found 0"]),
         ("the epoch before", frame(1, &|f| f.plan_epoch -= 1), StaleEpoch, &["epoch"]),
         ("an epoch of tomorrow", frame(2, &|f| f.plan_epoch = u64::MAX), StaleEpoch, &["epoch"]),
@@ -758,10 +761,13 @@ async fn ports(live: &Live, table: &mut Table) {
     table.note("hello: a whole worker with a bad name", refused_worker(named, &["W 8"]).await);
 }
 
+type Orders = mpsc::Receiver<Result<JoinResponse, Status>>;
+
 /// A coordinator that sends what the test wants.
 #[derive(Clone)]
 struct FakeCoordinator {
-    orders: Arc<Mutex<Option<mpsc::Receiver<Result<JoinResponse, Status>>>>>,
+    /// What it sends to the first worker that joins.
+    orders: Arc<Mutex<Option<Orders>>>,
     said: mpsc::Sender<join_request::Message>,
 }
 
