@@ -38,6 +38,9 @@ use crate::error::CliError;
 /// Looked for in the current folder when no `--config` is given.
 pub(crate) const DEFAULT_FILE: &str = "cluster.toml";
 
+/// Workers of a cluster that nobody described.
+const DEFAULT_WORKERS: usize = 4;
+
 /// Everything that can be configured, checked.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
@@ -200,6 +203,22 @@ impl Config {
     /// The description of the worker of this name; a plain one if there is none.
     pub(crate) fn worker(&self, name: &str) -> WorkerSection {
         self.workers.iter().find(|w| w.name == name).cloned().unwrap_or_else(|| WorkerSection::named(name))
+    }
+
+    /// The workers of a cluster: those described, cut to or filled up to `count`; four plain ones if none is described.
+    pub(crate) fn roster(&self, count: Option<u32>) -> Vec<WorkerSection> {
+        let mut roster = self.workers.clone();
+        let count = match count {
+            Some(count) => count as usize,
+            None if roster.is_empty() => DEFAULT_WORKERS,
+            None => roster.len(),
+        };
+        roster.truncate(count);
+        let names = (1..).map(|number: u32| format!("w{number}"));
+        let free: Vec<String> =
+            names.filter(|name| roster.iter().all(|w| w.name != *name)).take(count - roster.len()).collect();
+        roster.extend(free.into_iter().map(WorkerSection::named));
+        roster
     }
 }
 

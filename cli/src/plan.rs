@@ -28,7 +28,6 @@ use crate::{
     error::{CliError, Code, output},
     machine,
     text::Table,
-    up,
 };
 
 /// Assumed read bandwidth of a machine that nobody has measured: two channels of ordinary memory.
@@ -189,7 +188,7 @@ pub(crate) fn objective(objective: Objective) -> planner::Objective {
 
 /// Memory as configured, else a share of this machine's; speeds shared by the workers of a machine.
 fn resources(config: &Config) -> Result<Vec<WorkerResources>, CliError> {
-    let workers = up::roster(config, None);
+    let workers = config.roster(None);
     let local = workers.iter().filter(|worker| worker.host.is_none()).count().max(1) as u64;
     let here = machine::available_memory_bytes();
     let resource = |worker: &crate::config::WorkerSection| {

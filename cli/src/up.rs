@@ -44,8 +44,6 @@ use crate::{
     plan::PlanView,
 };
 
-/// Workers of a cluster that nobody described.
-const DEFAULT_WORKERS: u32 = 4;
 /// Name of the coordinator's process in messages.
 const COORDINATOR: &str = "coordinator";
 /// Time between two looks at the cluster while it starts.
@@ -110,7 +108,7 @@ struct Listening {
 /// [`CliError`] with the exit code of what failed; nothing is left running.
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let config = load(args)?;
-    let mut roster = roster(&config, args.workers);
+    let mut roster = config.roster(args.workers);
     for worker in &mut roster {
         worker.device = args.device.clone().unwrap_or_else(|| worker.device.clone());
         worker.threads = args.threads.or(worker.threads);
@@ -133,22 +131,6 @@ fn load(args: &Args) -> Result<Config, CliError> {
         .flag("coordinator.grpc", args.grpc.as_ref())
         .flag("coordinator.http", args.http.as_ref())
         .load()
-}
-
-/// The workers of a cluster: those described, cut to or filled up to `count`; four plain ones if none is described.
-pub(crate) fn roster(config: &Config, count: Option<u32>) -> Vec<WorkerSection> {
-    let mut roster = config.workers.clone();
-    let count = match count {
-        Some(count) => count as usize,
-        None if roster.is_empty() => DEFAULT_WORKERS as usize,
-        None => roster.len(),
-    };
-    roster.truncate(count);
-    let names = (1..).map(|number: u32| format!("w{number}"));
-    let free: Vec<String> =
-        names.filter(|name| roster.iter().all(|w| w.name != *name)).take(count - roster.len()).collect();
-    roster.extend(free.into_iter().map(WorkerSection::named));
-    roster
 }
 
 /// Refuses addresses that need a secret, hosts that could not meet, and ports that are taken, before anything runs.
@@ -458,35 +440,13 @@ mod tests {
     use super::*;
     use crate::config::Layers;
 
-    fn config(described: &[&str]) -> Config {
-        let mut config = Layers { no_file: true, ..Layers::default() }.load().unwrap();
-        config.workers = described.iter().map(|name| WorkerSection::named(*name)).collect();
-        config
-    }
-
-    #[test]
-    fn the_roster_is_cut_and_filled_to_the_number_wanted() {
-        let cases: [(&[&str], Option<u32>, &[&str]); 6] = [
-            (&[], None, &["w1", "w2", "w3", "w4"]),
-            (&["a", "b"], None, &["a", "b"]),
-            (&["w1", "w2", "w3", "w4"], Some(1), &["w1"]),
-            (&["w1", "w2", "w3", "w4"], Some(7), &["w1", "w2", "w3", "w4", "w5", "w6", "w7"]),
-            (&["w2", "x"], Some(4), &["w2", "x", "w1", "w3"]),
-            (&[], Some(2), &["w1", "w2"]),
-        ];
-        for (described, count, expected) in cases {
-            let names: Vec<String> = roster(&config(described), count).into_iter().map(|worker| worker.name).collect();
-            assert_eq!(names, expected, "{described:?} {count:?}");
-        }
-    }
-
     #[test]
     fn a_port_in_use_is_named() {
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut config = config(&[]);
+        let mut config = Layers { no_file: true, ..Layers::default() }.load().unwrap();
         config.coordinator.http = taken.local_addr().unwrap();
         config.coordinator.grpc.set_port(0);
-        let error = check_addresses(&config, &roster(&config, None), false).unwrap_err();
+        let error = check_addresses(&config, &config.roster(None), false).unwrap_err();
         let message = error.to_string();
         assert_eq!(error.code(), Code::Failed);
         assert!(

@@ -179,6 +179,10 @@ impl Membership {
                     None => return Ended::Shutdown,
                 },
             };
+            if matches!(message, Message::StageReady(_)) {
+                // What the stage weighs is told with it, not a heartbeat later.
+                beat.reset_immediately();
+            }
             // A coordinator that takes nothing for as long as a lost one is lost.
             match timeout(LOST_AFTER, outgoing.send(request(message))).await {
                 Ok(Ok(())) => {}

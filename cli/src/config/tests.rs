@@ -274,3 +274,21 @@ fn known_keys() -> Vec<String> {
     };
     sections.iter().flat_map(|section| keys_of(section)).collect()
 }
+
+#[test]
+fn the_roster_is_cut_and_filled_to_the_number_wanted() {
+    let cases: [(&[&str], Option<u32>, &[&str]); 6] = [
+        (&[], None, &["w1", "w2", "w3", "w4"]),
+        (&["a", "b"], None, &["a", "b"]),
+        (&["w1", "w2", "w3", "w4"], Some(1), &["w1"]),
+        (&["w1", "w2", "w3", "w4"], Some(7), &["w1", "w2", "w3", "w4", "w5", "w6", "w7"]),
+        (&["w2", "x"], Some(4), &["w2", "x", "w1", "w3"]),
+        (&[], Some(2), &["w1", "w2"]),
+    ];
+    for (described, count, expected) in cases {
+        let mut config = layers(None, &[], &[]).load().unwrap();
+        config.workers = described.iter().map(|name| WorkerSection::named(*name)).collect();
+        let names: Vec<String> = config.roster(count).into_iter().map(|worker| worker.name).collect();
+        assert_eq!(names, expected, "{described:?} {count:?}");
+    }
+}

@@ -395,7 +395,8 @@ export function show(snapshot, elapsed, stale) {
   showVerdict(snapshot, elapsed, stale);
   announce(snapshot, stale);
   if (!snapshot) return;
-  put(byId("cluster"), snapshot.cluster);
+  // A cluster that nobody named has the program's name, which stands there already.
+  put(byId("cluster"), snapshot.cluster === "grokpipe" ? "" : snapshot.cluster);
   put(byId("model"), `${snapshot.model.name} · ${snapshot.model.layers} layers`);
   const stages = stagesOf(snapshot);
   showTiles(snapshot, elapsed, stale);

@@ -91,6 +91,8 @@ impl<B: Backend> Layers<B> {
         let buffers = loader.buffers(options)?;
         let slots = options.kv_blocks as usize * KV_BLOCK_TOKENS;
         let kv = backend.kv_pool(layers.len(), slots, config.num_key_value_heads * config.head_dim)?;
+        // Scales and padding of the files are not counted piece by piece.
+        progress(total, total);
         let attention = AttentionParams {
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads,

@@ -84,7 +84,15 @@ impl Golden {
     /// A stage of this model.
     pub(crate) fn stage<B: Backend>(&self, backend: B, layers: Range<u32>) -> StageModel<B> {
         let options = StageOptions { kv_blocks: 24, max_rows: 64, head: true, logit_rows: 5 };
-        StageModel::load(backend, &self.config, self.weights.clone(), layers, options, &mut |_, _| ()).unwrap()
+        let mut seen = Vec::new();
+        let progress = &mut |done, total| seen.push((done, total));
+        let stage = StageModel::load(backend, &self.config, self.weights.clone(), layers, options, progress).unwrap();
+        assert!(seen.is_sorted(), "progress goes forward only: {seen:?}");
+        assert!(
+            seen.last().is_some_and(|&(done, total)| done == total && total > 0),
+            "loading ends at 100 %: {seen:?}"
+        );
+        stage
     }
 
     /// The whole model.
