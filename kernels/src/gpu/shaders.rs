@@ -21,11 +21,15 @@ pub struct Shader {
 }
 
 macro_rules! shaders {
-    ($($constant:ident = $op:literal / $name:literal, $params:ty, [$($written:literal),*];)*) => {
+    ($($constant:ident = $op:literal / $name:literal $(with $shared:literal)?,
+        $params:ty, [$($written:literal),*];)*) => {
         $(
             pub(super) const $constant: Shader = Shader {
                 name: $name,
-                source: include_str!(concat!("../ops/", $op, "/", $name, ".wgsl")),
+                source: concat!(
+                    include_str!(concat!("../ops/", $op, "/", $name, ".wgsl")),
+                    $(include_str!(concat!("../ops/", $shared, ".wgsl")))?
+                ),
                 params_bytes: size_of::<$params>(),
                 written: &[$($written),*],
             };
@@ -36,10 +40,11 @@ macro_rules! shaders {
 }
 
 shaders! {
-    MATMUL = "matmul" / "matmul", MatmulParams, [false, false, false, true];
-    GATED_GELU = "gated_gelu" / "gated_gelu", ExpertParams<gated_gelu::Params>,
+    MATMUL = "matmul" / "matmul" with "columns", MatmulParams, [false, false, false, true];
+    GATED_GELU = "gated_gelu" / "gated_gelu" with "columns", ExpertParams<gated_gelu::Params>,
         [false, false, false, false, false, false, true];
-    EXPERT_DOWN = "expert_down" / "expert_down", ExpertParams<expert_down::Params>, [false, false, false, false, true];
+    EXPERT_DOWN = "expert_down" / "expert_down" with "columns", ExpertParams<expert_down::Params>,
+        [false, false, false, false, true];
     EXPERT_COMBINE = "expert_down" / "expert_combine", CombineParams, [false, false, true];
     MOE_ROUTER = "moe_router" / "moe_router", moe_router::Params, [false, false, true, true];
     EXPERT_TILES = "moe_router" / "expert_tiles", TilesParams, [false, true];

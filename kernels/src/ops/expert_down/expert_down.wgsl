@@ -1,6 +1,6 @@
 // expert_down: products[p, n] = hidden[p] @ down[e] for every pair p = t * chosen + j of a row and its j-th expert e, for the columns
 // n and the experts of one shard. expert_combine.wgsl adds a row's products, so that shards cannot change the order of that sum.
-// Shapes (row-major): hidden [pairs, inputs] f32; products [pairs, outputs] f32. Weights and the order of sums as in matmul.wgsl,
+// Shapes (row-major): hidden [pairs, inputs] f32; products [pairs, outputs] f32. Weights and the order of sums as in columns.wgsl,
 // one stretch of `blocks` blocks an expert; scales f32 [experts, groups, outputs].
 // choice: with PAIRS_PER_THREAD = 1 the expert of each pair, [items]; with 4 the tiles of expert_tiles.wgsl, [items, 5].
 // Dispatch: (ceil(items / TILES), blocks of the shard, 1); a thread computes PAIRS_PER_THREAD pairs of COLUMNS_PER_THREAD columns.
@@ -22,21 +22,9 @@ struct Params {
 @group(0) @binding(3) var<storage, read> down: array<u32>;            // [experts, blocks, groups, quads, 64]
 @group(0) @binding(4) var<storage, read> scales: array<f32>;          // [experts, groups, outputs]
 @group(0) @binding(5) var<storage, read_write> products: array<f32>;  // [pairs, outputs]
-override FLOAT_WEIGHTS: bool = false;
 override PAIRS_PER_THREAD: u32 = 1u;    // 1 or 4
-override COLUMNS_PER_THREAD: u32 = 1u;  // 1 or 4
-override COLUMN_THREADS: u32 = 64u;     // 64 / COLUMNS_PER_THREAD
 override TILES: u32 = 1u;               // items in a workgroup
-const LANES: u32 = 64u;
 const NONE: u32 = 0xffffffffu;
-
-// Four inputs each of up to four columns: weights, or partial sums.
-struct Columns {
-    a: vec4<f32>,
-    b: vec4<f32>,
-    c: vec4<f32>,
-    d: vec4<f32>,
-}
 
 fn quad_of_weights(word: u32) -> vec4<f32> {
     if FLOAT_WEIGHTS {
@@ -66,25 +54,6 @@ fn tail_of_x(at: u32, left: u32) -> vec4<f32> {
     if left > 1u { quad.y = hidden[at + 1u]; }
     if left > 2u { quad.z = hidden[at + 2u]; }
     return quad;
-}
-
-fn add(sums: Columns, v: vec4<f32>, w: Columns) -> Columns {
-    var next = sums;
-    next.a = fma(v, w.a, sums.a);
-    if COLUMNS_PER_THREAD > 1u {
-        next.b = fma(v, w.b, sums.b);
-        next.c = fma(v, w.c, sums.c);
-        next.d = fma(v, w.d, sums.d);
-    }
-    return next;
-}
-
-fn total(v: vec4<f32>) -> f32 {
-    return (v.x + v.y) + (v.z + v.w);
-}
-
-fn add_group(sum: vec4<f32>, group: Columns, scale: vec4<f32>) -> vec4<f32> {
-    return fma(vec4<f32>(total(group.a), total(group.b), total(group.c), total(group.d)), scale, sum);
 }
 
 // Columns beyond the last one repeat its scale; their weights are zeros.

@@ -1,6 +1,6 @@
 // gated_gelu: hidden[p, n] = gelu(x[t] @ gate[e]) * (x[t] @ up[e]) for every pair p = t * chosen + j of a row and its j-th expert e,
 // for the columns n and the experts of one shard. gelu(g) = 0.5 * g * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 * g^3))).
-// Shapes (row-major): x [rows, inputs] f32; hidden [pairs, outputs] f32. Weights and the order of sums as in matmul.wgsl, one
+// Shapes (row-major): x [rows, inputs] f32; hidden [pairs, outputs] f32. Weights and the order of sums as in columns.wgsl, one
 // stretch of `blocks` blocks an expert; scales f32 [experts, groups, outputs].
 // choice: with PAIRS_PER_THREAD = 1 the expert of each pair, [items]; with 4 the tiles of expert_tiles.wgsl, [items, 5].
 // Dispatch: (ceil(items / TILES), blocks of the shard, 1); a thread computes PAIRS_PER_THREAD pairs of COLUMNS_PER_THREAD columns.
@@ -24,21 +24,9 @@ struct Params {
 @group(0) @binding(5) var<storage, read> up: array<u32>;            // [experts, blocks, groups, quads, 64]
 @group(0) @binding(6) var<storage, read> up_scales: array<f32>;     // [experts, groups, outputs]
 @group(0) @binding(7) var<storage, read_write> hidden: array<f32>;  // [pairs, outputs]
-override FLOAT_WEIGHTS: bool = false;
 override PAIRS_PER_THREAD: u32 = 1u;    // 1 or 4
-override COLUMNS_PER_THREAD: u32 = 1u;  // 1 or 4
-override COLUMN_THREADS: u32 = 64u;     // 64 / COLUMNS_PER_THREAD
 override TILES: u32 = 1u;               // items in a workgroup
-const LANES: u32 = 64u;
 const NONE: u32 = 0xffffffffu;
-
-// Four inputs each of up to four columns: weights, or partial sums.
-struct Columns {
-    a: vec4<f32>,
-    b: vec4<f32>,
-    c: vec4<f32>,
-    d: vec4<f32>,
-}
 
 fn quad_of_gate(word: u32) -> vec4<f32> {
     if FLOAT_WEIGHTS {
@@ -86,25 +74,6 @@ fn tail_of_x(at: u32, left: u32) -> vec4<f32> {
     if left > 1u { quad.y = x[at + 1u]; }
     if left > 2u { quad.z = x[at + 2u]; }
     return quad;
-}
-
-fn add(sums: Columns, v: vec4<f32>, w: Columns) -> Columns {
-    var next = sums;
-    next.a = fma(v, w.a, sums.a);
-    if COLUMNS_PER_THREAD > 1u {
-        next.b = fma(v, w.b, sums.b);
-        next.c = fma(v, w.c, sums.c);
-        next.d = fma(v, w.d, sums.d);
-    }
-    return next;
-}
-
-fn total(v: vec4<f32>) -> f32 {
-    return (v.x + v.y) + (v.z + v.w);
-}
-
-fn add_group(sum: vec4<f32>, group: Columns, scale: vec4<f32>) -> vec4<f32> {
-    return fma(vec4<f32>(total(group.a), total(group.b), total(group.c), total(group.d)), scale, sum);
 }
 
 // Where the scales of four columns stand; columns beyond the last one repeat it, their weights are zeros.

@@ -1,10 +1,7 @@
 // matmul: out[t, n] = factor * sum_k x[t, k] * w[k, n], for the columns n of one shard of w.
 // Shapes (row-major): x [rows, inputs] f32; out [rows, outputs] f32.
-// Weights: blocks of 64 neighbouring columns, [blocks, groups, quads, 64] words. A word holds four inputs of one column (int8,
-// lowest byte first); with FLOAT_WEIGHTS a quad is four words, 64 columns apart. A group whose length is not a multiple of four
-// is padded with zeros, and x is not read there; columns of the last block beyond `outputs` are zeros too.
+// Weights [blocks, groups, quads, 64] and the order of sums as in columns.wgsl, which is joined to this.
 // Scales f32 [groups, outputs]; not read with FLOAT_WEIGHTS.
-// Order of the sum, whatever the constants are: four partial sums (k mod 4) by ascending k within a group, groups ascending.
 // Dispatch: (ceil(rows / (ROWS_PER_THREAD * ROW_TILES)), blocks, 1); a thread computes ROWS_PER_THREAD rows of COLUMNS_PER_THREAD columns.
 // One row and column a thread suits a GPU in decode; four of each read less. CPU reference: cpu.rs.
 struct Params {
@@ -20,20 +17,8 @@ struct Params {
 @group(0) @binding(2) var<storage, read> weights: array<u32>;     // [blocks, groups, quads, 64]
 @group(0) @binding(3) var<storage, read> scales: array<f32>;      // [groups, outputs]
 @group(0) @binding(4) var<storage, read_write> out: array<f32>;   // [rows, outputs]
-override FLOAT_WEIGHTS: bool = false;
 override ROWS_PER_THREAD: u32 = 1u;     // 1 or 4
-override COLUMNS_PER_THREAD: u32 = 1u;  // 1 or 4
-override COLUMN_THREADS: u32 = 64u;     // 64 / COLUMNS_PER_THREAD
 override ROW_TILES: u32 = 1u;           // tiles of rows in a workgroup
-const LANES: u32 = 64u;
-
-// Four inputs each of up to four columns: weights, or partial sums.
-struct Columns {
-    a: vec4<f32>,
-    b: vec4<f32>,
-    c: vec4<f32>,
-    d: vec4<f32>,
-}
 
 fn quad_of_weights(word: u32) -> vec4<f32> {
     if FLOAT_WEIGHTS {
@@ -64,25 +49,6 @@ fn tail_of_x(at: u32, left: u32) -> vec4<f32> {
     if left > 1u { quad.y = x[at + 1u]; }
     if left > 2u { quad.z = x[at + 2u]; }
     return quad;
-}
-
-fn add(sums: Columns, v: vec4<f32>, w: Columns) -> Columns {
-    var next = sums;
-    next.a = fma(v, w.a, sums.a);
-    if COLUMNS_PER_THREAD > 1u {
-        next.b = fma(v, w.b, sums.b);
-        next.c = fma(v, w.c, sums.c);
-        next.d = fma(v, w.d, sums.d);
-    }
-    return next;
-}
-
-fn total(v: vec4<f32>) -> f32 {
-    return (v.x + v.y) + (v.z + v.w);
-}
-
-fn add_group(sum: vec4<f32>, group: Columns, scale: vec4<f32>) -> vec4<f32> {
-    return fma(vec4<f32>(total(group.a), total(group.b), total(group.c), total(group.d)), scale, sum);
 }
 
 // Columns beyond the last one repeat its scale; their weights are zeros.

@@ -1,5 +1,5 @@
 // moe_router: p = softmax(x[t] @ router); the `num_experts_per_tok` largest are chosen, best first, the lower index on a tie.
-// Shapes (row-major): x [rows, hidden_size] f32; router f32 in matmul.wgsl's layout, one block: [hidden_size, 64];
+// Shapes (row-major): x [rows, hidden_size] f32; router f32 in the layout of columns.wgsl, one block: [hidden_size, 64];
 // ids u32 and probabilities f32 [rows, num_experts_per_tok].
 // Order of a logit's sum: PARTS partial sums (k mod PARTS) by ascending k, then the parts ascending.
 // Dispatch: one workgroup a row, (rows, 1, 1). At most 64 experts. CPU reference: cpu.rs.
