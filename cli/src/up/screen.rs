@@ -83,12 +83,17 @@ impl Screen {
     }
 }
 
+/// How a node is shown before it says how much it has to read.
+const WAITING: &str = "{prefix:<12} {msg}";
+const READING: &str = "{prefix:<12} [{bar:24}] {bytes}/{total_bytes} {binary_bytes_per_sec} {msg}";
+
 fn bar(name: &str) -> ProgressBar {
-    let bar = ProgressBar::new(1).with_prefix(name.to_owned());
-    // The template is fixed, so that it cannot be wrong; the default style is good enough if it ever is.
-    if let Ok(style) =
-        ProgressStyle::with_template("{prefix:<12} [{bar:24}] {bytes}/{total_bytes} {binary_bytes_per_sec} {msg}")
-    {
+    style(ProgressBar::no_length().with_prefix(name.to_owned()), WAITING)
+}
+
+/// The templates are fixed, so that they cannot be wrong; the style as it is is good enough if one ever is.
+fn style(bar: ProgressBar, template: &str) -> ProgressBar {
+    if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }
     bar
@@ -96,14 +101,19 @@ fn bar(name: &str) -> ProgressBar {
 
 fn update(bar: &ProgressBar, node: &SnapshotNode) {
     // An empty range has no progress to show, and indicatif would draw it as done.
-    if let Some(total) = node.load.bytes_total.filter(|&total| total > 0) {
-        bar.set_length(total);
-    }
-    if let Some(bytes) = node.load.bytes {
+    if let (Some(bytes), Some(total)) = (node.load.bytes, node.load.bytes_total.filter(|&total| total > 0)) {
+        if bar.length() != Some(total) {
+            style(bar.clone(), READING).set_length(total);
+        }
         bar.set_position(bytes);
     }
     let layers = node.layers.map_or_else(String::new, |span| format!(" {span}"));
-    bar.set_message(format!("{}{layers}", node.state.as_str()));
+    bar.set_message(format!("{}{layers}", word(node)));
+}
+
+/// What a node does; one that never joined is not down, it is on its way.
+fn word(node: &SnapshotNode) -> &'static str {
+    if node.joins == 0 { "starting" } else { node.state.as_str() }
 }
 
 fn line(snapshot: &ClusterSnapshot) -> String {
@@ -112,7 +122,7 @@ fn line(snapshot: &ClusterSnapshot) -> String {
             (Some(bytes), Some(total)) => format!(" {} of {}", ByteSize(bytes), ByteSize(total)),
             _ => String::new(),
         };
-        format!("{} {}{loaded}", node.name, node.state.as_str())
+        format!("{} {}{loaded}", node.name, word(node))
     };
     let nodes: Vec<String> = snapshot.nodes.iter().map(node).collect();
     format!("{} [{}]", snapshot.verdict.text, nodes.join(", "))
