@@ -224,6 +224,7 @@ async fn run_beside(coordinator: String, expected: Vec<u32>, ends: CancellationT
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn bad_input_gets_a_typed_error_and_harms_no_other_request() {
+    grokpipe_tests::start_logs();
     let live = Live::start().await;
     let mut table = Table::default();
     requests(&live, &mut table).await;

@@ -44,6 +44,15 @@ pub fn command(name: &str) -> Option<PathBuf> {
     found
 }
 
+/// Logs of clusters inside this test to standard error, if `GROKPIPE_LOG` has a filter.
+pub fn start_logs() {
+    if let Ok(filter) = env::var("GROKPIPE_LOG") {
+        let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        // Another test of the same program may have been first.
+        let _ = builder.try_init();
+    }
+}
+
 /// Whether a GPU adapter must be there.
 pub fn gpu_required() -> bool {
     env::var_os("GPU_REQUIRED").is_some_and(|value| value == "1")

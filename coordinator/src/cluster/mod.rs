@@ -317,9 +317,9 @@ impl Cluster {
             return;
         }
         let Some(active) = &mut self.active else { return };
-        if let Some(stage) = active.stages.iter_mut().find(|stage| stage.node == name) {
-            stage.ready = true;
-        }
+        // Said twice, or by a worker without a stage, it must not open the pipeline again: frames under way would be lost.
+        let Some(stage) = active.stages.iter_mut().find(|stage| stage.node == name && !stage.ready) else { return };
+        stage.ready = true;
         if active.broken_since.is_none() && active.stages.iter().all(|stage| stage.ready) {
             let first = active.stages[0].node.clone();
             let stages = active.stages.len();

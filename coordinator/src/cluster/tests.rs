@@ -125,6 +125,20 @@ fn missing_workers_are_not_waited_for_for_ever() {
 }
 
 #[test]
+fn readiness_said_again_or_by_a_worker_without_a_stage_changes_nothing() {
+    let mut cluster = serving();
+    join(&mut cluster, at(0.5), "spare", 3);
+    cluster.take_commands();
+    let epoch = cluster.epoch();
+    for (name, generation) in [("w1", 1), ("w2", 2), ("spare", 3), ("stranger", 4)] {
+        cluster.stage_ready(at(1.0), name, generation, epoch);
+        let commands = cluster.take_commands();
+        assert!(commands.is_empty(), "{name}: {commands:?}");
+        assert!(cluster.is_serving());
+    }
+}
+
+#[test]
 fn a_lost_worker_interrupts_with_its_name_and_layers_and_its_return_begins_a_new_epoch() {
     let mut cluster = serving();
     let layers = snapshot(&cluster, at(1.0)).nodes.iter().find(|node| node.name == "w2").unwrap().layers.unwrap();

@@ -86,11 +86,12 @@ impl Engine {
         Ok(stream)
     }
 
-    /// Sends micro-batches while the scheduler has any and the pipeline takes them.
+    /// Sends micro-batches while the scheduler has any.
     pub(super) fn schedule(&mut self) {
         let Some(pipeline) = self.pipeline.as_ref().filter(|pipeline| pipeline.epoch == self.cluster.epoch()) else {
             return;
         };
+        let epoch = pipeline.epoch;
         while let Some(batch) = self.scheduler.next_micro_batch() {
             let now = Instant::now();
             let sequences: Vec<u64> = batch.slices.iter().map(|slice| slice.sequence).collect();
@@ -99,11 +100,14 @@ impl Engine {
                     running.first_scheduled.get_or_insert(now);
                 }
             }
-            let frame = self.frame(pipeline.epoch, &batch);
+            let frame = self.frame(epoch, &batch);
             self.in_flight.insert(batch.id, InFlight { sequences, since: now });
             if pipeline.frames.try_send(frame).is_err() {
-                warn!("the pipeline takes no frames");
-                break;
+                // A frame that found no room is lost, and its requests would wait for it: the epoch ends here.
+                let now = self.now();
+                self.cluster.pipeline_failed(now, epoch, "the link to the first stage takes no frames");
+                self.carry_out();
+                return;
             }
         }
     }
