@@ -3,6 +3,7 @@
 //! No arithmetic and no networks here. Everything that comes from a file is untrusted: sizes are checked before anything is
 //! allocated, and a reader constructs nothing but numbers.
 
+mod blocks;
 mod config;
 mod error;
 mod source;
@@ -11,6 +12,7 @@ mod tensors;
 pub mod checkpoint;
 pub mod tokenizer;
 
+pub use blocks::BlockType;
 pub use checkpoint::Model;
 pub use config::ModelConfig;
 pub use error::ModelError;
