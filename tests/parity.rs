@@ -129,3 +129,53 @@ fn greedy_tokens_through_the_kv_cache_equal_the_reference() {
         }
     }
 }
+
+/// A `.npy` file of f32 in C order: its numbers.
+fn npy(path: &Path) -> Vec<f32> {
+    let bytes = std::fs::read(path).expect("a file");
+    assert!(bytes.starts_with(b"\x93NUMPY\x01"), "{}", path.display());
+    let begin = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
+    let header = String::from_utf8_lossy(&bytes[10..begin]);
+    assert!(header.contains("'<f4'") && header.contains("'fortran_order': False"), "{header}");
+    bytes[begin..].as_chunks::<4>().0.iter().map(|word| f32::from_le_bytes(*word)).collect()
+}
+
+/// Every GGUF file of the goldens, against a reading of xAI's code in f64 with the same weights.
+fn gguf_files_equal_the_reference(device: &str) {
+    let Some(folder) = shared("golden/llamacpp") else { return };
+    let golden: Value =
+        serde_json::from_slice(&std::fs::read(folder.join("golden.json")).expect("golden.json")).expect("JSON");
+    let scratch = tempfile::tempdir().expect("a temporary folder");
+    let out = scratch.path().join("out.safetensors");
+    let mut files: Vec<_> = std::fs::read_dir(&folder)
+        .expect("a folder")
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "gguf"))
+        .collect();
+    files.sort();
+    assert!(files.len() >= 8, "{files:?}");
+    for file in files {
+        let name = file.file_stem().and_then(|stem| stem.to_str()).expect("a name").to_owned();
+        let mut largest = 0.0_f32;
+        for (prompt, ids) in golden["prompts"].as_object().expect("prompts") {
+            let ids: Vec<u64> = ids.as_array().expect("ids").iter().map(|id| id.as_u64().expect("an id")).collect();
+            let Some(found) = logits(&file, &ids, device, &out, false) else { return };
+            let expected = npy(&folder.join(format!("{name}.{prompt}.f64ref.npy")));
+            let found = &found.get("logits").1;
+            assert_eq!(found.len(), expected.len(), "{name} {prompt}");
+            largest = found.iter().zip(&expected).map(|(x, y)| (x - y).abs()).fold(largest, f32::max);
+        }
+        println!("{name} on {device}: logits within {largest:e}");
+        assert!(largest <= 1e-3, "{name}: {largest:e}");
+    }
+}
+
+#[test]
+fn gguf_files_on_the_cpu_equal_the_reference() {
+    gguf_files_equal_the_reference("cpu");
+}
+
+#[test]
+fn gguf_files_on_a_gpu_equal_the_reference() {
+    gguf_files_equal_the_reference("gpu");
+}

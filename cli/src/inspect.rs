@@ -6,8 +6,7 @@ use std::{
     path::PathBuf,
 };
 
-use grokpipe_model::LayerTensor;
-use grokpipe_model::{Format, Layout, MatrixSpec, Model, ModelConfig, TensorName, WeightSource};
+use grokpipe_model::{Format, Model, ModelConfig, TensorName, WeightSource, checkpoint::TensorSummary};
 use serde_json::{Value, json};
 
 use crate::{
@@ -26,23 +25,13 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// One tensor as it is stored.
-#[derive(Debug, PartialEq)]
-struct Tensor {
-    name: String,
-    shape: Vec<usize>,
-    format: &'static str,
-    scale_groups: Option<usize>,
-    bytes: u64,
-}
-
 /// Runs `inspect`.
 ///
 /// # Errors
 /// What is wrong with the model's files.
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let model = Model::open(&args.path)?;
-    let tensors = tensors(&model, model.config())?;
+    let tensors = tensors(&model)?;
     let layers = layer_bytes(&model, model.config().num_hidden_layers);
     let text = if args.json {
         format!("{}\n", to_json(model.config(), &model.digest(), &tensors, &layers))
@@ -56,52 +45,20 @@ fn layer_bytes(source: &dyn WeightSource, layers: u32) -> Vec<u64> {
     (0..layers).map(|layer| source.stored_bytes(layer..layer + 1, false)).collect()
 }
 
-fn tensors(source: &dyn WeightSource, config: &ModelConfig) -> Result<Vec<Tensor>, CliError> {
-    let mut tensors = vec![matrix(source, TensorName::Embedding)?];
-    for layer in 0..config.num_hidden_layers {
-        for tensor in LayerTensor::ALL {
-            let name = TensorName::Layer(layer, tensor);
-            tensors.push(match tensor {
-                LayerTensor::PreAttentionNorm
-                | LayerTensor::PostAttentionNorm
-                | LayerTensor::PreMoeNorm
-                | LayerTensor::PostMoeNorm => vector(source, name)?,
-                _ => matrix(source, name)?,
-            });
-        }
-    }
-    tensors.push(vector(source, TensorName::FinalNorm)?);
+/// All tensors, layers in the order of their numbers.
+fn tensors(model: &Model) -> Result<Vec<TensorSummary>, CliError> {
+    let mut tensors = model.inspect()?;
+    tensors.sort_by_key(|tensor| tensor.name);
     Ok(tensors)
 }
 
-fn matrix(source: &dyn WeightSource, name: TensorName) -> Result<Tensor, CliError> {
-    let opened = source.matrix(&name)?;
-    Ok(of_spec(name, opened.spec()))
-}
-
-fn of_spec(name: TensorName, spec: &MatrixSpec) -> Tensor {
-    let (format, scale_groups) = match spec.format {
+/// Name of the format, and its scale groups where these are stored beside the numbers.
+fn format_of(tensor: &TensorSummary) -> (&'static str, Option<usize>) {
+    match tensor.format {
         Format::F32 => ("f32", None),
         Format::Int8 { groups } => ("int8", Some(groups)),
-    };
-    let plain = match spec.layout {
-        Layout::InOut => [spec.inputs, spec.outputs],
-        Layout::OutIn => [spec.outputs, spec.inputs],
-    };
-    let mut shape = if spec.experts > 1 { vec![spec.experts] } else { Vec::new() };
-    shape.extend(plain);
-    Tensor { name: name.to_string(), shape, format, scale_groups, bytes: spec.weight_bytes() }
-}
-
-fn vector(source: &dyn WeightSource, name: TensorName) -> Result<Tensor, CliError> {
-    let length = source.vector(&name)?.len();
-    Ok(Tensor {
-        name: name.to_string(),
-        shape: vec![length],
-        format: "f32",
-        scale_groups: None,
-        bytes: 4 * length as u64,
-    })
+        Format::Blocks(kind) => (kind.name(), None),
+    }
 }
 
 fn config_json(config: &ModelConfig) -> Value {
@@ -129,8 +86,18 @@ fn config_json(config: &ModelConfig) -> Value {
     })
 }
 
-fn to_json(config: &ModelConfig, digest: &str, tensors: &[Tensor], layers: &[u64]) -> Value {
-    let tensor = |t: &Tensor| json!({"name": t.name, "shape": t.shape, "format": t.format, "scale_groups": t.scale_groups, "bytes": t.bytes});
+fn to_json(config: &ModelConfig, digest: &str, tensors: &[TensorSummary], layers: &[u64]) -> Value {
+    let tensor = |tensor: &TensorSummary| {
+        let (format, scale_groups) = format_of(tensor);
+        json!({
+            "name": tensor.name.to_string(),
+            "shape": tensor.shape,
+            "format": format,
+            "scale_groups": scale_groups,
+            "bytes": tensor.bytes,
+            "file": tensor.file,
+        })
+    };
     json!({
         "config": config_json(config),
         "digest": digest,
@@ -141,12 +108,14 @@ fn to_json(config: &ModelConfig, digest: &str, tensors: &[Tensor], layers: &[u64
     })
 }
 
-fn parameters(tensors: &[Tensor]) -> u64 {
-    tensors.iter().map(|t| t.shape.iter().map(|&n| n as u64).product::<u64>()).sum()
+/// Numbers in the model; a head of its own is the embedding once more.
+fn parameters(tensors: &[TensorSummary]) -> u64 {
+    let counted = tensors.iter().filter(|tensor| tensor.name != TensorName::Head);
+    counted.map(|tensor| tensor.shape.iter().product::<u64>()).sum()
 }
 
 /// For people: sizes, each kind of tensor once, and bytes of each run of equal layers.
-fn render(config: &ModelConfig, digest: &str, tensors: &[Tensor], layers: &[u64]) -> String {
+fn render(config: &ModelConfig, digest: &str, tensors: &[TensorSummary], layers: &[u64]) -> String {
     let bytes: u64 = tensors.iter().map(|t| t.bytes).sum();
     let mut text = format!("{}: {} parameters, {}\n", config.name, parameters(tensors), ByteSize(bytes));
     let _ = writeln!(text, "digest {digest}\n");
@@ -158,10 +127,10 @@ fn render(config: &ModelConfig, digest: &str, tensors: &[Tensor], layers: &[u64]
     text.push('\n');
     let mut table = Table::new(&["tensor", "shape", "format", "bytes"]);
     for tensor in tensors {
-        let format =
-            tensor.scale_groups.map_or_else(|| tensor.format.to_owned(), |g| format!("{} / {g}", tensor.format));
+        let (name, groups) = format_of(tensor);
+        let format = groups.map_or_else(|| name.to_owned(), |groups| format!("{name} / {groups}"));
         let shape = format!("{:?}", tensor.shape);
-        table.row(vec![tensor.name.clone(), shape, format, ByteSize(tensor.bytes).to_string()]);
+        table.row(vec![tensor.name.to_string(), shape, format, ByteSize(tensor.bytes).to_string()]);
     }
     let _ = writeln!(text, "{table}");
     let mut start = 0;
@@ -177,24 +146,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shapes_are_written_as_they_are_stored() {
-        let spec = |experts, format, layout| MatrixSpec {
-            name: String::new(),
-            experts,
-            inputs: 4,
-            outputs: 6,
-            format,
-            layout,
-        };
-        let stacked =
-            of_spec(TensorName::Layer(3, LayerTensor::MoeDown), &spec(8, Format::Int8 { groups: 2 }, Layout::InOut));
-        assert_eq!((stacked.shape, stacked.format, stacked.scale_groups), (vec![8, 4, 6], "int8", Some(2)));
-        assert_eq!(stacked.name, "transformer/decoder_layer_3/moe/linear_1/w");
-        let embedding = of_spec(TensorName::Embedding, &spec(1, Format::F32, Layout::OutIn));
-        assert_eq!((embedding.shape, embedding.bytes), (vec![6, 4], 96));
-    }
-
-    #[test]
     fn a_golden_model_is_listed_in_full() {
         let shared = std::env::var_os("GROKPIPE_SHARED").map_or_else(
             || std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared"),
@@ -207,7 +158,7 @@ mod tests {
         }
         let model = Model::open(&path).unwrap();
         let config = model.config().clone();
-        let tensors = tensors(&model, &config).unwrap();
+        let tensors = tensors(&model).unwrap();
         assert_eq!(tensors.len(), 2 + 12 * 4);
         let layers = layer_bytes(&model, config.num_hidden_layers);
         let json = to_json(&config, "d", &tensors, &layers);

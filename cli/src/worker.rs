@@ -247,7 +247,8 @@ impl StageLoader for DeviceLoader {
         };
         let layers = request.layers.clone();
         // Which backend counts does not matter here: the need is that of the model.
-        let need = StageModel::<CpuBackend>::memory_needed(self.model.config(), layers.clone(), options).total_bytes();
+        let (config, weights) = (self.model.config(), self.model.as_ref());
+        let need = StageModel::<CpuBackend>::memory_needed(config, weights, layers.clone(), options).total_bytes();
         if need > self.facts.memory_bytes {
             return Err(KernelError::OutOfMemory {
                 what: format!("a stage of layers {}..{}", layers.start, layers.end),

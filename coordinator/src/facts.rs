@@ -39,7 +39,7 @@ const PROCESS_BYTES: u64 = 64 << 20;
 const LOGIT_ROWS: usize = 32;
 
 impl ModelFacts {
-    /// Facts of a model whose layers take `layer_bytes` each.
+    /// Facts of a model whose layers take `layer_bytes` each, with a head in f32.
     pub fn new(config: ModelConfig, digest: String, layer_bytes: Vec<u64>) -> Self {
         let head_bytes = (config.vocab_size as u64) * (config.hidden_size as u64) * 4;
         Self { config, digest, layer_bytes, head_bytes }
@@ -50,7 +50,7 @@ impl ModelFacts {
         let config = model.config().clone();
         let layers = 0..config.num_hidden_layers;
         let layer_bytes = layers.map(|layer| model.stored_bytes(layer..layer + 1, false)).collect();
-        Self::new(config, model.digest(), layer_bytes)
+        Self { head_bytes: model.stored_bytes(0..0, true), ..Self::new(config, model.digest(), layer_bytes) }
     }
 
     /// Bytes that a token takes in one layer's KV, keys and values in f32.
@@ -99,7 +99,10 @@ impl ModelFacts {
             num_experts: config.num_experts as u32,
             num_experts_per_tok: config.num_experts_per_tok as u32,
             embedding_bytes: self.head_bytes,
-            head: HeadCost { weight_bytes: self.head_bytes, flops_per_token: 2.0 * self.head_bytes as f64 / 4.0 },
+            head: HeadCost {
+                weight_bytes: self.head_bytes,
+                flops_per_token: 2.0 * config.vocab_size as f64 * config.hidden_size as f64,
+            },
             kv_bytes_per_token_per_layer: self.kv_bytes_per_token_per_layer(),
             kv_tokens: wishes.kv_tokens,
             scratch: self.scratch(wishes.max_batch_tokens),

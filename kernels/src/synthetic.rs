@@ -37,7 +37,7 @@ impl SyntheticWeights {
         let int8 = Format::Int8 { groups: 1 };
         let grouped = Format::Int8 { groups: c.scale_groups_row_parallel };
         let (experts, inputs, outputs, format, layout) = match name {
-            TensorName::Embedding => (1, hidden, c.vocab_size, Format::F32, Layout::OutIn),
+            TensorName::Embedding | TensorName::Head => (1, hidden, c.vocab_size, Format::F32, Layout::OutIn),
             TensorName::FinalNorm => return None,
             TensorName::Layer(_, tensor) => match tensor {
                 LayerTensor::MoeGate | LayerTensor::MoeUp => (c.num_experts, hidden, ffn, int8, Layout::InOut),
@@ -58,7 +58,7 @@ impl SyntheticWeights {
     /// A number that tells tensors apart.
     fn stream(&self, name: &TensorName) -> u64 {
         let tensor = match name {
-            TensorName::Embedding => 1,
+            TensorName::Embedding | TensorName::Head => 1,
             TensorName::FinalNorm => 2,
             TensorName::Layer(layer, tensor) => 16 + u64::from(*layer) * 16 + *tensor as u64,
         };
@@ -120,7 +120,7 @@ impl SyntheticMatrix {
     fn word(&self, index: u64, deviation: f32) -> [u8; 8] {
         let bits = mix(self.stream.wrapping_add(index));
         match self.spec.format {
-            Format::Int8 { .. } => bits.to_le_bytes(),
+            Format::Int8 { .. } | Format::Blocks(_) => bits.to_le_bytes(),
             Format::F32 => {
                 let [low, high] = [bits as u32, (bits >> 32) as u32].map(|bits| uniform(bits) * deviation);
                 let (low, high) = (low.to_le_bytes(), high.to_le_bytes());

@@ -91,7 +91,9 @@ impl BlockType {
             blocks.len()
         );
         match self {
-            Self::F16 => each(blocks, out, |block: &[u8; 2], y: &mut [f32; 1]| y[0] = f16::from_le_bytes(*block).to_f32()),
+            Self::F16 => {
+                each(blocks, out, |block: &[u8; 2], y: &mut [f32; 1]| y[0] = f16::from_le_bytes(*block).to_f32())
+            }
             Self::Bf16 => {
                 each(blocks, out, |block: &[u8; 2], y: &mut [f32; 1]| y[0] = bf16::from_le_bytes(*block).to_f32());
             }

@@ -153,11 +153,39 @@ impl ModelConfig {
                 "one of a Hugging Face model (model_type), whose files this version does not read",
             ));
         }
-        let reader = Reader { object: &object, place };
+        let reader = Reader { object: &object, place, foreign: &OWN };
         reader.refuse_unknown_keys()?;
         let config = reader.config()?;
-        config.check(place)?;
+        config.check(&reader)?;
         reader.check_derived(&config)?;
+        Ok(config)
+    }
+
+    /// A configuration out of `values` by xAI's names, which a file has under other names; what it lacks is as published.
+    pub(crate) fn from_foreign(
+        mut values: Map<String, Value>,
+        foreign: &Foreign,
+        place: &str,
+    ) -> Result<Self, ModelError> {
+        let published = Self::grok_1();
+        let defaults: [(&str, Value); 8] = [
+            ("rope_base", published.rope_theta.into()),
+            ("rms_norm_eps", published.rms_norm_eps.into()),
+            ("embedding_multiplier_scale", published.embedding_multiplier.into()),
+            ("output_multiplier_scale", published.output_multiplier.into()),
+            ("attn_output_multiplier", published.attention_multiplier.into()),
+            ("attn_logit_cap", published.attention_logit_cap.into()),
+            ("pad_token", published.pad_token_id.into()),
+            ("eos_token", published.eos_token_id.into()),
+        ];
+        for (key, value) in defaults {
+            values.entry(key).or_insert(value);
+        }
+        // Scales lie within the numbers there.
+        values.insert("scale_groups_row_parallel".to_owned(), 1.into());
+        let reader = Reader { object: &values, place, foreign };
+        let config = reader.config()?;
+        config.check(&reader)?;
         Ok(config)
     }
 
@@ -177,10 +205,8 @@ impl ModelConfig {
     }
 
     /// Sizes so large that products of them could overflow, or that do not divide as they must, are refused here once.
-    fn check(&self, place: &str) -> Result<(), ModelError> {
-        let bad = |key: &str, expected: String, found: String| {
-            Err(ModelError::invalid(format!("{place}: {key}"), expected, found))
-        };
+    fn check(&self, reader: &Reader<'_>) -> Result<(), ModelError> {
+        let bad = |key: &str, expected: String, found: String| Err(reader.bad(key, expected, found));
         if !self.head_dim.is_multiple_of(2) {
             return bad("key_size", "an even number".into(), self.head_dim.to_string());
         }
@@ -217,14 +243,25 @@ fn ffn_size(widening_factor: f64, hidden_size: usize) -> u64 {
     n.next_multiple_of(8)
 }
 
+/// How another program calls what a configuration holds: xAI's name, and the other.
+pub(crate) struct Foreign {
+    pub(crate) names: &'static [(&'static str, &'static str)],
+}
+
+/// xAI's names themselves.
+const OWN: Foreign = Foreign { names: &[] };
+
 struct Reader<'a> {
     object: &'a Map<String, Value>,
     place: &'a str,
+    /// The names that messages use.
+    foreign: &'a Foreign,
 }
 
 impl Reader<'_> {
     fn bad(&self, key: &str, expected: impl Into<String>, found: impl Into<String>) -> ModelError {
-        ModelError::invalid(format!("{}: {key}", self.place), expected, found)
+        let shown = self.foreign.names.iter().find(|(ours, _)| *ours == key).map_or(key, |(_, theirs)| theirs);
+        ModelError::invalid(format!("{}: {shown}", self.place), expected, found)
     }
 
     fn refuse_unknown_keys(&self) -> Result<(), ModelError> {
@@ -364,7 +401,8 @@ mod tests {
         // Counted with every norm and router: spec §1 gives 4,919,992,320 a layer and 805,306,368 for the embedding.
         assert_eq!(grok.parameters(), 64 * 4_919_992_320 + 805_306_368 + 6144);
         assert_eq!(ffn_size(8.0, 6144), 32_768);
-        assert!(grok.check("grok-1").is_ok());
+        let nothing = Map::new();
+        assert!(grok.check(&Reader { object: &nothing, place: "grok-1", foreign: &OWN }).is_ok());
     }
 
     #[test]

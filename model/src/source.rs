@@ -3,9 +3,9 @@
 //! Decides nothing about files or networks: a checkpoint on disk, generated weights for a benchmark and (later) a peer or an
 //! object store all look like this. A reader takes bytes in bounded pieces, so that loading never needs a second copy of a model.
 
-use std::ops::Range;
+use std::{fmt, ops::Range};
 
-use crate::{ModelError, TensorName};
+use crate::{BlockType, ModelError, TensorName};
 
 /// How the numbers of a matrix are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,14 +17,36 @@ pub enum Format {
         /// Scale groups along the inputs: 1, or 8 for the row-parallel matrices of the published checkpoint.
         groups: usize,
     },
+    /// Blocks along the inputs, as in GGUF files; always with [`Layout::OutIn`].
+    Blocks(BlockType),
 }
 
 impl Format {
-    /// Bytes of one stored number.
-    pub fn bytes_per_value(self) -> usize {
+    /// Bytes of so many neighbouring numbers; `None` when they are no whole blocks.
+    pub fn row_bytes(self, count: usize) -> Option<usize> {
+        self.row_bytes_u64(count as u64).and_then(|bytes| usize::try_from(bytes).ok())
+    }
+
+    /// As [`Format::row_bytes`], for numbers out of a file; `None` also when that many bytes cannot be counted.
+    pub fn row_bytes_u64(self, count: u64) -> Option<u64> {
         match self {
-            Self::F32 => 4,
-            Self::Int8 { .. } => 1,
+            Self::F32 => count.checked_mul(4),
+            Self::Int8 { .. } => Some(count),
+            Self::Blocks(kind) => {
+                let (weights, bytes) = (kind.weights() as u64, kind.bytes() as u64);
+                if count.is_multiple_of(weights) { (count / weights).checked_mul(bytes) } else { None }
+            }
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::F32 => f.write_str("F32"),
+            Self::Int8 { groups: 1 } => f.write_str("int8, 1 scale group"),
+            Self::Int8 { groups } => write!(f, "int8, {groups} scale groups"),
+            Self::Blocks(kind) => f.write_str(kind.name()),
         }
     }
 }
@@ -58,13 +80,15 @@ pub struct MatrixSpec {
 impl MatrixSpec {
     /// Bytes of the stored numbers, without scales.
     pub fn weight_bytes(&self) -> u64 {
-        (self.experts as u64) * (self.inputs as u64) * (self.outputs as u64) * self.format.bytes_per_value() as u64
+        // A matrix was checked to have rows of whole blocks.
+        let row = self.format.row_bytes_u64(self.inputs as u64).unwrap_or_default();
+        (self.experts as u64) * (self.outputs as u64) * row
     }
 
-    /// Number of scales: `experts * groups * outputs`, 0 for floats.
+    /// Number of scales beside the numbers: `experts * groups * outputs`, 0 for floats and blocks.
     pub fn scale_count(&self) -> usize {
         match self.format {
-            Format::F32 => 0,
+            Format::F32 | Format::Blocks(_) => 0,
             Format::Int8 { groups } => self.experts * groups * self.outputs,
         }
     }
@@ -81,7 +105,7 @@ pub trait MatrixSource: Send + Sync {
     /// [`ModelError::Io`] when the bytes cannot be read.
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), ModelError>;
 
-    /// The scales as f32, `[experts, groups, outputs]`; empty for floats.
+    /// The scales as f32, `[experts, groups, outputs]`; empty for floats and for blocks, which hold their own.
     ///
     /// # Errors
     /// [`ModelError::Io`] when the bytes cannot be read; [`ModelError`] naming the tensor when a scale is not finite.

@@ -7,8 +7,10 @@ use crate::{Layout, ModelConfig};
 /// One tensor of the model. `Display` writes the path in xAI's parameter tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum TensorName {
-    /// Token embedding and head, f32 `[vocab_size, hidden_size]`.
+    /// Token embedding, `[vocab_size, hidden_size]`; f32 in xAI's files.
     Embedding,
+    /// The head, of the same shape: the embedding again, but for files that store it a second time, perhaps in another format.
+    Head,
     /// Norm before the head, f32 `[hidden_size]`.
     FinalNorm,
     /// A tensor of one layer.
@@ -84,6 +86,7 @@ impl fmt::Display for TensorName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Embedding => f.write_str("language_model/in_out_embed/embeddings"),
+            Self::Head => f.write_str("language_model/head"),
             Self::FinalNorm => f.write_str("language_model/rms_norm/scale"),
             Self::Layer(layer, tensor) => write!(f, "transformer/decoder_layer_{layer}/{}", tensor.path()),
         }
@@ -135,7 +138,7 @@ impl TensorShape {
 
 impl TensorName {
     /// Every tensor of a model, in the order of the published files: the tree's leaves with sorted keys, so that layers stand in
-    /// the order of their decimal strings (0, 1, 10, 11, …, 2, 20, …) and not of their numbers.
+    /// the order of their decimal strings (0, 1, 10, 11, …, 2, 20, …) and not of their numbers. Without the head, which is none of them.
     pub fn in_file_order(layers: u32) -> Vec<Self> {
         let mut order: Vec<u32> = (0..layers).collect();
         order.sort_by_key(u32::to_string);
@@ -157,7 +160,7 @@ impl TensorName {
         let (experts, f, row_parallel) =
             (Some(config.num_experts), config.intermediate_size, config.scale_groups_row_parallel);
         match self {
-            Self::Embedding => TensorShape::Matrix {
+            Self::Embedding | Self::Head => TensorShape::Matrix {
                 experts: None,
                 inputs: d,
                 outputs: config.vocab_size,

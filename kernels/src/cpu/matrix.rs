@@ -1,10 +1,11 @@
-//! A matrix in the CPU's memory: int8 stays int8, outputs are rows, and every scale group begins at a multiple of 16 inputs.
+//! A matrix in the CPU's memory: int8 stays int8, blocks stay as stored, outputs are rows, and every scale group begins at a
+//! multiple of 16 inputs.
 //!
 //! A checkpoint's matrix has its outputs fastest; a dot product wants its inputs fastest. So loading transposes, piece by piece:
 //! one bounded buffer of stored bytes beside the matrix itself, never a second copy. Groups whose length is not a multiple of
 //! 16 are filled with zeros, which add nothing to a sum, so that products need no special case for a rest.
 
-use grokpipe_model::{Format, Layout, MatrixSource, MatrixSpec};
+use grokpipe_model::{BlockType, Format, Layout, MatrixSource, MatrixSpec};
 
 use super::{
     memory::{product, zeroed},
@@ -24,6 +25,8 @@ const SQUARE: usize = 8;
 pub(crate) enum Values {
     F32(Vec<f32>),
     I8(Vec<i8>),
+    /// Rows of blocks, without filling: that is added when they become numbers.
+    Blocks(BlockType, Vec<u8>),
 }
 
 /// One matrix, or one an expert.
@@ -66,9 +69,11 @@ impl CpuMatrix {
     ) -> Result<Self, KernelError> {
         let spec = source.spec();
         let groups = match spec.format {
-            Format::F32 => 1,
-            Format::Int8 { groups } => groups,
+            Format::F32 => None,
+            Format::Int8 { groups } => Some(groups),
+            Format::Blocks(kind) => return Self::load_blocks(source, kind, device, progress),
         };
+        let (is_float, groups) = (groups.is_none(), groups.unwrap_or(1));
         if groups == 0 || spec.inputs == 0 || spec.outputs == 0 || !spec.inputs.is_multiple_of(groups) {
             return Err(KernelError::Shape {
                 what: spec.name.clone(),
@@ -80,18 +85,41 @@ impl CpuMatrix {
         let padded_group = group.next_multiple_of(LANES);
         let count = product(&[spec.experts, spec.outputs, groups, padded_group], &spec.name, device)?;
         let shape = Shape { spec, group, padded_group };
-        let values = match spec.format {
-            Format::F32 => Values::F32(shape.fill(source, zeroed(count, &spec.name, device)?, threads, progress)?),
-            Format::Int8 { .. } => {
-                Values::I8(shape.fill(source, zeroed(count, &spec.name, device)?, threads, progress)?)
-            }
-        };
-        let scales = match spec.format {
-            Format::F32 => vec![1.0],
-            Format::Int8 { .. } => scales_by_output(source, groups)?,
+        let (values, scales) = if is_float {
+            let values = shape.fill(source, zeroed(count, &spec.name, device)?, threads, progress)?;
+            (Values::F32(values), vec![1.0])
+        } else {
+            let values = shape.fill(source, zeroed(count, &spec.name, device)?, threads, progress)?;
+            (Values::I8(values), scales_by_output(source, groups)?)
         };
         let MatrixSpec { inputs, outputs, experts, .. } = *spec;
         Ok(Self { inputs, outputs, experts, groups, group, padded_group, values, scales })
+    }
+
+    /// Blocks are kept as they are in the file.
+    fn load_blocks(
+        source: &dyn MatrixSource,
+        kind: BlockType,
+        device: &str,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Self, KernelError> {
+        let MatrixSpec { inputs, outputs, experts, layout, ref name, format } = *source.spec();
+        let row_bytes = format.row_bytes(inputs).filter(|_| layout == Layout::OutIn && inputs > 0 && outputs > 0);
+        let Some(row_bytes) = row_bytes else {
+            return Err(KernelError::Shape {
+                what: name.clone(),
+                expected: format!("rows of whole blocks of {}, inputs fastest", kind.weights()),
+                found: format!("{inputs} inputs, {outputs} outputs, {layout:?}"),
+            });
+        };
+        let mut bytes = zeroed(product(&[experts, outputs, row_bytes], name, device)?, name, device)?;
+        for (index, piece) in bytes.chunks_mut(PIECE_BYTES).enumerate() {
+            source.read((index * PIECE_BYTES) as u64, piece)?;
+            progress(piece.len() as u64);
+        }
+        let padded_group = inputs.next_multiple_of(LANES);
+        let (values, scales) = (Values::Blocks(kind, bytes), vec![1.0]);
+        Ok(Self { inputs, outputs, experts, groups: 1, group: inputs, padded_group, values, scales })
     }
 }
 
@@ -298,6 +326,7 @@ mod tests {
                         Values::I8(v) => {
                             f64::from(v[index]) * f64::from(loaded.scales[(e * outputs + n) * loaded.groups + group])
                         }
+                        Values::Blocks(..) => panic!("blocks have tests of their own"),
                     };
                     assert_eq!(got, matrix.at(e, k, n), "{shape:?} {format:?} {layout:?} at {e} {k} {n}");
                 }

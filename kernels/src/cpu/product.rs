@@ -69,9 +69,27 @@ impl Kernel for Product<'_> {
         match &self.matrix.values {
             Values::F32(w) => shape.all(simd, &w[first * padded..][..count * padded], scales, self.rows, self.out),
             Values::I8(w) => shape.all(simd, &w[first * padded..][..count * padded], scales, self.rows, self.out),
+            Values::Blocks(kind, bytes) => {
+                let inputs = self.matrix.inputs;
+                let row_bytes = inputs / kind.weights() * kind.bytes();
+                let rows = &bytes[first * row_bytes..][..count * row_bytes];
+                // A few outputs at a time become numbers, which stay in the second-level cache until every row has passed.
+                let mut numbers = vec![0.0; BLOCK_OUTPUTS.min(count) * padded];
+                let out = self.out.chunks_mut(BLOCK_OUTPUTS * self.rows.len());
+                for (blocks, out) in rows.chunks(BLOCK_OUTPUTS * row_bytes).zip(out) {
+                    for (blocks, numbers) in blocks.chunks(row_bytes).zip(numbers.chunks_mut(padded)) {
+                        kind.dequantize(blocks, &mut numbers[..inputs]);
+                    }
+                    let used = blocks.len() / row_bytes * padded;
+                    shape.all(simd, &numbers[..used], scales, self.rows, out);
+                }
+            }
         }
     }
 }
+
+/// Outputs of a matrix of blocks that are numbers at a time.
+const BLOCK_OUTPUTS: usize = 4;
 
 /// Scales of the outputs; `groups` 0 when one number serves all.
 #[derive(Clone, Copy)]

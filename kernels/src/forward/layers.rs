@@ -289,7 +289,7 @@ impl<B: Backend> Loader<'_, B> {
         let (hidden, vocab, rows) = (self.config.hidden_size, self.config.vocab_size, logit_rows.max(1));
         Ok(Head {
             norm: self.vector(TensorName::FinalNorm)?,
-            embedding: self.matrix(TensorName::Embedding, 1, hidden, vocab)?,
+            embedding: self.matrix(TensorName::Head, 1, hidden, vocab)?,
             picked: self.backend.activations(rows, hidden)?,
             normed: self.backend.activations(rows, hidden)?,
             logits: self.backend.activations(rows, vocab)?,

@@ -93,14 +93,20 @@ impl<B: Backend> StageModel<B> {
         options: StageOptions,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, KernelError> {
-        let need = Self::memory_needed(config, layers.clone(), options);
+        let need = Self::memory_needed(config, weights.as_ref(), layers.clone(), options);
         let layers = Layers::load(&mut backend, config, weights.as_ref(), layers, options, progress)?;
         Ok(Self { backend, layers, weights, need })
     }
 
     /// Memory of a stage on a device, without a device.
-    pub fn memory_needed(config: &ModelConfig, layers: Range<u32>, options: StageOptions) -> MemoryNeed {
-        MemoryNeed::new(config, layers, options)
+    pub fn memory_needed(
+        config: &ModelConfig,
+        weights: &dyn WeightSource,
+        layers: Range<u32>,
+        options: StageOptions,
+    ) -> MemoryNeed {
+        let stored_bytes = weights.stored_bytes(layers.clone(), options.has_head(config, &layers));
+        MemoryNeed::new(config, stored_bytes, layers, options)
     }
 
     fn step(

@@ -61,7 +61,8 @@ struct Shape {
 impl Shape {
     fn new(spec: &MatrixSpec) -> Result<Self, KernelError> {
         let (groups, is_float) = match spec.format {
-            Format::F32 => (1, true),
+            // Blocks become floats on their way to the device.
+            Format::F32 | Format::Blocks(_) => (1, true),
             Format::Int8 { groups } => (groups, false),
         };
         let bad = |expected: &str| KernelError::Shape {
@@ -74,6 +75,11 @@ impl Shape {
         }
         if groups == 0 || !spec.inputs.is_multiple_of(groups) {
             return Err(bad("inputs in equal groups"));
+        }
+        if matches!(spec.format, Format::Blocks(_))
+            && (spec.layout, spec.format.row_bytes(spec.inputs).is_some()) != (Layout::OutIn, true)
+        {
+            return Err(bad("rows of whole blocks, inputs fastest"));
         }
         if [spec.experts, spec.inputs, spec.outputs].iter().any(|&size| u32::try_from(size).is_err()) {
             return Err(bad("sizes below 2^32"));
@@ -311,7 +317,7 @@ fn load_out_in(
         for first in (0..shape.blocks()).step_by(blocks_at_once) {
             let columns = first * LANES..((first + blocks_at_once) * LANES).min(shape.outputs);
             stored.resize(columns.len() * column_bytes, 0);
-            source.read(((expert * shape.outputs + columns.start) * column_bytes) as u64, &mut stored)?;
+            let read = read_columns(source, expert * shape.outputs + columns.start, columns.len(), &mut stored)?;
             for (index, block) in stored.chunks(LANES * column_bytes).enumerate() {
                 packed.clear();
                 packed.resize(shape.quads() * shape.words_per_quad(), 0);
@@ -322,10 +328,31 @@ fn load_out_in(
                     upload.write(&shard.buffer, word * 4, bytemuck::cast_slice(&packed))?;
                 }
             }
-            progress(stored.len() as u64);
+            progress(read);
         }
     }
     Ok(())
+}
+
+/// Reads whole columns as f32 or int8; the bytes that were stored.
+fn read_columns(source: &dyn MatrixSource, first: usize, count: usize, out: &mut [u8]) -> Result<u64, KernelError> {
+    let spec = source.spec();
+    let stored_bytes = spec.format.row_bytes(spec.inputs).unwrap_or_default();
+    let offset = (first * stored_bytes) as u64;
+    let Format::Blocks(kind) = spec.format else {
+        source.read(offset, out)?;
+        return Ok(out.len() as u64);
+    };
+    let mut blocks = vec![0; count * stored_bytes];
+    source.read(offset, &mut blocks)?;
+    let mut numbers = vec![0.0; spec.inputs];
+    for (blocks, column) in blocks.chunks(stored_bytes).zip(out.chunks_mut(4 * spec.inputs)) {
+        kind.dequantize(blocks, &mut numbers);
+        for (number, bytes) in numbers.iter().zip(column.as_chunks_mut::<4>().0) {
+            *bytes = number.to_le_bytes();
+        }
+    }
+    Ok(blocks.len() as u64)
 }
 
 /// Puts one column into its lane of a packed block.

@@ -1,7 +1,7 @@
 //! Which file of a model holds which tensor, by names and lengths alone.
 //!
-//! Knows the three ways in which a model lies in a folder. What a pickle holds is not looked at here; of safetensors the headers are
-//! read, since they say where in the file each tensor lies.
+//! Knows the ways in which a model lies in a folder. What a pickle holds is not looked at here; of other files the headers are read,
+//! since they say where in the file each tensor lies.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,10 +11,12 @@ use std::{
 use serde::Deserialize;
 
 use super::{
+    gguf,
+    names::Family,
     safetensors::{self, Entry},
     storage::Storage,
 };
-use crate::{ModelConfig, ModelError, TensorName};
+use crate::{Format, Layout, ModelConfig, ModelError, TensorName, TensorShape};
 
 const CHECKPOINT: &str = "ckpt-0";
 const INDEX: &str = ".safetensors.index.json";
@@ -28,9 +30,46 @@ const MOST_FILES: usize = 4096;
 pub(super) enum Files {
     /// One pickle a tensor, in `ckpt-0/`: file name and length by tensor.
     Pickles(BTreeMap<TensorName, (String, u64)>),
-    /// One or more safetensors files: file name and place in it by tensor.
-    Safetensors(BTreeMap<TensorName, (String, Entry)>),
+    /// Files whose headers say where each tensor lies.
+    Placed {
+        /// Name of the file format.
+        kind: &'static str,
+        /// Place by tensor.
+        tensors: BTreeMap<TensorName, Placed>,
+    },
 }
+
+/// Where a tensor lies, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Placed {
+    /// How its numbers are stored.
+    pub(super) format: Format,
+    /// Which index runs fastest.
+    pub(super) layout: Layout,
+    /// Its parts, one after the other: one, or one an expert, all of the same length.
+    pub(super) parts: Vec<Part>,
+}
+
+/// A stretch of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    /// Its name, relative to the model.
+    pub(super) file: String,
+    /// Where it begins.
+    pub(super) offset: u64,
+    /// Its length in bytes.
+    pub(super) length: u64,
+}
+
+/// A tensor as some file's header has it.
+#[derive(Clone, Debug)]
+struct Found {
+    shape: Vec<u64>,
+    format: Format,
+    part: Part,
+}
+
+type FoundByName = BTreeMap<String, Found>;
 
 impl Files {
     /// Looks for `ckpt-0/`, then for an index, then for a single file.
@@ -53,7 +92,7 @@ impl Files {
         match SAFETENSORS.into_iter().find(|name| found.iter().any(|file| file == name)) {
             Some(file) => Self::in_safetensors(storage, file, config),
             None => {
-                let expected = format!("ckpt-0/, *{INDEX}, model.safetensors or weights.safetensors in it");
+                let expected = format!("ckpt-0/, *{INDEX}, model.safetensors, weights.safetensors or *.gguf in it");
                 Err(ModelError::invalid(folder.display().to_string(), expected, "none of them"))
             }
         }
@@ -61,23 +100,57 @@ impl Files {
 
     /// All tensors in this one file.
     pub(super) fn in_safetensors(storage: &dyn Storage, file: &str, config: &ModelConfig) -> Result<Self, ModelError> {
-        let found = header(storage, file)?.into_iter().map(|(name, entry)| (name, (file.to_owned(), entry))).collect();
-        matched(found, config, &storage.path(file))
+        matched("safetensors", header(storage, file)?, config, &storage.path(file))
     }
 
-    /// The file of a tensor, relative to the model.
+    /// All tensors of GGUF files, whose headers were read.
+    pub(super) fn in_gguf(
+        headers: Vec<(String, BTreeMap<String, gguf::Entry>)>,
+        config: &ModelConfig,
+        path: &Path,
+    ) -> Result<Self, ModelError> {
+        let mut found = FoundByName::new();
+        for (file, entries) in headers {
+            for (name, gguf::Entry { shape, format, offset, length }) in entries {
+                // Frequencies that some converters add; ours follow from the configuration.
+                if name.starts_with("rope_freqs") {
+                    continue;
+                }
+                let part = Part { file: file.clone(), offset, length };
+                if let Some(other) = found.insert(name.clone(), Found { shape, format, part }) {
+                    let place = format!("{}: {}", path.display(), shortened(&name));
+                    let both = format!("it in {:?} and in {file:?}", other.part.file);
+                    return Err(ModelError::invalid(place, "each tensor once", both));
+                }
+            }
+        }
+        matched("gguf", found, config, path)
+    }
+
+    /// Where a tensor lies; the head where the embedding does, unless the files have one of its own.
+    pub(super) fn placed(&self, name: &TensorName) -> Option<&Placed> {
+        match self {
+            Self::Pickles(_) => None,
+            Self::Placed { tensors, .. } => tied(name, |name| tensors.get(name)),
+        }
+    }
+
+    /// The file of a tensor, relative to the model; the first if there are several.
     pub(super) fn file(&self, name: &TensorName) -> Option<&str> {
         match self {
-            Self::Pickles(files) => files.get(name).map(|(file, _)| file.as_str()),
-            Self::Safetensors(tensors) => tensors.get(name).map(|(file, _)| file.as_str()),
+            Self::Pickles(files) => tied(name, |name| files.get(name)).map(|(file, _)| file.as_str()),
+            Self::Placed { .. } => self.placed(name).and_then(|placed| placed.parts.first()).map(|part| &*part.file),
         }
     }
 
     /// Bytes of a tensor on disk.
     pub(super) fn bytes(&self, name: &TensorName) -> u64 {
         match self {
-            Self::Pickles(files) => files.get(name).map_or(0, |(_, length)| *length),
-            Self::Safetensors(tensors) => tensors.get(name).map_or(0, |(_, entry)| entry.length),
+            Self::Pickles(files) => tied(name, |name| files.get(name)).map_or(0, |(_, length)| *length),
+            Self::Placed { .. } => {
+                let parts = self.placed(name).map_or(&[][..], |placed| &placed.parts);
+                parts.iter().map(|part| part.length).sum()
+            }
         }
     }
 
@@ -85,9 +158,19 @@ impl Files {
     pub(super) fn kind(&self) -> &'static str {
         match self {
             Self::Pickles(_) => "pickles",
-            Self::Safetensors(_) => "safetensors",
+            Self::Placed { kind, .. } => kind,
         }
     }
+
+    /// Whether the files have a head of its own beside the embedding.
+    pub(super) fn has_head(&self) -> bool {
+        matches!(self, Self::Placed { tensors, .. } if tensors.contains_key(&TensorName::Head))
+    }
+}
+
+/// The head is the embedding, unless there is one of its own.
+fn tied<T>(name: &TensorName, get: impl Fn(&TensorName) -> Option<T>) -> Option<T> {
+    get(name).or_else(|| if *name == TensorName::Head { get(&TensorName::Embedding) } else { None })
 }
 
 /// Pairs the files of `ckpt-0/` with tensors, by number.
@@ -116,38 +199,104 @@ fn pickles(found: &[(String, u64)], config: &ModelConfig, folder: &Path) -> Resu
     }
 }
 
-fn header(storage: &dyn Storage, file: &str) -> Result<BTreeMap<String, Entry>, ModelError> {
+fn header(storage: &dyn Storage, file: &str) -> Result<FoundByName, ModelError> {
     let path = storage.path(file);
     let open = storage.open(file).map_err(|source| ModelError::Io { path: path.clone(), source })?;
-    safetensors::read(&*open).map_err(|error| {
+    let entries = safetensors::read(&*open).map_err(|error| {
         ModelError::invalid(format!("{}: {}", path.display(), error.place), error.expected, error.found)
-    })
+    })?;
+    let found = entries.into_iter().map(|(name, Entry { shape, format, offset, length })| {
+        (name, Found { shape, format, part: Part { file: file.to_owned(), offset, length } })
+    });
+    Ok(found.collect())
 }
 
 /// Pairs tensors with the model's, by name; none may be missing, of another shape, or left over.
-fn matched(
-    mut found: BTreeMap<String, (String, Entry)>,
-    config: &ModelConfig,
-    path: &Path,
-) -> Result<Files, ModelError> {
+fn matched(kind: &'static str, mut found: FoundByName, config: &ModelConfig, path: &Path) -> Result<Files, ModelError> {
+    let family = Family::of(found.keys());
     let mut tensors = BTreeMap::new();
     for name in TensorName::in_file_order(config.num_hidden_layers) {
-        let place = || format!("{}: {name}", path.display());
-        let tensor =
-            found.remove(&name.to_string()).ok_or_else(|| ModelError::invalid(place(), "this tensor", "none"))?;
-        let dimensions = name.shape(config).dimensions();
-        if tensor.1.shape != dimensions {
-            return Err(ModelError::invalid(place(), format!("shape {dimensions:?}"), format!("{:?}", tensor.1.shape)));
-        }
-        tensors.insert(name, tensor);
+        let placed = match family {
+            None => own(&name, &mut found, config, path)?,
+            Some(family) => foreign(family, &name, &mut found, config, path)?,
+        };
+        tensors.insert(name, placed);
+    }
+    if let Some(family) = family
+        && family.names(&TensorName::Head).whole.iter().any(|head| found.contains_key(head))
+    {
+        tensors.insert(TensorName::Head, foreign(family, &TensorName::Head, &mut found, config, path)?);
     }
     match found.keys().next() {
-        None => Ok(Files::Safetensors(tensors)),
+        None => Ok(Files::Placed { kind, tensors }),
         Some(surplus) => {
             let place = path.display().to_string();
             Err(ModelError::invalid(place, "only the model's tensors", format!("{:?}", shortened(surplus))))
         }
     }
+}
+
+/// A tensor with xAI's name, in f32.
+fn own(name: &TensorName, found: &mut FoundByName, config: &ModelConfig, path: &Path) -> Result<Placed, ModelError> {
+    let place = || format!("{}: {name}", path.display());
+    let Some(Found { shape, format, part }) = found.remove(&name.to_string()) else {
+        return Err(ModelError::invalid(place(), "this tensor", "none"));
+    };
+    let expected = name.shape(config);
+    check_shape(&expected.dimensions(), &shape, place)?;
+    if format != Format::F32 {
+        return Err(ModelError::invalid(place(), "dtype F32", format.to_string()));
+    }
+    let layout = if let TensorShape::Matrix { layout, .. } = expected { layout } else { Layout::OutIn };
+    Ok(Placed { format, layout, parts: vec![part] })
+}
+
+/// A tensor with another program's name, a matrix output by output.
+fn foreign(
+    family: Family,
+    name: &TensorName,
+    found: &mut FoundByName,
+    config: &ModelConfig,
+    path: &Path,
+) -> Result<Placed, ModelError> {
+    let names = family.names(name);
+    let (experts, one) = match name.shape(config) {
+        TensorShape::Vector(length) => (None, vec![length as u64]),
+        TensorShape::Matrix { experts, inputs, outputs, .. } => (experts, vec![outputs as u64, inputs as u64]),
+    };
+    let place = |name: &str| format!("{}: {}", path.display(), name);
+    if let Some((name, Found { shape, format, part })) = names.whole.iter().find_map(|name| found.remove_entry(name)) {
+        let expected: Vec<u64> = experts.map(|experts| experts as u64).into_iter().chain(one).collect();
+        check_shape(&expected, &shape, || place(&name))?;
+        return Ok(Placed { format, layout: Layout::OutIn, parts: vec![part] });
+    }
+    let (Some(expert), Some(experts)) = (names.expert, experts) else {
+        let expected = names.whole.join(" or ");
+        return Err(ModelError::invalid(path.display().to_string(), format!("tensor {expected}"), "none"));
+    };
+    let mut format = None;
+    let mut parts = Vec::new();
+    for name in (0..experts).map(expert) {
+        let Some(tensor) = found.remove(&name) else {
+            let also = names.whole.first().map_or_else(String::new, |whole| format!(" or {whole}"));
+            return Err(ModelError::invalid(path.display().to_string(), format!("tensor {name}{also}"), "none"));
+        };
+        check_shape(&one, &tensor.shape, || place(&name))?;
+        let first = *format.get_or_insert(tensor.format);
+        if tensor.format != first {
+            let expected = format!("{first}, as the experts before it");
+            return Err(ModelError::invalid(place(&name), expected, tensor.format.to_string()));
+        }
+        parts.push(tensor.part);
+    }
+    Ok(Placed { format: format.unwrap_or(Format::F32), layout: Layout::OutIn, parts })
+}
+
+fn check_shape(expected: &[u64], found: &[u64], place: impl Fn() -> String) -> Result<(), ModelError> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(ModelError::invalid(place(), format!("shape {expected:?}"), format!("{found:?}")))
 }
 
 /// A `*.safetensors.index.json`: which file holds which tensor.
@@ -174,7 +323,7 @@ fn indexed(storage: &dyn Storage, file: &str, config: &ModelConfig) -> Result<Fi
             format!("{:?}", shortened(name)),
         ));
     }
-    let mut found = BTreeMap::new();
+    let mut found = FoundByName::new();
     for file in files {
         for (name, entry) in header(storage, file)? {
             let says = weight_map.get(&name);
@@ -183,10 +332,10 @@ fn indexed(storage: &dyn Storage, file: &str, config: &ModelConfig) -> Result<Fi
                 let expected = format!("{:?} for {:?}, which is in it", shortened(file), shortened(&name));
                 return Err(ModelError::invalid(place(), expected, says));
             }
-            found.insert(name, (file.clone(), entry));
+            found.insert(name, entry);
         }
     }
-    matched(found, config, &path)
+    matched("safetensors", found, config, &path)
 }
 
 fn read_index(storage: &dyn Storage, file: &str, path: &Path) -> Result<Index, ModelError> {

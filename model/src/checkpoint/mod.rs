@@ -1,4 +1,4 @@
-//! Opens a model's files: xAI's checkpoint, or safetensors with the same names.
+//! Opens a model's files: xAI's checkpoint, safetensors with its names or with those of the Hugging Face copies, GGUF.
 //!
 //! Opening a model looks at names and lengths only. A tensor's file is opened when that tensor is asked for, so that a worker
 //! reads its own layers' bytes and no others. Shapes and formats are checked against the configuration at that moment.
@@ -10,9 +10,14 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use crate::{Format, MatrixSource, MatrixSpec, ModelConfig, ModelError, TensorName, TensorShape, WeightSource};
+use crate::{
+    BlockType, Format, Layout, MatrixSource, MatrixSpec, ModelConfig, ModelError, TensorName, TensorShape, WeightSource,
+};
 
 mod files;
+pub mod gguf;
+mod names;
+mod open_gguf;
 pub mod pickle;
 pub mod safetensors;
 pub mod storage;
@@ -20,7 +25,7 @@ pub mod storage;
 #[cfg(test)]
 mod tests;
 
-use files::Files;
+use files::{Files, Part, Placed};
 use storage::{Folder, ReadAt, Storage};
 
 /// A model on disk.
@@ -51,7 +56,8 @@ pub struct TensorSummary {
 const SCALES_AT_ONCE: usize = 1 << 16;
 
 impl Model {
-    /// Opens the model at `path`: a folder, or one `.safetensors` file with its `config.json` beside it. Reads no weights.
+    /// Opens the model at `path`: a folder, one `.safetensors` file with its `config.json` beside it, or a GGUF file (of a split
+    /// one, any part). Reads no weights.
     ///
     /// # Errors
     /// [`ModelError`] naming the file and what is wrong with it.
@@ -62,14 +68,19 @@ impl Model {
         }
         let folder = path.parent().unwrap_or(Path::new("."));
         let place = path.display().to_string();
-        let Some(file) = path.file_name().and_then(|name| name.to_str()).filter(|name| name.ends_with(".safetensors"))
-        else {
-            return Err(ModelError::invalid(place, "a model's folder or a .safetensors file", "another file"));
-        };
-        let config = ModelConfig::open(&folder.join("config.json"))?;
         let storage: Arc<dyn Storage> = Arc::new(Folder(folder.to_owned()));
-        let files = Files::in_safetensors(&*storage, file, &config)?;
-        Ok(Self { config, storage, folder: folder.to_owned(), files, embedding: OnceLock::new() })
+        match path.file_name().and_then(|name| name.to_str()) {
+            Some(file) if file.ends_with(".safetensors") => {
+                let config = ModelConfig::open(&folder.join("config.json"))?;
+                let files = Files::in_safetensors(&*storage, file, &config)?;
+                Ok(Self { config, storage, folder: folder.to_owned(), files, embedding: OnceLock::new() })
+            }
+            Some(file) if file.ends_with(".gguf") => {
+                let (config, files) = open_gguf::open(&*storage, file)?;
+                Ok(Self { config, storage, folder: folder.to_owned(), files, embedding: OnceLock::new() })
+            }
+            _ => Err(ModelError::invalid(place, "a model's folder, a .safetensors or a .gguf file", "another file")),
+        }
     }
 
     /// Opens the model in `folder`, its tensors read through `storage`.
@@ -77,6 +88,10 @@ impl Model {
     /// # Errors
     /// As [`Model::open`].
     pub fn open_folder(folder: &Path, storage: Arc<dyn Storage>) -> Result<Self, ModelError> {
+        if let Some(file) = open_gguf::only_model_of(&*storage, folder)? {
+            let (config, files) = open_gguf::open(&*storage, &file)?;
+            return Ok(Self { config, storage, folder: folder.to_owned(), files, embedding: OnceLock::new() });
+        }
         let config_path = folder.join("config.json");
         // A link that leads nowhere is a damaged model, not one without a configuration.
         let config = match std::fs::symlink_metadata(&config_path) {
@@ -110,6 +125,9 @@ impl Model {
         let mut text = format!("{:?}|{}", self.config, self.files.kind());
         for name in TensorName::in_file_order(self.config.num_hidden_layers) {
             text.push_str(&format!("|{name}:{}", self.tensor_bytes(&name)));
+            if let Some(placed) = self.files.placed(&name) {
+                text.push_str(&format!(":{}", placed.format));
+            }
         }
         let mut hash = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128;
         for byte in text.bytes() {
@@ -118,13 +136,14 @@ impl Model {
         format!("{hash:032x}")
     }
 
-    /// Opens every tensor, checks it, and says what it is; in the order of the published files.
+    /// Opens every tensor, checks it, and says what it is; in the order of the published files, a head of its own last.
     ///
     /// # Errors
     /// As [`WeightSource::matrix`], for the first tensor that is wrong.
     pub fn inspect(&self) -> Result<Vec<TensorSummary>, ModelError> {
         let names = TensorName::in_file_order(self.config.num_hidden_layers);
-        names.into_iter().map(|name| self.summary(name)).collect()
+        let head = self.files.has_head().then_some(TensorName::Head);
+        names.into_iter().chain(head).map(|name| self.summary(name)).collect()
     }
 
     /// Bytes of one tensor on disk.
@@ -133,15 +152,20 @@ impl Model {
     }
 
     fn summary(&self, name: TensorName) -> Result<TensorSummary, ModelError> {
-        let format = match name.shape(&self.config) {
-            TensorShape::Vector(_) => {
+        let (shape, format) = match name.shape(&self.config) {
+            shape @ TensorShape::Vector(_) => {
                 self.vector(&name)?;
-                Format::F32
+                (shape.dimensions(), self.files.placed(&name).map_or(Format::F32, |placed| placed.format))
             }
-            TensorShape::Matrix { .. } => self.stored(&name)?.spec.format,
+            shape @ TensorShape::Matrix { .. } => {
+                let MatrixSpec { experts, inputs, outputs, format, layout, .. } = self.stored(&name)?.spec;
+                let inner = if layout == Layout::InOut { [inputs, outputs] } else { [outputs, inputs] };
+                let outer = (shape.dimensions().len() == 3).then_some(experts);
+                (outer.into_iter().chain(inner).map(|size| size as u64).collect(), format)
+            }
         };
         Ok(TensorSummary {
-            shape: name.shape(&self.config).dimensions(),
+            shape,
             format,
             file: self.files.file(&name).unwrap_or_default().to_owned(),
             bytes: self.tensor_bytes(&name),
@@ -149,29 +173,41 @@ impl Model {
         })
     }
 
-    /// Opens a tensor's file and checks what it holds.
+    fn open_file(&self, file: &str) -> Result<Box<dyn ReadAt>, ModelError> {
+        self.storage.open(file).map_err(|source| ModelError::Io { path: self.storage.path(file), source })
+    }
+
+    /// Opens a tensor's files and checks what they hold.
     fn located(&self, name: &TensorName) -> Result<Located, ModelError> {
-        let shape = name.shape(&self.config);
+        if let Some(Placed { format, layout, parts }) = self.files.placed(name) {
+            let opened =
+                parts.iter().map(|part| Ok(Stretch { file: self.open_file(&part.file)?, offset: part.offset }));
+            let part_bytes = parts.first().map_or(0, |part| part.length);
+            let file = parts.first().map_or("", |part: &Part| &part.file);
+            return Ok(Located {
+                parts: opened.collect::<Result<_, ModelError>>()?,
+                part_bytes,
+                format: *format,
+                layout: *layout,
+                scales: None,
+                place: format!("{} ({name})", self.storage.path(file).display()),
+            });
+        }
         let file_name = self.files.file(name).ok_or_else(|| missing(name, &self.folder))?;
         let place = format!("{} ({name})", self.storage.path(file_name).display());
-        let source_error = |source| ModelError::Io { path: self.storage.path(file_name), source };
-        let file = self.storage.open(file_name).map_err(source_error)?;
-        if let Files::Safetensors(tensors) = &self.files {
-            let (_, entry) = tensors.get(name).ok_or_else(|| missing(name, &self.folder))?;
-            return Ok(Located { file, weight: entry.offset, scales: None, groups: None, place });
-        }
+        let file = self.open_file(file_name)?;
         let tensor = pickle::read(&*file).map_err(|error| {
             ModelError::invalid(format!("{place}: byte {}", error.offset), error.expected, error.found)
         })?;
-        located_pickle(file, tensor, &shape, place)
+        located_pickle(file, tensor, &name.shape(&self.config), place)
     }
 
     fn stored(&self, name: &TensorName) -> Result<StoredMatrix, ModelError> {
-        let TensorShape::Matrix { experts, inputs, outputs, layout, .. } = name.shape(&self.config) else {
+        let TensorShape::Matrix { experts, inputs, outputs, .. } = name.shape(&self.config) else {
             return Err(ModelError::invalid(name.to_string(), "a matrix", "a vector"));
         };
         let located = self.located(name)?;
-        let format = located.groups.map_or(Format::F32, |groups| Format::Int8 { groups });
+        let (format, layout) = (located.format, located.layout);
         let spec =
             MatrixSpec { name: name.to_string(), experts: experts.unwrap_or(1), inputs, outputs, format, layout };
         Ok(StoredMatrix { spec, located })
@@ -194,7 +230,7 @@ impl WeightSource for Model {
             return Err(ModelError::invalid(name.to_string(), "a vector", "a matrix"));
         };
         let located = self.located(name)?;
-        let values = located.floats(located.weight, length)?;
+        let values = located.floats(0, length)?;
         finite(&values, &located.place)?;
         Ok(values)
     }
@@ -215,7 +251,8 @@ impl WeightSource for Model {
                 return Err(ModelError::invalid("embedding", expected, id.to_string()));
             }
             let located = &embedding.located;
-            let row = located.floats(located.weight + u64::from(*id) * width as u64 * 4, width)?;
+            let row_bytes = located.format.row_bytes_u64(width as u64).unwrap_or_default();
+            let row = located.floats(u64::from(*id) * row_bytes, width)?;
             finite(&row, &located.place)?;
             rows.extend(row);
         }
@@ -224,32 +261,72 @@ impl WeightSource for Model {
 
     fn stored_bytes(&self, layers: Range<u32>, with_head: bool) -> u64 {
         let names = layers.flat_map(|layer| crate::LayerTensor::ALL.map(|tensor| TensorName::Layer(layer, tensor)));
-        let head = with_head.then_some([TensorName::Embedding, TensorName::FinalNorm]);
+        let head = with_head.then_some([TensorName::Head, TensorName::FinalNorm]);
         names.chain(head.into_iter().flatten()).map(|name| self.tensor_bytes(&name)).sum()
     }
 }
 
-/// An opened tensor whose extents lie within its file.
+/// An opened tensor whose extents lie within its files.
 struct Located {
-    file: Box<dyn ReadAt>,
-    weight: u64,
-    /// Where the scales are, as bf16.
+    /// One, or one an expert.
+    parts: Vec<Stretch>,
+    /// Length of each part.
+    part_bytes: u64,
+    format: Format,
+    layout: Layout,
+    /// Where in the first part's file the scales are, as bf16.
     scales: Option<u64>,
-    groups: Option<usize>,
     place: String,
 }
 
+/// A part of a tensor.
+struct Stretch {
+    file: Box<dyn ReadAt>,
+    offset: u64,
+}
+
 impl Located {
-    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), ModelError> {
-        self.file
-            .read_exact_at(out, offset)
-            .map_err(|source| ModelError::Io { path: PathBuf::from(&self.place), source })
+    fn error(&self, source: io::Error) -> ModelError {
+        ModelError::Io { path: PathBuf::from(&self.place), source }
     }
 
+    /// Reads from `offset` within the tensor, over the borders of parts.
+    fn read(&self, mut offset: u64, mut out: &mut [u8]) -> Result<(), ModelError> {
+        while !out.is_empty() {
+            let part_bytes = self.part_bytes.max(1);
+            let (index, within) = (offset / part_bytes, offset % part_bytes);
+            let Some(part) = self.parts.get(index as usize) else {
+                return Err(self.error(io::ErrorKind::UnexpectedEof.into()));
+            };
+            let now = (out.len() as u64).min(part_bytes - within);
+            let (piece, rest) = out.split_at_mut(now as usize);
+            part.file.read_exact_at(piece, part.offset + within).map_err(|source| self.error(source))?;
+            (out, offset) = (rest, offset + now);
+        }
+        Ok(())
+    }
+
+    /// Numbers from a byte `offset` on, of whichever format but int8.
     fn floats(&self, offset: u64, count: usize) -> Result<Vec<f32>, ModelError> {
-        let mut bytes = vec![0; count * 4];
+        let kind = match self.format {
+            Format::F32 => None,
+            Format::Blocks(kind) => Some(kind),
+            Format::Int8 { .. } => return Err(ModelError::invalid(&*self.place, "floats or blocks", "int8")),
+        };
+        let Some(length) = self.format.row_bytes(count) else {
+            let weights = kind.map_or(1, BlockType::weights);
+            return Err(ModelError::invalid(&*self.place, format!("whole blocks of {weights}"), count.to_string()));
+        };
+        let mut bytes = vec![0; length];
         self.read(offset, &mut bytes)?;
-        Ok(bytes.as_chunks::<4>().0.iter().map(|chunk| f32::from_le_bytes(*chunk)).collect())
+        Ok(match kind {
+            None => bytes.as_chunks::<4>().0.iter().map(|chunk| f32::from_le_bytes(*chunk)).collect(),
+            Some(kind) => {
+                let mut values = vec![0.0; count];
+                kind.dequantize(&bytes, &mut values);
+                values
+            }
+        })
     }
 }
 
@@ -269,18 +346,21 @@ impl MatrixSource for StoredMatrix {
             let expected = format!("bytes within 0..{}", self.spec.weight_bytes());
             return Err(ModelError::invalid(&*self.located.place, expected, format!("{} from {offset}", out.len())));
         }
-        self.located.read(self.located.weight + offset, out)
+        self.located.read(offset, out)
     }
 
     fn scales(&self) -> Result<Vec<f32>, ModelError> {
-        let Some(offset) = self.located.scales else { return Ok(Vec::new()) };
+        let (Some(offset), Some(part)) = (self.located.scales, self.located.parts.first()) else {
+            return Ok(Vec::new());
+        };
         let count = self.spec.scale_count();
         let mut scales = Vec::with_capacity(count);
         let mut bytes = vec![0; SCALES_AT_ONCE.min(count) * 2];
         while scales.len() < count {
             let now = SCALES_AT_ONCE.min(count - scales.len());
             let piece = &mut bytes[..now * 2];
-            self.located.read(offset + scales.len() as u64 * 2, piece)?;
+            let at = offset + scales.len() as u64 * 2;
+            part.file.read_exact_at(piece, at).map_err(|source| self.located.error(source))?;
             // bf16 is the upper half of an f32.
             let halves = piece.as_chunks::<2>().0.iter().map(|half| u32::from(u16::from_le_bytes(*half)) << 16);
             scales.extend(halves.map(f32::from_bits));
@@ -310,6 +390,8 @@ fn located_pickle(
     let quantised = matches!(shape, TensorShape::Matrix { groups: Some(_), .. });
     let dtype = if quantised { pickle::Dtype::I8 } else { pickle::Dtype::F32 };
     let wanted = (shape.dimensions(), dtype);
+    let count: u64 = wanted.0.iter().product();
+    let part_bytes = if quantised { count } else { 4 * count };
     let found = (tensor.weight.shape, tensor.weight.dtype);
     if wanted != found {
         return Err(ModelError::invalid(
@@ -332,9 +414,11 @@ fn located_pickle(
             return Err(ModelError::invalid(place, text(wanted.as_ref()), found));
         }
     };
-    let groups = match shape {
-        TensorShape::Matrix { groups, .. } => *groups,
-        TensorShape::Vector(_) => None,
+    let (format, layout) = match *shape {
+        TensorShape::Matrix { groups: Some(groups), layout, .. } => (Format::Int8 { groups }, layout),
+        TensorShape::Matrix { groups: None, layout, .. } => (Format::F32, layout),
+        TensorShape::Vector(_) => (Format::F32, Layout::OutIn),
     };
-    Ok(Located { file, weight: tensor.weight.offset, scales, groups, place })
+    let part = Stretch { file, offset: tensor.weight.offset };
+    Ok(Located { parts: vec![part], part_bytes, format, layout, scales, place })
 }

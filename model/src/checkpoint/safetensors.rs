@@ -10,21 +10,15 @@ use serde::{
 };
 
 use super::storage::ReadAt;
-
-/// Number formats that are understood; others are refused by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dtype {
-    /// 32-bit float.
-    F32,
-}
+use crate::{BlockType, Format};
 
 /// A tensor of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Sizes, outermost first; last index fastest.
     pub shape: Vec<u64>,
-    /// Number format.
-    pub dtype: Dtype,
+    /// How the numbers are stored.
+    pub format: Format,
     /// Where its bytes begin in the file.
     pub offset: u64,
     /// Its length in bytes.
@@ -104,15 +98,21 @@ fn placed(header: Header, begin: u64, end: u64) -> Result<BTreeMap<String, Entry
 }
 
 fn checked(name: &str, raw: &Raw, begin: u64, end: u64) -> Result<Entry, HeaderError> {
-    let dtype = match raw.dtype.as_str() {
-        "F32" => Dtype::F32,
-        other => return refuse(name, "dtype F32", format!("dtype {}", other.chars().take(16).collect::<String>())),
+    let format = match raw.dtype.as_str() {
+        "F32" => Format::F32,
+        "F16" => Format::Blocks(BlockType::F16),
+        "BF16" => Format::Blocks(BlockType::Bf16),
+        other => {
+            let found = format!("dtype {}", other.chars().take(16).collect::<String>());
+            return refuse(name, "dtype F32, F16 or BF16", found);
+        }
     };
     if raw.shape.len() > 4 {
         return refuse(name, "at most 4 dimensions", raw.shape.len().to_string());
     }
     let [from, to] = raw.data_offsets;
-    let needed = raw.shape.iter().try_fold(4_u64, |bytes, size| bytes.checked_mul(*size));
+    let needed = raw.shape.iter().try_fold(1_u64, |count, size| count.checked_mul(*size));
+    let needed = needed.and_then(|count| format.row_bytes_u64(count));
     if from > to || needed != Some(to - from) {
         let expected =
             needed.map_or("a shape that fits a file".into(), |needed| format!("{needed} bytes for {:?}", raw.shape));
@@ -120,7 +120,7 @@ fn checked(name: &str, raw: &Raw, begin: u64, end: u64) -> Result<Entry, HeaderE
     }
     match (begin.checked_add(from), begin.checked_add(to)) {
         (Some(offset), Some(last)) if last <= end => {
-            Ok(Entry { shape: raw.shape.clone(), dtype, offset, length: to - from })
+            Ok(Entry { shape: raw.shape.clone(), format, offset, length: to - from })
         }
         _ => refuse(name, format!("data within the file's {end} bytes"), format!("data offsets {from} to {to}")),
     }

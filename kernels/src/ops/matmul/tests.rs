@@ -1,7 +1,7 @@
 //! Bound 4e-6 of the largest result: products of unit variance summed in 16 lanes of f32; the error of a sum of `n` terms in
 //! lanes is below `n / 16` roundings of its largest part, in the mean the root of that.
 
-use grokpipe_model::{Format, Layout};
+use grokpipe_model::{BlockType, Format, Layout};
 
 use super::{Params, cpu::matmul};
 use crate::{
@@ -26,6 +26,9 @@ const INT8: [(usize, usize, usize, usize); 10] = [
 ];
 const F32: [(usize, usize, usize); 6] = [(1, 1, 1), (2, 7, 5), (3, 64, 8), (5, 96, 129), (33, 65, 33), (1, 6144, 8)];
 
+/// Rows, blocks a row, outputs.
+const BLOCKS: [(usize, usize, usize); 4] = [(1, 1, 1), (2, 3, 5), (7, 2, 67), (33, 4, 130)];
+
 /// Holds a device to the reference.
 pub(crate) fn check<B: Backend>(backend: &mut B) {
     let seed = seed(12);
@@ -36,6 +39,12 @@ pub(crate) fn check<B: Backend>(backend: &mut B) {
         }
         for shape in F32 {
             check_one(backend, &mut random, seed, shape, Format::F32, layout);
+        }
+    }
+    for kind in BlockType::all() {
+        for (rows, blocks, outputs) in BLOCKS {
+            let shape = (rows, blocks * kind.weights(), outputs);
+            check_one(backend, &mut random, seed, shape, Format::Blocks(kind), Layout::OutIn);
         }
     }
 }

@@ -21,6 +21,11 @@ fn dequantised(model: &Model, name: &TensorName) -> Vec<f32> {
             };
             bytes.iter().enumerate().map(|(at, byte)| f32::from(*byte as i8) * scale(at)).collect()
         }
+        Format::Blocks(kind) => {
+            let mut values = vec![0.0; bytes.len() / kind.bytes() * kind.weights()];
+            kind.dequantize(&bytes, &mut values);
+            values
+        }
     }
 }
 

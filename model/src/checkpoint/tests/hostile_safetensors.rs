@@ -95,7 +95,8 @@ fn headers() -> Vec<(&'static str, Vec<u8>, &'static str)> {
         ),
         ("a key as long as a book", one(json!({ "x".repeat(1 << 20): 1 })), "unknown field"),
         ("a tensor that is a text", one(json!("F32")), "a JSON object"),
-        ("dtype F16", one(tensor("F16", json!([4]), json!([0, 8]))), "dtype F16"),
+        ("dtype F16 with the length of F32", one(tensor("F16", json!([2]), json!([0, 8]))), "4 bytes for [2]"),
+        ("dtype F8_E4M3", one(tensor("F8_E4M3", json!([8]), json!([0, 8]))), "dtype F8_E4M3"),
         ("dtype I64", one(tensor("I64", json!([1]), json!([0, 8]))), "dtype I64"),
         ("dtype that is none", one(tensor("\u{1b}[2J", json!([2]), json!([0, 8]))), "dtype F32"),
     ]
@@ -172,7 +173,7 @@ fn a_good_file_that_is_another_model_is_refused() {
             }),
             "shape [8, 4]",
         ),
-        ("half the precision", edited(|header| header[NORM]["dtype"] = json!("BF16")), "dtype BF16"),
+        ("half the precision", edited(|header| header[NORM]["dtype"] = json!("BF16")), "16 bytes for [8]"),
     ];
     for (name, bytes, wanted) in cases {
         let folder = tiny::folder_with(&[("model.safetensors", &bytes)]);

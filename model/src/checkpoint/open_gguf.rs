@@ -1,0 +1,193 @@
+//! Opens a GGUF model: finds the parts of a split file, and reads the sizes of Grok-1's architecture from its metadata.
+
+use std::path::Path;
+
+use serde_json::{Map, Number, Value as Json};
+
+use super::{
+    files::Files,
+    gguf::{self, Header, Value},
+    storage::Storage,
+};
+use crate::{ModelConfig, ModelError, config::Foreign};
+
+const EXTENSION: &str = ".gguf";
+/// Most parts of a split file.
+const MOST_PARTS: u32 = 4096;
+
+/// The keys of the metadata by xAI's names, and what holds where the file does not say: the published model's values. Older files
+/// lack the multipliers.
+const KEYS: Foreign = Foreign {
+    names: &[
+        ("vocab_size", "grok.vocab_size"),
+        ("d_model", "grok.embedding_length"),
+        ("num_layers", "grok.block_count"),
+        ("num_q_heads", "grok.attention.head_count"),
+        ("num_kv_heads", "grok.attention.head_count_kv"),
+        ("key_size", "grok.attention.key_length"),
+        ("ffn_size", "grok.feed_forward_length"),
+        ("num_experts", "grok.expert_count"),
+        ("num_selected_experts", "grok.expert_used_count"),
+        ("rope_base", "grok.rope.freq_base"),
+        ("rms_norm_eps", "grok.attention.layer_norm_rms_epsilon"),
+        ("embedding_multiplier_scale", "grok.embedding_scale"),
+        ("output_multiplier_scale", "grok.logit_scale"),
+        ("attn_output_multiplier", "grok.attention.output_scale"),
+        ("attn_logit_cap", "grok.attn_logit_softcapping"),
+        ("sequence_len", "grok.context_length"),
+        ("pad_token", "tokenizer.ggml.padding_token_id"),
+        ("eos_token", "tokenizer.ggml.eos_token_id"),
+    ],
+};
+
+/// The GGUF file of a folder that holds nothing else to run: its only one, or the first part of its only split one.
+pub(super) fn only_model_of(storage: &dyn Storage, folder: &Path) -> Result<Option<String>, ModelError> {
+    let io = |source| ModelError::Io { path: folder.to_owned(), source };
+    let found: Vec<String> =
+        storage.list("").map_err(io)?.unwrap_or_default().into_iter().map(|(name, _)| name).collect();
+    let other = |name: &String| name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
+    if found.iter().any(other) || storage.list("ckpt-0").map_err(io)?.is_some() {
+        return Ok(None);
+    }
+    let is_first = |name: &&String| name.ends_with(EXTENSION) && part_of(name).is_none_or(|(_, number, _)| number == 1);
+    let mut models = found.iter().filter(is_first);
+    match (models.next(), models.next()) {
+        (Some(one), Some(other)) => {
+            let found = format!("{one:?} and {other:?}");
+            Err(ModelError::invalid(folder.display().to_string(), "one GGUF model, or the name of one", found))
+        }
+        (one, _) => Ok(one.cloned()),
+    }
+}
+
+/// Prefix, number and count of a part's name: `PREFIX-00001-of-00009.gguf`.
+fn part_of(name: &str) -> Option<(&str, u32, u32)> {
+    let (rest, count) = name.strip_suffix(EXTENSION)?.rsplit_once("-of-")?;
+    let (prefix, number) = rest.rsplit_once('-')?;
+    let digits = |text: &str| if text.len() == 5 { text.parse().ok() } else { None };
+    Some((prefix, digits(number)?, digits(count)?))
+}
+
+/// Opens the model of this file, or of the parts that it is one of.
+pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<(ModelConfig, Files), ModelError> {
+    let first = match part_of(file) {
+        Some((prefix, _, count)) => part_name(prefix, 1, count),
+        None => file.to_owned(),
+    };
+    let path = storage.path(&first);
+    let place = path.display().to_string();
+    let header = read(storage, &first)?;
+    let config = config(&header, &place)?;
+    let count = match header.metadata.get("split.count") {
+        None => 1,
+        Some(Value::Integer(count)) if (1..=i128::from(MOST_PARTS)).contains(count) => *count as u32,
+        Some(other) => {
+            let expected = format!("1 to {MOST_PARTS} parts");
+            return Err(ModelError::invalid(format!("{place}: split.count"), expected, format!("{other:?}")));
+        }
+    };
+    let total = header.metadata.get("split.tensors.count").cloned();
+    let mut headers = vec![(first.clone(), header.tensors)];
+    if count > 1 {
+        let Some((prefix, 1, named)) = part_of(&first) else {
+            let expected = format!("the name of part 1 of {count}, as NAME-00001-of-{count:05}.gguf");
+            return Err(ModelError::invalid(place, expected, format!("{first:?}")));
+        };
+        if named != count {
+            let expected = format!("{named} parts, as its name says");
+            return Err(ModelError::invalid(format!("{place}: split.count"), expected, count.to_string()));
+        }
+        for number in 2..=count {
+            let name = part_name(prefix, number, count);
+            let part = read(storage, &name)?;
+            let says = (part.metadata.get("split.no"), part.metadata.get("split.count"));
+            let wanted = (Value::Integer(i128::from(number) - 1), Value::Integer(count.into()));
+            if says != (Some(&wanted.0), Some(&wanted.1)) {
+                let place = storage.path(&name).display().to_string();
+                let expected = format!("part {number} of {count}");
+                return Err(ModelError::invalid(place, expected, format!("split.no and split.count {says:?}")));
+            }
+            headers.push((name, part.tensors));
+        }
+    }
+    let found: usize = headers.iter().map(|(_, tensors)| tensors.len()).sum();
+    if let Some(Value::Integer(total)) = total
+        && total != found as i128
+    {
+        return Err(ModelError::invalid(place, format!("{total} tensors in {count} parts"), found.to_string()));
+    }
+    let files = Files::in_gguf(headers, &config, &path)?;
+    Ok((config, files))
+}
+
+fn part_name(prefix: &str, number: u32, count: u32) -> String {
+    format!("{prefix}-{number:05}-of-{count:05}{EXTENSION}")
+}
+
+/// The header of one file.
+pub(super) fn read(storage: &dyn Storage, file: &str) -> Result<Header, ModelError> {
+    let path = storage.path(file);
+    let open = storage.open(file).map_err(|source| ModelError::Io { path: path.clone(), source })?;
+    gguf::read(&*open).map_err(|error| {
+        ModelError::invalid(format!("{}: {}", path.display(), error.place), error.expected, error.found)
+    })
+}
+
+fn config(header: &Header, place: &str) -> Result<ModelConfig, ModelError> {
+    let metadata = &header.metadata;
+    match metadata.get("general.architecture") {
+        Some(Value::Text(architecture)) if architecture == "grok" => {}
+        other => {
+            let found = match other {
+                Some(Value::Text(text)) => format!("{:?}", text.chars().take(60).collect::<String>()),
+                _ => "none".to_owned(),
+            };
+            return Err(ModelError::invalid(format!("{place}: general.architecture"), "\"grok\"", found));
+        }
+    }
+    let mut values = Map::new();
+    for (ours, theirs) in KEYS.names {
+        if let Some(value) = metadata.get(*theirs) {
+            values.insert((*ours).to_owned(), json(value));
+        }
+    }
+    let number = |key: &str| match metadata.get(key) {
+        Some(Value::Integer(number)) => i64::try_from(*number).ok(),
+        _ => None,
+    };
+    // Sizes that older files do not say, but imply.
+    if !values.contains_key("key_size") {
+        let implied = || {
+            let (width, heads) = (number("grok.embedding_length")?, number("grok.attention.head_count")?);
+            width.checked_div(heads)
+        };
+        if let Some(size) = number("grok.rope.dimension_count").or_else(implied) {
+            values.insert("key_size".to_owned(), size.into());
+        }
+    }
+    if !values.contains_key("vocab_size")
+        && let Some(rows) = header.tensors.get("token_embd.weight").and_then(|entry| entry.shape.first())
+    {
+        values.insert("vocab_size".to_owned(), (*rows).into());
+    }
+    let name = match metadata.get("general.name") {
+        Some(Value::Text(name)) => name.chars().filter(|char| !char.is_control()).take(60).collect(),
+        _ => String::new(),
+    };
+    values.insert("name".to_owned(), Json::String(if name.is_empty() { "grok-1".to_owned() } else { name }));
+    let config = ModelConfig::from_foreign(values, &KEYS, place)?;
+    if config.rope_theta != ModelConfig::grok_1().rope_theta {
+        tracing::warn!(found = config.rope_theta, "{place}: grok.rope.freq_base is not Grok-1's 10000");
+    }
+    Ok(config)
+}
+
+fn json(value: &Value) -> Json {
+    match value {
+        Value::Integer(number) => i64::try_from(*number).map_or(Json::Null, Json::from),
+        Value::Float(number) => Number::from_f64(*number).map_or(Json::Null, Json::Number),
+        Value::Text(text) => Json::String(text.chars().take(60).collect()),
+        Value::Bool(value) => Json::Bool(*value),
+        Value::Integers(_) | Value::Floats(_) | Value::Texts(_) => Json::Array(Vec::new()),
+    }
+}
