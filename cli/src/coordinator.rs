@@ -72,7 +72,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         config.check_exposure(key, &address, args.insecure)?;
     }
     let model = Model::open(&config.model.path)?;
-    let tokenizer = tokenizer::of_model(&config.model, model.config())?.map(Arc::new);
+    let tokenizer = tokenizer::of_model(&config.model, &model)?.map(Arc::new);
     let facts = ModelFacts::of(&model);
     let settings = settings(&config, args.expect.as_deref(), model.config().num_hidden_layers)?;
     common::serve(THREADS, args.exit_with_stdin, |shutdown| async move {

@@ -4,10 +4,10 @@
 
 use std::{
     io::{self, BufRead, Write},
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
-use grokpipe_model::{ModelConfig, tokenizer::Tokenizer};
+use grokpipe_model::{Model, tokenizer::Tokenizer};
 use tracing::warn;
 
 use crate::{
@@ -43,10 +43,14 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let path = match &args.tokenizer {
         Some(path) => path.clone(),
         None => {
-            let model = args.config.layers().load()?.model;
-            search(&model).ok_or_else(|| {
+            let section = args.config.layers().load()?.model;
+            let path = match &section.tokenizer {
+                Some(named) => Some(named.clone()),
+                None => Model::open(&section.path)?.tokenizer_path(),
+            };
+            path.ok_or_else(|| {
                 CliError::usage("no tokenizer was found")
-                    .at(model.path.display().to_string())
+                    .at(section.path.display().to_string())
                     .because(format!("expected {FILE} in the model's folder or its parent"))
                     .advise("name it with --tokenizer")
             })?
@@ -105,39 +109,20 @@ fn ids(line: &str) -> Option<Vec<u32>> {
     parts.map(|part| part.parse().ok()).collect()
 }
 
-/// The `tokenizer.model` of a model: in its folder or in that folder's parent.
-fn search(model: &ModelSection) -> Option<PathBuf> {
-    if let Some(named) = &model.tokenizer {
-        return Some(named.clone());
-    }
-    let folder = if model.path.is_file() { model.path.parent() } else { Some(model.path.as_path()) };
-    let folder = folder.filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let parent = match folder.parent() {
-        Some(parent) if parent.as_os_str().is_empty() => Some(PathBuf::from(".")),
-        Some(parent) => Some(parent.to_path_buf()),
-        None => None,
-    };
-    [Some(folder.to_path_buf()), parent]
-        .into_iter()
-        .flatten()
-        .map(|folder| folder.join(FILE))
-        .find(|path| path.is_file())
-}
-
 /// The tokenizer that serves a model; `None` when there is none, and only token ids can be served.
 ///
 /// # Errors
 /// One that was named and does not fit, or cannot be read.
-pub(crate) fn of_model(section: &ModelSection, config: &ModelConfig) -> Result<Option<Tokenizer>, CliError> {
-    let Some(path) = search(section) else {
+pub(crate) fn of_model(section: &ModelSection, model: &Model) -> Result<Option<Tokenizer>, CliError> {
+    let Some(path) = section.tokenizer.clone().or_else(|| model.tokenizer_path()) else {
         warn!("no tokenizer was found: token ids are served, text is refused");
         return Ok(None);
     };
     let tokenizer = Tokenizer::open(&path)?;
-    if tokenizer.vocab_size() == config.vocab_size {
+    let (expected, found) = (model.config().vocab_size, tokenizer.vocab_size());
+    if found == expected {
         return Ok(Some(tokenizer));
     }
-    let (expected, found) = (config.vocab_size, tokenizer.vocab_size());
     if section.tokenizer.is_some() {
         return Err(CliError::usage("the tokenizer does not fit the model")
             .at(path.display().to_string())
@@ -149,6 +134,8 @@ pub(crate) fn of_model(section: &ModelSection, config: &ModelConfig) -> Result<O
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -161,18 +148,15 @@ mod tests {
     }
 
     #[test]
-    fn a_named_tokenizer_wins_over_one_beside_the_model() {
-        let folder = tempfile::tempdir().unwrap();
-        let model = folder.path().join("m");
-        std::fs::create_dir(&model).unwrap();
+    fn a_named_tokenizer_wins_and_must_fit() {
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/demo");
+        let model = Model::open(&demo).unwrap();
         let section =
-            |tokenizer: Option<&str>| ModelSection { path: model.clone(), tokenizer: tokenizer.map(PathBuf::from) };
-        assert_eq!(search(&section(None)), None);
-        std::fs::write(folder.path().join(FILE), "x").unwrap();
-        assert_eq!(search(&section(None)), Some(folder.path().join(FILE)));
-        std::fs::write(model.join(FILE), "x").unwrap();
-        assert_eq!(search(&section(None)), Some(model.join(FILE)));
-        assert_eq!(search(&section(Some("/t"))), Some(PathBuf::from("/t")));
+            |tokenizer: Option<&Path>| ModelSection { path: demo.clone(), tokenizer: tokenizer.map(Path::to_path_buf) };
+        let found = of_model(&section(None), &model).unwrap().unwrap();
+        assert_eq!(found.vocab_size(), model.config().vocab_size);
+        let missing = of_model(&section(Some(Path::new("/none/of/this"))), &model).unwrap_err();
+        assert!(missing.to_string().contains("/none/of/this"), "{missing}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::ModelError;
+use crate::{ModelError, hugging_face};
 
 /// Everything about the architecture that may differ between models. All sizes were checked when it was made.
 ///
@@ -147,11 +147,7 @@ impl ModelConfig {
             return Err(ModelError::invalid(place, "a JSON object", "another value"));
         };
         if object.contains_key("model_type") {
-            return Err(ModelError::invalid(
-                place,
-                "a configuration with xAI's keys",
-                "one of a Hugging Face model (model_type), whose files this version does not read",
-            ));
+            return hugging_face::config(&object, place);
         }
         let reader = Reader { object: &object, place, foreign: &OWN };
         reader.refuse_unknown_keys()?;

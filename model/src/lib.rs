@@ -6,6 +6,7 @@
 mod blocks;
 mod config;
 mod error;
+mod hugging_face;
 mod source;
 mod tensors;
 

@@ -17,7 +17,7 @@ use crate::{
 mod files;
 pub mod gguf;
 mod names;
-mod open_gguf;
+pub(crate) mod open_gguf;
 pub mod pickle;
 pub mod safetensors;
 pub mod storage;
@@ -34,6 +34,8 @@ pub struct Model {
     storage: Arc<dyn Storage>,
     folder: PathBuf,
     files: Files,
+    /// The GGUF file with the metadata.
+    gguf: Option<String>,
     embedding: OnceLock<StoredMatrix>,
 }
 
@@ -73,12 +75,9 @@ impl Model {
             Some(file) if file.ends_with(".safetensors") => {
                 let config = ModelConfig::open(&folder.join("config.json"))?;
                 let files = Files::in_safetensors(&*storage, file, &config)?;
-                Ok(Self { config, storage, folder: folder.to_owned(), files, embedding: OnceLock::new() })
+                Ok(Self { config, storage, folder: folder.to_owned(), files, gguf: None, embedding: OnceLock::new() })
             }
-            Some(file) if file.ends_with(".gguf") => {
-                let (config, files) = open_gguf::open(&*storage, file)?;
-                Ok(Self { config, storage, folder: folder.to_owned(), files, embedding: OnceLock::new() })
-            }
+            Some(file) if file.ends_with(".gguf") => Self::open_gguf(folder, storage, file),
             _ => Err(ModelError::invalid(place, "a model's folder, a .safetensors or a .gguf file", "another file")),
         }
     }
@@ -89,8 +88,7 @@ impl Model {
     /// As [`Model::open`].
     pub fn open_folder(folder: &Path, storage: Arc<dyn Storage>) -> Result<Self, ModelError> {
         if let Some(file) = open_gguf::only_model_of(&*storage, folder)? {
-            let (config, files) = open_gguf::open(&*storage, &file)?;
-            return Ok(Self { config, storage, folder: folder.to_owned(), files, embedding: OnceLock::new() });
+            return Self::open_gguf(folder, storage, &file);
         }
         let config_path = folder.join("config.json");
         // A link that leads nowhere is a damaged model, not one without a configuration.
@@ -100,7 +98,13 @@ impl Model {
             Err(source) => return Err(ModelError::Io { path: config_path, source }),
         };
         let files = Files::find(&*storage, folder, &config)?;
-        Ok(Self { config, storage, folder: folder.to_owned(), files, embedding: OnceLock::new() })
+        Ok(Self { config, storage, folder: folder.to_owned(), files, gguf: None, embedding: OnceLock::new() })
+    }
+
+    fn open_gguf(folder: &Path, storage: Arc<dyn Storage>, file: &str) -> Result<Self, ModelError> {
+        let (config, files) = open_gguf::open(&*storage, file)?;
+        let gguf = Some(open_gguf::first_part(file));
+        Ok(Self { config, storage, folder: folder.to_owned(), files, gguf, embedding: OnceLock::new() })
     }
 
     /// The model's sizes.
@@ -113,8 +117,11 @@ impl Model {
         &self.folder
     }
 
-    /// `tokenizer.model` in the model's folder or its parent.
+    /// `tokenizer.model` in the model's folder or its parent; of a GGUF model the file itself, which has its vocabulary.
     pub fn tokenizer_path(&self) -> Option<PathBuf> {
+        if let Some(file) = &self.gguf {
+            return Some(self.folder.join(file));
+        }
         let candidates = [Some(self.folder.as_path()), self.folder.parent()];
         candidates.into_iter().flatten().map(|folder| folder.join("tokenizer.model")).find(|path| path.is_file())
     }

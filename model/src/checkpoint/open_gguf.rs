@@ -68,12 +68,17 @@ fn part_of(name: &str) -> Option<(&str, u32, u32)> {
     Some((prefix, digits(number)?, digits(count)?))
 }
 
-/// Opens the model of this file, or of the parts that it is one of.
-pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<(ModelConfig, Files), ModelError> {
-    let first = match part_of(file) {
+/// The part that has the metadata: the first of a split file, or the file itself.
+pub(crate) fn first_part(file: &str) -> String {
+    match part_of(file) {
         Some((prefix, _, count)) => part_name(prefix, 1, count),
         None => file.to_owned(),
-    };
+    }
+}
+
+/// Opens the model of this file, or of the parts that it is one of.
+pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<(ModelConfig, Files), ModelError> {
+    let first = first_part(file);
     let path = storage.path(&first);
     let place = path.display().to_string();
     let header = read(storage, &first)?;
@@ -125,7 +130,7 @@ fn part_name(prefix: &str, number: u32, count: u32) -> String {
 }
 
 /// The header of one file.
-pub(super) fn read(storage: &dyn Storage, file: &str) -> Result<Header, ModelError> {
+pub(crate) fn read(storage: &dyn Storage, file: &str) -> Result<Header, ModelError> {
     let path = storage.path(file);
     let open = storage.open(file).map_err(|source| ModelError::Io { path: path.clone(), source })?;
     gguf::read(&*open).map_err(|error| {

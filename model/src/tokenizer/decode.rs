@@ -41,8 +41,9 @@ impl StreamDecoder {
         }
         let mut text = self.finish();
         let begun = std::mem::replace(&mut self.begun, true);
+        let keeps_space = begun || !tokenizer.space_in_front;
         let piece_text =
-            if begun { piece.text.as_str() } else { piece.text.strip_prefix(SPACE).unwrap_or(&piece.text) };
+            if keeps_space { piece.text.as_str() } else { piece.text.strip_prefix(SPACE).unwrap_or(&piece.text) };
         text.extend(piece_text.chars().map(|char| if char == SPACE { ' ' } else { char }));
         text
     }

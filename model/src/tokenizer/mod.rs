@@ -13,6 +13,7 @@ use std::{
 use crate::ModelError;
 
 mod decode;
+mod gguf;
 mod proto;
 mod vocabulary;
 
@@ -34,6 +35,8 @@ pub struct Tokenizer {
     user_defined: HashMap<u8, Vec<(String, u32)>>,
     /// The piece of each byte.
     bytes: [u32; 256],
+    /// A space is put in front of a text, and dropped again.
+    space_in_front: bool,
 }
 
 impl fmt::Debug for Tokenizer {
@@ -43,11 +46,14 @@ impl fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads a `tokenizer.model`.
+    /// Reads a `tokenizer.model`, or the vocabulary within a GGUF file.
     ///
     /// # Errors
     /// [`ModelError`] when the file is not a SentencePiece BPE model of Grok-1's kind.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
+        if path.extension().is_some_and(|extension| extension == "gguf") {
+            return gguf::open(path);
+        }
         let io = |source| ModelError::Io { path: path.to_owned(), source };
         let metadata = std::fs::metadata(path).map_err(io)?;
         let place = path.display().to_string();
@@ -78,10 +84,14 @@ impl Tokenizer {
         if let Some((_, expected)) = flags.iter().find(|(good, _)| !good) {
             return Err(ModelError::invalid(place, *expected, "a model without it"));
         }
-        let vocabulary = Vocabulary::of(&model.pieces, place)?;
+        Self::of_pieces(model.pieces, true, place)
+    }
+
+    fn of_pieces(pieces: Vec<Piece>, space_in_front: bool, place: &str) -> Result<Self, ModelError> {
+        let vocabulary = Vocabulary::of(&pieces, place)?;
         let bytes = vocabulary.all_bytes(place)?;
         let Vocabulary { learned, user_defined, .. } = vocabulary;
-        Ok(Self { pieces: model.pieces, learned, user_defined, bytes })
+        Ok(Self { pieces, learned, user_defined, bytes, space_in_front })
     }
 
     /// Number of pieces.
@@ -95,7 +105,9 @@ impl Tokenizer {
             return Vec::new();
         }
         let mut escaped = String::with_capacity(text.len() + 3);
-        escaped.push(SPACE);
+        if self.space_in_front {
+            escaped.push(SPACE);
+        }
         escaped.extend(text.chars().map(|char| if char == ' ' { SPACE } else { char }));
         let mut symbols = self.symbols(&escaped);
         self.merge(&escaped, &mut symbols);

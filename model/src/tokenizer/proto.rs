@@ -13,6 +13,21 @@ pub(super) enum PieceKind {
     Unused,
 }
 
+impl PieceKind {
+    /// The kind with this number, which is the same in GGUF files.
+    pub(super) fn from_number(number: u64) -> Option<Self> {
+        Some(match number {
+            1 => Self::Normal,
+            2 => Self::Unknown,
+            3 => Self::Control,
+            4 => Self::UserDefined,
+            5 => Self::Unused,
+            6 => Self::Byte,
+            _ => return None,
+        })
+    }
+}
+
 /// One entry of the vocabulary.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Piece {
@@ -164,14 +179,9 @@ fn read_piece(bytes: &[u8]) -> Result<Piece, ProtoError> {
             },
             (2, Field::Fixed32(score)) => piece.score = f32::from_le_bytes(score),
             (3, Field::Number(kind)) => {
-                piece.kind = match kind {
-                    1 => PieceKind::Normal,
-                    2 => PieceKind::Unknown,
-                    3 => PieceKind::Control,
-                    4 => PieceKind::UserDefined,
-                    5 => PieceKind::Unused,
-                    6 => PieceKind::Byte,
-                    other => return reader.error("a kind of piece from 1 to 6", other.to_string()),
+                piece.kind = match PieceKind::from_number(kind) {
+                    Some(kind) => kind,
+                    None => return reader.error("a kind of piece from 1 to 6", kind.to_string()),
                 };
             }
             _ => {}

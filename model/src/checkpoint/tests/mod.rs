@@ -10,6 +10,7 @@ use super::*;
 mod build;
 mod goldens;
 mod hostile_files;
+mod hostile_gguf;
 mod hostile_pickles;
 mod hostile_programs;
 mod hostile_safetensors;
