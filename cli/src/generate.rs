@@ -35,22 +35,22 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N")]
     max_tokens: Option<u32>,
     /// 0 takes the likeliest token each time
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Keep the likeliest tokens that together reach this probability
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f32>,
     /// Keep the K likeliest tokens; 0 keeps all
     #[arg(long, value_name = "K")]
     top_k: Option<u32>,
     /// Keep tokens at least this fraction as likely as the likeliest
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     min_p: Option<f32>,
     /// Seed of the draws; without one the server draws it and tells
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// Text that ends the generation; may be given several times
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     /// Go on after the end-of-sequence token
     #[arg(long)]

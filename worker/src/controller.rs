@@ -49,6 +49,8 @@ pub enum Order {
 struct Held {
     stage: SharedStage,
     request: LoadRequest,
+    /// Bytes that were read for it.
+    stored_bytes: u64,
     weights_bytes: u64,
     kv_bytes: u64,
 }
@@ -252,8 +254,9 @@ impl Controller {
         request: &LoadRequest,
         held: &mut Option<Held>,
     ) -> Result<(), Failure> {
-        if held.as_ref().is_some_and(|held| held.request == *request) {
+        if let Some(kept) = held.as_ref().filter(|held| held.request == *request) {
             info!(layers = ?request.layers, "layers kept from an earlier epoch");
+            self.report_loaded(assignment.plan_epoch, kept.stored_bytes).await;
             return Ok(());
         }
         self.held_layers.send_replace(None);
@@ -277,17 +280,21 @@ impl Controller {
             ..Failure::fatal(error.to_string())
         })?;
         let (weights_bytes, kv_bytes) = (stage.weights_bytes(), stage.kv_bytes());
-        let (done, total) = *seen.borrow();
-        let finished = LoadProgress { plan_epoch: assignment.plan_epoch, bytes: done, bytes_total: total };
-        self.report(Message::LoadProgress(finished)).await;
+        let (_, stored_bytes) = *seen.borrow();
+        self.report_loaded(assignment.plan_epoch, stored_bytes).await;
         *held = Some(Held {
             stage: Arc::new(std::sync::Mutex::new(stage)),
             request: request.clone(),
+            stored_bytes,
             weights_bytes,
             kv_bytes,
         });
         self.held_layers.send_replace(Some(request.layers.clone()));
         Ok(())
+    }
+
+    async fn report_loaded(&self, plan_epoch: u64, bytes: u64) {
+        self.report(Message::LoadProgress(LoadProgress { plan_epoch, bytes, bytes_total: bytes })).await;
     }
 
     async fn report_progress(&self, plan_epoch: u64, seen: watch::Receiver<(u64, u64)>) {
