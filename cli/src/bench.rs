@@ -6,13 +6,13 @@
 use std::{error::Error, ops::Range, sync::Arc, time::Instant};
 
 use grokpipe_kernels::{
-    Batch, KV_BLOCK_TOKENS, Row, Stage, StageOptions, StepInput, StepOutput, SyntheticWeights, select_device,
+    Batch, KV_BLOCK_TOKENS, Precision, Row, Stage, StageOptions, StepInput, StepOutput, SyntheticWeights, select_device,
 };
 use grokpipe_model::{LayerTensor, ModelConfig, TensorName, WeightSource};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use crate::{error::CliError, machine};
+use crate::{config::parse_precision, error::CliError, machine};
 
 /// Steps before the ones that count: caches, clocks and page tables settle.
 const WARM_UP_STEPS: usize = 2;
@@ -44,6 +44,9 @@ struct StageArgs {
     /// Threads of the CPU backend; all cores if not given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
+    /// exact computes products in f32, fast with 8-bit inputs
+    #[arg(long, value_name = "exact|fast", value_parser = parse_precision, default_value = "exact")]
+    precision: Precision,
     /// Tokens that are timed, one a step
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096), default_value_t = 16)]
     tokens: u32,
@@ -69,7 +72,7 @@ pub(crate) fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let config = ModelConfig::grok_1();
     let weights = SyntheticWeights::new(config.clone(), 1);
     let threads = args.threads.unwrap_or_else(machine::cores) as usize;
-    let mut device = select_device(&args.device, threads)?;
+    let mut device = select_device(&args.device, threads, args.precision)?;
     let bandwidth = device.measure_read_bandwidth()?;
     let steps = WARM_UP_STEPS + args.tokens as usize;
     let options = StageOptions {

@@ -5,11 +5,13 @@
 
 use std::{error::Error, path::PathBuf, sync::Arc};
 
-use grokpipe_kernels::{Batch, KV_BLOCK_TOKENS, Row, StageOptions, StepInput, StepOutput, Trace, select_device};
+use grokpipe_kernels::{
+    Batch, KV_BLOCK_TOKENS, Precision, Row, StageOptions, StepInput, StepOutput, Trace, select_device,
+};
 use grokpipe_model::{Model, ModelConfig};
 use safetensors::{Dtype, tensor::TensorView};
 
-use crate::{error::CliError, machine};
+use crate::{config::parse_precision, error::CliError, machine};
 
 /// Rows of a step: enough to read each weight rarely, few enough for little scratch memory.
 const CHUNK_ROWS: usize = 128;
@@ -29,6 +31,9 @@ pub(crate) struct Args {
     /// Threads of the CPU backend; all cores if not given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
+    /// exact computes products in f32, fast with 8-bit inputs
+    #[arg(long, value_name = "exact|fast", value_parser = parse_precision, default_value = "exact")]
+    precision: Precision,
     /// File to write, safetensors
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -51,7 +56,7 @@ pub(crate) fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         max_rows: args.token_ids.len().min(CHUNK_ROWS),
         ..StageOptions::default()
     };
-    let device = select_device(&args.device, threads)?;
+    let device = select_device(&args.device, threads, args.precision)?;
     let layers = 0..config.num_hidden_layers;
     let mut stage = device.load_traced(&config, Arc::new(model), layers, options, &mut |_, _| ())?;
     let mut found = Found::default();

@@ -17,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+use grokpipe_kernels::Precision;
 use grokpipe_proto::{
     snapshot::VerdictPhase,
     v1::{GenerateRequest, generate_request::Prompt},
@@ -37,7 +38,7 @@ use self::{
 use crate::{
     client::Client,
     common::{self, ConfigArgs, parse_device},
-    config::{Config, WorkerSection},
+    config::{Config, WorkerSection, parse_precision},
     error::{CliError, Code, output},
     generate::generate,
     machine,
@@ -75,6 +76,9 @@ pub(crate) struct Args {
     /// CPU threads of each worker
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
+    /// exact computes products in f32, fast with 8-bit inputs
+    #[arg(long, value_name = "exact|fast", value_parser = parse_precision)]
+    precision: Option<Precision>,
     /// The tokenizer.model
     #[arg(long, value_name = "F")]
     tokenizer: Option<PathBuf>,
@@ -112,6 +116,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     for worker in &mut roster {
         worker.device = args.device.clone().unwrap_or_else(|| worker.device.clone());
         worker.threads = args.threads.or(worker.threads);
+        worker.precision = args.precision.or(worker.precision);
     }
     check_addresses(&config, &roster, args.insecure)?;
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -9,7 +9,7 @@ use std::{
     sync::Arc,
 };
 
-use grokpipe_kernels::{CpuBackend, Device, KernelError, Stage, StageModel, StageOptions, select_device};
+use grokpipe_kernels::{CpuBackend, Device, KernelError, Precision, Stage, StageModel, StageOptions, select_device};
 use grokpipe_model::{Model, ModelConfig, WeightSource};
 use grokpipe_proto::transport::Tcp;
 use grokpipe_worker::{
@@ -22,7 +22,7 @@ use tracing::{info, warn};
 use crate::{
     client,
     common::{self, ConfigArgs, parse_device},
-    config::{self, ByteSize, SecretText, WorkerSection},
+    config::{self, ByteSize, SecretText, WorkerSection, parse_precision},
     error::CliError,
     machine,
 };
@@ -50,6 +50,9 @@ pub(crate) struct Args {
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
+    /// exact computes products in f32, fast with 8-bit inputs [default: exact]
+    #[arg(long, value_name = "exact|fast", value_parser = parse_precision)]
+    precision: Option<Precision>,
     /// Memory that it may fill, as 8GiB [default: what the device has free]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<ByteSize>,
@@ -173,6 +176,7 @@ fn explain(error: WorkerError, coordinator: &str) -> CliError {
 struct DeviceLoader {
     device: String,
     threads: usize,
+    precision: Precision,
     model: Arc<Model>,
     digest: String,
     facts: DeviceFacts,
@@ -182,7 +186,8 @@ impl DeviceLoader {
     fn open(args: &Args, described: &WorkerSection, model: Arc<Model>) -> Result<Self, CliError> {
         let device = args.device.clone().unwrap_or_else(|| described.device.clone());
         let threads = args.threads.or(described.threads).unwrap_or_else(machine::cores) as usize;
-        let mut opened = select_device(&device, threads)?;
+        let precision = args.precision.or(described.precision).unwrap_or_default();
+        let mut opened = select_device(&device, threads, precision)?;
         let memory = args.memory.or(described.memory);
         let memory_bytes = memory_offered(memory, args.memory_share, opened.as_ref())?;
         let invariance = opened.check_batch_invariance()?;
@@ -198,7 +203,7 @@ impl DeviceLoader {
             flop_rate: opened.measure_flop_rate()?,
             notes,
         };
-        Ok(Self { device, threads, digest: model.digest(), model, facts })
+        Ok(Self { device, threads, precision, digest: model.digest(), model, facts })
     }
 }
 
@@ -258,7 +263,13 @@ impl StageLoader for DeviceLoader {
             });
         }
         let weights: Arc<dyn WeightSource> = Arc::clone(&self.model) as Arc<dyn WeightSource>;
-        select_device(&self.device, self.threads)?.load(self.model.config(), weights, layers, options, progress)
+        select_device(&self.device, self.threads, self.precision)?.load(
+            self.model.config(),
+            weights,
+            layers,
+            options,
+            progress,
+        )
     }
 }
 

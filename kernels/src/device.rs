@@ -1,5 +1,15 @@
 //! What a device is, and how one is chosen by name.
 
+/// How exactly products are computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// Inputs in f32: for parity with other implementations.
+    #[default]
+    Exact,
+    /// Inputs of quantised weights in 8 bits, where a device has such kernels.
+    Fast,
+}
+
 /// A device as people and plans see it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeviceInfo {

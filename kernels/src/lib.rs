@@ -17,7 +17,7 @@ pub use backend::{AttentionParams, Backend};
 pub use batch::{Batch, KV_BLOCK_TOKENS, Row};
 pub use check::{BatchInvariance, check_batch_invariance};
 pub use cpu::{CpuActivations, CpuBackend, CpuKvPool, CpuMatrix, CpuSelection};
-pub use device::DeviceInfo;
+pub use device::{DeviceInfo, Precision};
 pub use error::KernelError;
 pub use forward::{MemoryNeed, StageModel, StageOptions, Trace, TracedStage};
 pub use gpu::{

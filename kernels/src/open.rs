@@ -8,7 +8,7 @@ use std::{ops::Range, sync::Arc};
 use grokpipe_model::{ModelConfig, WeightSource};
 
 use crate::{
-    Backend, BatchInvariance, CpuBackend, DeviceInfo, GpuBackend, GpuChoice, KernelError, Stage, StageModel,
+    Backend, BatchInvariance, CpuBackend, DeviceInfo, GpuBackend, GpuChoice, KernelError, Precision, Stage, StageModel,
     StageOptions, TracedStage, check_batch_invariance,
 };
 
@@ -110,12 +110,13 @@ pub fn device<B: Backend>(backend: B) -> Box<dyn Device> {
     Box::new(Opened(backend))
 }
 
-/// Opens the device that `spec` names: `auto`, `gpu`, `gpu:NAME` or `cpu`. `threads` is for the CPU, at least one.
+/// Opens the device that `spec` names: `auto`, `gpu`, `gpu:NAME` or `cpu`. `threads`, at least one, and `precision` are for the CPU:
+/// a GPU computes exactly whatever is asked.
 ///
 /// # Errors
 /// [`KernelError::NoDevice`] when `spec` is none of these, or no adapter matches.
-pub fn select_device(spec: &str, threads: usize) -> Result<Box<dyn Device>, KernelError> {
-    let cpu = || CpuBackend::new(threads).map(device);
+pub fn select_device(spec: &str, threads: usize, precision: Precision) -> Result<Box<dyn Device>, KernelError> {
+    let cpu = || CpuBackend::new(threads, precision).map(device);
     match spec {
         "cpu" => cpu(),
         "auto" => match GpuBackend::open(&GpuChoice::Hardware) {
@@ -140,7 +141,7 @@ mod tests {
 
     #[test]
     fn the_cpu_is_opened_by_name() {
-        let mut cpu = select_device("cpu", 2).unwrap();
+        let mut cpu = select_device("cpu", 2, Precision::Exact).unwrap();
         assert!(!cpu.info().is_gpu);
         assert!(cpu.check_batch_invariance().unwrap().holds());
     }
@@ -148,7 +149,7 @@ mod tests {
     #[test]
     fn an_unknown_name_is_refused_with_those_there_are() {
         for wanted in ["", "cuda", "gpu:", "CPU"] {
-            let error = select_device(wanted, 1).err().unwrap().to_string();
+            let error = select_device(wanted, 1, Precision::Exact).err().unwrap().to_string();
             assert!(error.contains("auto, gpu, gpu:NAME, cpu"), "{error}");
         }
     }

@@ -3,10 +3,10 @@
 mod golden;
 
 use golden::{Golden, NAMES, Part, batch, check_greedy, check_logits, check_trace, prompt, same_bits, step, table};
-use grokpipe_kernels::{Backend, CpuBackend, KernelError, Row, Stage, StageModel, StepInput};
+use grokpipe_kernels::{Backend, CpuBackend, KernelError, Precision, Row, Stage, StageModel, StepInput};
 
 fn cpu(threads: usize) -> CpuBackend {
-    CpuBackend::new(threads).expect("threads can be started")
+    CpuBackend::new(threads, Precision::Exact).expect("threads can be started")
 }
 
 #[test]

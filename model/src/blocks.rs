@@ -113,6 +113,105 @@ impl BlockType {
     }
 }
 
+/// The scales of a block as they are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UnpackedScales {
+    /// Half that all weights are multiplied by.
+    pub d: u16,
+    /// Half that all minima are multiplied by; 0 where there are none.
+    pub m: u16,
+    /// Factor of each sixteen weights, where there is one.
+    pub scales: [i8; 16],
+    /// What each thirty-two weights are lessened by, in units of `m`.
+    pub minima: [u8; 8],
+}
+
+/// This format has no whole-number weights of the kind that [`BlockType::unpack`] gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotUnpacked;
+
+impl BlockType {
+    /// Whole-number weights of one block, and its scales. A weight is `d * scales * (q - offset) - m * minima`: `q` is what this
+    /// writes, the offset 8 for Q4_0, 0 for Q4_K and Q5_K, else 128, and factors that a format lacks are 1.
+    ///
+    /// # Errors
+    /// [`NotUnpacked`] for the formats without such a form.
+    ///
+    /// # Panics
+    /// When `block` or `q` is not one block.
+    pub fn unpack(self, block: &[u8], q: &mut [u8]) -> Result<UnpackedScales, NotUnpacked> {
+        assert!(block.len() == self.bytes() && q.len() == self.weights(), "one block of {}", self.name());
+        let half = |at: usize| u16::from_le_bytes([block[at], block[at + 1]]);
+        let mut scales = UnpackedScales { d: half(0), ..UnpackedScales::default() };
+        let split = |bytes: &[u8], q: &mut [u8], number: &dyn Fn(usize, u8) -> u8| {
+            for (j, byte) in bytes.iter().enumerate() {
+                (q[j], q[j + bytes.len()]) = (number(j, byte & 15), number(j + bytes.len(), byte >> 4));
+            }
+        };
+        let iq4 = |_: usize, q: u8| (IQ4_VALUES[usize::from(q)] as u8) ^ 0x80;
+        match self {
+            Self::Q8_0 => q.iter_mut().zip(&block[2..]).for_each(|(q, byte)| *q = byte ^ 0x80),
+            Self::Q4_0 => split(&block[2..], q, &|_, q| q),
+            Self::Q5_0 => {
+                let high = fifth_bits(&block[2..6]);
+                split(&block[6..], q, &|i, q| (q | high(i)) + 112);
+            }
+            Self::Iq4Nl => split(&block[2..], q, &iq4),
+            Self::Q4K | Self::Q5K => {
+                scales.m = half(2);
+                for j in 0..8 {
+                    let (scale, min) = scale_and_min(&block[4..16], j);
+                    (scales.scales[2 * j], scales.scales[2 * j + 1], scales.minima[j]) =
+                        (scale as i8, scale as i8, min);
+                }
+                let (high, low) =
+                    if self == Self::Q5K { (&block[16..48], &block[48..]) } else { (&[][..], &block[16..]) };
+                for (j, q) in q.chunks_mut(32).enumerate() {
+                    for (l, q) in q.iter_mut().enumerate() {
+                        let fifth = high.get(l).map_or(0, |high| (high >> j & 1) << 4);
+                        *q = low[32 * (j / 2) + l] >> (4 * (j % 2)) & 15 | fifth;
+                    }
+                }
+            }
+            Self::Q6K => {
+                scales.d = half(208);
+                for (i, q) in q.chunks_mut(16).enumerate() {
+                    let (half, k, g) = (i / 8, i / 2 % 4, i % 2);
+                    scales.scales[i] = block[192 + i] as i8;
+                    for (l, q) in q.iter_mut().enumerate() {
+                        let low = block[64 * half + 32 * (k % 2) + 16 * g + l] >> (4 * (k / 2)) & 15;
+                        let high = block[128 + 32 * half + 16 * g + l] >> (2 * k) & 3;
+                        *q = (low | high << 4) + 96;
+                    }
+                }
+            }
+            Self::Q3K => {
+                scales.d = half(108);
+                let (mask, low) = (&block[..32], &block[32..96]);
+                for (i, q) in q.chunks_mut(16).enumerate() {
+                    let (half, j, g) = (i / 8, i / 2 % 4, i % 2);
+                    scales.scales[i] = q3_scale(&block[96..108], i);
+                    for (l, q) in q.iter_mut().enumerate() {
+                        let low = low[32 * half + 16 * g + l] >> (2 * j) & 3;
+                        let high = mask[16 * g + l] >> (4 * half + j) & 1;
+                        *q = (low | high << 2) + 124;
+                    }
+                }
+            }
+            Self::Iq4Xs => {
+                let high = half(2);
+                for (i, q) in q.chunks_mut(32).enumerate() {
+                    let scale = iq4_scale(block[4 + i / 2], high, i);
+                    (scales.scales[2 * i], scales.scales[2 * i + 1]) = (scale, scale);
+                    split(&block[8 + 16 * i..8 + 16 * (i + 1)], q, &iq4);
+                }
+            }
+            Self::F16 | Self::Bf16 | Self::Q4_1 | Self::Q5_1 | Self::Q2K => return Err(NotUnpacked),
+        }
+        Ok(scales)
+    }
+}
+
 #[inline(always)]
 fn each<const B: usize, const W: usize>(blocks: &[u8], out: &mut [f32], one: impl Fn(&[u8; B], &mut [f32; W])) {
     for (block, y) in blocks.as_chunks::<B>().0.iter().zip(out.as_chunks_mut::<W>().0) {
@@ -177,14 +276,19 @@ fn q2_k(block: &[u8; 84], y: &mut [f32; 256]) {
     }
 }
 
+/// Scale of sixteen weights of Q3_K, six bits less 32.
+fn q3_scale(packed: &[u8], i: usize) -> i8 {
+    let low = if i < 8 { packed[i] & 15 } else { packed[i - 8] >> 4 };
+    let high = packed[8 + i % 4] >> (2 * (i / 4)) & 3;
+    (low | high << 4) as i8 - 32
+}
+
 fn q3_k(block: &[u8; 110], y: &mut [f32; 256]) {
     let (mask, q, scales) = (&block[..32], &block[32..96], &block[96..108]);
     let d = half_at(block, 108);
     for (i, y) in y.as_chunks_mut::<16>().0.iter_mut().enumerate() {
         let (half, j, g) = (i / 8, i / 2 % 4, i % 2);
-        let low = if i < 8 { scales[i] & 15 } else { scales[i - 8] >> 4 };
-        let high = scales[8 + i % 4] >> (2 * (i / 4)) & 3;
-        let scale = d * (f32::from(low | high << 4) - 32.0);
+        let scale = d * f32::from(q3_scale(scales, i));
         for (l, y) in y.iter_mut().enumerate() {
             let low = q[32 * half + 16 * g + l] >> (2 * j) & 3;
             let high = mask[16 * g + l] >> (4 * half + j) & 1;
@@ -244,12 +348,17 @@ fn iq4_nl(block: &[u8; 18], y: &mut [f32; 32]) {
     nibbles(&block[2..], y, |_, q| d * f32::from(IQ4_VALUES[usize::from(q)]));
 }
 
+/// Scale of sub-block `i` of IQ4_XS, six bits less 32.
+fn iq4_scale(low: u8, high: u16, i: usize) -> i8 {
+    let low = low >> (4 * (i % 2)) & 15;
+    (low | ((high >> (2 * i) & 3) as u8) << 4) as i8 - 32
+}
+
 fn iq4_xs(block: &[u8; 136], y: &mut [f32; 256]) {
     let (d, high) = (half_at(block, 0), u16::from_le_bytes([block[2], block[3]]));
     let (low, q) = (&block[4..8], &block[8..]);
     for (i, y) in y.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-        let low = low[i / 2] >> (4 * (i % 2)) & 15;
-        let scale = d * (f32::from(low | ((high >> (2 * i) & 3) as u8) << 4) - 32.0);
+        let scale = d * f32::from(iq4_scale(low[i / 2], high, i));
         nibbles(&q[16 * i..16 * (i + 1)], y, |_, q| scale * f32::from(IQ4_VALUES[usize::from(q)]));
     }
 }
@@ -265,6 +374,41 @@ mod tests {
         for (index, kind) in BlockType::all().enumerate() {
             assert_eq!(kind as usize, index);
             assert_eq!(BlockType::from_number(kind.row().2), Some(kind));
+        }
+    }
+
+    #[test]
+    fn unpacked_weights_and_scales_are_the_numbers() {
+        let mut state = 7_u32;
+        for kind in BlockType::all() {
+            let mut block: Vec<u8> = vec![0; kind.bytes()];
+            for byte in &mut block {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                *byte = (state >> 24) as u8;
+            }
+            let mut q = vec![0; kind.weights()];
+            let Ok(scales) = kind.unpack(&block, &mut q) else { continue };
+            let mut expected = vec![0.0; kind.weights()];
+            kind.dequantize(&block, &mut expected);
+            let offset = match kind {
+                BlockType::Q4_0 => 8.0,
+                BlockType::Q4K | BlockType::Q5K => 0.0,
+                _ => 128.0,
+            };
+            let (d, m) = (f16::from_bits(scales.d).to_f32(), f16::from_bits(scales.m).to_f32());
+            for (i, (q, expected)) in q.iter().zip(&expected).enumerate() {
+                let (scale, min) = if kind.weights() == 32 {
+                    (1.0, 0.0)
+                } else {
+                    (f32::from(scales.scales[i / 16]), f32::from(scales.minima[i / 32]))
+                };
+                let found = d * scale * (f32::from(*q) - offset) - m * min;
+                assert!(
+                    found == *expected || (found.is_nan() && expected.is_nan()),
+                    "{} at {i}: {found} {expected}",
+                    kind.name()
+                );
+            }
         }
     }
 

@@ -13,7 +13,7 @@ mod tensors;
 pub mod checkpoint;
 pub mod tokenizer;
 
-pub use blocks::BlockType;
+pub use blocks::{BlockType, NotUnpacked, UnpackedScales};
 pub use checkpoint::Model;
 pub use config::ModelConfig;
 pub use error::ModelError;

@@ -9,7 +9,8 @@ use grokpipe_coordinator::{
     facts::ModelFacts, planner::Objective,
 };
 use grokpipe_kernels::{
-    Batch, CpuBackend, KernelError, Row, Stage, StageModel, StageOptions, StepInput, StepOutput, SyntheticWeights,
+    Batch, CpuBackend, KernelError, Precision, Row, Stage, StageModel, StageOptions, StepInput, StepOutput,
+    SyntheticWeights,
 };
 use grokpipe_model::{ModelConfig, WeightSource};
 use grokpipe_proto::{
@@ -103,7 +104,7 @@ impl SmallLoader {
     pub fn stage(&self, layers: Range<u32>, kv_blocks: u32, max_rows: usize) -> Result<Box<dyn Stage>, KernelError> {
         let options = StageOptions { kv_blocks, max_rows, ..StageOptions::default() };
         let stage = StageModel::load(
-            CpuBackend::new(1)?,
+            CpuBackend::new(1, Precision::Exact)?,
             &self.config,
             Arc::clone(&self.weights),
             layers,

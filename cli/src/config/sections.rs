@@ -8,6 +8,8 @@ use std::{
     time::Duration,
 };
 
+use grokpipe_kernels::Precision;
+
 use super::{
     table::Table,
     units::{self, ByteSize},
@@ -222,6 +224,23 @@ pub(crate) enum Objective {
     Latency,
 }
 
+/// `exact` or `fast`.
+pub(crate) fn precision(text: &str) -> Option<Precision> {
+    match text {
+        "exact" => Some(Precision::Exact),
+        "fast" => Some(Precision::Fast),
+        _ => None,
+    }
+}
+
+/// As [`precision`], for a flag.
+///
+/// # Errors
+/// In words.
+pub(crate) fn parse_precision(text: &str) -> Result<Precision, String> {
+    precision(text).ok_or_else(|| "expected exact or fast".to_owned())
+}
+
 /// Who decides how many layers a worker runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Split {
@@ -275,6 +294,8 @@ pub(crate) struct WorkerSection {
     pub(crate) device: String,
     /// CPU threads; absent: the machine's cores shared by its workers.
     pub(crate) threads: Option<u32>,
+    /// How exactly products are computed; absent: exactly.
+    pub(crate) precision: Option<Precision>,
     /// Memory that it may fill; absent: what the device has free.
     pub(crate) memory: Option<ByteSize>,
     /// Layers that it must run; absent: as planned.
@@ -297,6 +318,7 @@ impl WorkerSection {
             host: None,
             device: "auto".to_owned(),
             threads: None,
+            precision: None,
             memory: None,
             layers: None,
             listen: None,
@@ -315,6 +337,7 @@ impl WorkerSection {
             host: host.filter(|host| host != "localhost"),
             device: table.get("device", DEVICES, |v| device(v.text()?))?.unwrap_or(default.device),
             threads: whole(&mut table, "threads", 1..=1024)?,
+            precision: table.get("precision", r#""exact" or "fast""#, |value| precision(value.text()?))?,
             memory: table.get("memory", r#"a size of at least "1 MiB", as "8 GiB""#, |v| {
                 ByteSize::parse(v.any()).filter(|size| size.0 >= 1 << 20)
             })?,

@@ -2,6 +2,7 @@
 
 use std::{ffi::OsString, path::Path, process::Stdio};
 
+use grokpipe_kernels::Precision;
 use tokio::process::Command;
 
 use super::reach::Reach;
@@ -170,6 +171,10 @@ fn worker_args(worker: &WorkerSection, reach: &Reach) -> Vec<String> {
     }
     if let Some(memory) = worker.memory {
         args.extend(["--memory".to_owned(), memory.0.to_string()]);
+    }
+    if let Some(precision) = worker.precision {
+        let text = if precision == Precision::Fast { "fast" } else { "exact" };
+        args.extend(["--precision".to_owned(), text.to_owned()]);
     }
     args
 }

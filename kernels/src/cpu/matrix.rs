@@ -9,10 +9,11 @@ use grokpipe_model::{BlockType, Format, Layout, MatrixSource, MatrixSpec};
 
 use super::{
     memory::{product, zeroed},
-    simd::LANES,
+    packed::{BLOCK, Packed},
+    simd::{LANES, Word},
     threads::Threads,
 };
-use crate::KernelError;
+use crate::{KernelError, Precision};
 
 /// Stored bytes read at a time.
 const PIECE_BYTES: usize = 4 << 20;
@@ -27,6 +28,8 @@ pub(crate) enum Values {
     I8(Vec<i8>),
     /// Rows of blocks, without filling: that is added when they become numbers.
     Blocks(BlockType, Vec<u8>),
+    /// For 8-bit inputs.
+    Packed(Packed),
 }
 
 /// One matrix, or one an expert.
@@ -63,15 +66,17 @@ impl CpuMatrix {
     /// Reads a matrix; `progress` is told the stored bytes of each piece.
     pub(super) fn load(
         source: &dyn MatrixSource,
+        precision: Precision,
         threads: &Threads,
         device: &str,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self, KernelError> {
         let spec = source.spec();
+        let is_fast = precision == Precision::Fast;
         let groups = match spec.format {
             Format::F32 => None,
             Format::Int8 { groups } => Some(groups),
-            Format::Blocks(kind) => return Self::load_blocks(source, kind, device, progress),
+            Format::Blocks(kind) => return Self::load_blocks(source, kind, is_fast, threads, device, progress),
         };
         let (is_float, groups) = (groups.is_none(), groups.unwrap_or(1));
         if groups == 0 || spec.inputs == 0 || spec.outputs == 0 || !spec.inputs.is_multiple_of(groups) {
@@ -85,21 +90,36 @@ impl CpuMatrix {
         let padded_group = group.next_multiple_of(LANES);
         let count = product(&[spec.experts, spec.outputs, groups, padded_group], &spec.name, device)?;
         let shape = Shape { spec, group, padded_group };
+        let MatrixSpec { inputs, outputs, experts, .. } = *spec;
+        if is_fast && !is_float && group.is_multiple_of(BLOCK) {
+            // Each expert is filled up to whole bands.
+            let stored_outputs = outputs.next_multiple_of(LANES);
+            let count = product(&[experts, stored_outputs / LANES, inputs / BLOCK, 8], &spec.name, device)?;
+            let mut words: Vec<Word> = zeroed(count, &spec.name, device)?;
+            let rows = bytemuck::cast_slice_mut::<Word, i8>(&mut words);
+            shape.fill(source, stored_outputs, rows, threads, progress)?;
+            let scales = scales_by_output(source, groups)?;
+            let values = Values::Packed(Packed::of_int8(spec, words, &scales, groups, threads));
+            return Ok(Self { inputs, outputs, experts, groups, group, padded_group, values, scales: vec![1.0] });
+        }
         let (values, scales) = if is_float {
-            let values = shape.fill(source, zeroed(count, &spec.name, device)?, threads, progress)?;
+            let mut values = zeroed(count, &spec.name, device)?;
+            shape.fill(source, outputs, &mut values, threads, progress)?;
             (Values::F32(values), vec![1.0])
         } else {
-            let values = shape.fill(source, zeroed(count, &spec.name, device)?, threads, progress)?;
+            let mut values = zeroed(count, &spec.name, device)?;
+            shape.fill(source, outputs, &mut values, threads, progress)?;
             (Values::I8(values), scales_by_output(source, groups)?)
         };
-        let MatrixSpec { inputs, outputs, experts, .. } = *spec;
         Ok(Self { inputs, outputs, experts, groups, group, padded_group, values, scales })
     }
 
-    /// Blocks are kept as they are in the file.
+    /// Blocks are packed where `is_fast` and the format is, else kept as they are in the file.
     fn load_blocks(
         source: &dyn MatrixSource,
         kind: BlockType,
+        is_fast: bool,
+        threads: &Threads,
         device: &str,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self, KernelError> {
@@ -112,12 +132,25 @@ impl CpuMatrix {
                 found: format!("{inputs} inputs, {outputs} outputs, {layout:?}"),
             });
         };
+        let padded_group = inputs.next_multiple_of(LANES);
+        if is_fast && let Some(packed) = Packed::load(source, kind, threads, device, progress)? {
+            let values = Values::Packed(packed);
+            return Ok(Self {
+                inputs,
+                outputs,
+                experts,
+                groups: 1,
+                group: inputs,
+                padded_group,
+                values,
+                scales: vec![1.0],
+            });
+        }
         let mut bytes = zeroed(product(&[experts, outputs, row_bytes], name, device)?, name, device)?;
         for (index, piece) in bytes.chunks_mut(PIECE_BYTES).enumerate() {
             source.read((index * PIECE_BYTES) as u64, piece)?;
             progress(piece.len() as u64);
         }
-        let padded_group = inputs.next_multiple_of(LANES);
         let (values, scales) = (Values::Blocks(kind, bytes), vec![1.0]);
         Ok(Self { inputs, outputs, experts, groups: 1, group: inputs, padded_group, values, scales })
     }
@@ -206,14 +239,15 @@ impl Shape<'_> {
         self.spec.inputs / self.group * self.padded_group
     }
 
-    /// Reads everything into `values`, which is zero.
+    /// Reads everything into `values`, which is zero and has rows for `stored_outputs` an expert.
     fn fill<T: Number>(
         &self,
         source: &dyn MatrixSource,
-        mut values: Vec<T>,
+        stored_outputs: usize,
+        values: &mut [T],
         threads: &Threads,
         progress: &mut dyn FnMut(u64),
-    ) -> Result<Vec<T>, KernelError> {
+    ) -> Result<(), KernelError> {
         let MatrixSpec { inputs, outputs, .. } = *self.spec;
         // A stored row is what is contiguous in the file: all outputs of an input, or all inputs of an output.
         let (stored_rows, stored_row) = match self.spec.layout {
@@ -223,7 +257,8 @@ impl Shape<'_> {
         let row_bytes = stored_row * T::BYTES;
         let rows = stored_rows.min((PIECE_BYTES / row_bytes).max(1).next_multiple_of(TILE));
         let mut piece: Vec<u8> = zeroed(rows * row_bytes, &self.spec.name, "cpu")?;
-        for (expert, matrix) in values.chunks_mut(outputs * self.padded_inputs()).enumerate() {
+        for (expert, matrix) in values.chunks_mut(stored_outputs * self.padded_inputs()).enumerate() {
+            let matrix = &mut matrix[..outputs * self.padded_inputs()];
             for first in (0..stored_rows).step_by(rows) {
                 let count = rows.min(stored_rows - first);
                 let piece = &mut piece[..count * row_bytes];
@@ -236,7 +271,7 @@ impl Shape<'_> {
                 progress(piece.len() as u64);
             }
         }
-        Ok(values)
+        Ok(())
     }
 
     /// Stored rows `first..` are inputs: puts each number at its output's row.
@@ -312,7 +347,7 @@ mod tests {
         let matrix = TestMatrix::random(&mut Random::new(seed(3)), shape, format, layout);
         let mut bytes = 0;
         let threads = Threads::new(2).unwrap();
-        let loaded = CpuMatrix::load(&matrix, &threads, "cpu", &mut |done| bytes += done).unwrap();
+        let loaded = CpuMatrix::load(&matrix, Precision::Exact, &threads, "cpu", &mut |done| bytes += done).unwrap();
         assert_eq!(bytes, matrix.spec.weight_bytes(), "{shape:?} {format:?} {layout:?}");
         let (experts, inputs, outputs) = shape;
         for e in 0..experts {
@@ -326,7 +361,7 @@ mod tests {
                         Values::I8(v) => {
                             f64::from(v[index]) * f64::from(loaded.scales[(e * outputs + n) * loaded.groups + group])
                         }
-                        Values::Blocks(..) => panic!("blocks have tests of their own"),
+                        Values::Blocks(..) | Values::Packed(_) => panic!("these have tests of their own"),
                     };
                     assert_eq!(got, matrix.at(e, k, n), "{shape:?} {format:?} {layout:?} at {e} {k} {n}");
                 }
@@ -350,7 +385,7 @@ mod tests {
     fn groups_that_do_not_divide_the_inputs_are_refused() {
         let mut matrix = TestMatrix::random(&mut Random::new(1), (1, 16, 2), Format::Int8 { groups: 8 }, Layout::InOut);
         matrix.spec.format = Format::Int8 { groups: 3 };
-        let refused = CpuMatrix::load(&matrix, &Threads::new(1).unwrap(), "cpu", &mut |_| ());
+        let refused = CpuMatrix::load(&matrix, Precision::Exact, &Threads::new(1).unwrap(), "cpu", &mut |_| ());
         assert!(matches!(refused, Err(KernelError::Shape { .. })));
     }
 }

@@ -7,11 +7,13 @@
 
 mod attention;
 mod experts;
+mod fast;
 mod math;
 mod matrix;
 mod measure;
 mod memory;
 mod norm;
+mod packed;
 mod product;
 mod simd;
 #[cfg(test)]
@@ -24,19 +26,21 @@ pub use self::matrix::CpuMatrix;
 use self::{
     attention::{Attention, Keys},
     experts::{Choose, Gelu, Groups, Piece, pieces},
+    fast::{Quantise, Quantised},
+    matrix::Values,
     memory::{product as checked_product, zeroed},
     norm::Norm,
-    product::Product,
+    product::{Product, Rows},
     simd::Isa,
     threads::Threads,
 };
 use crate::{
-    AttentionParams, Backend, Batch, DeviceInfo, KV_BLOCK_TOKENS, KernelError,
+    AttentionParams, Backend, Batch, DeviceInfo, KV_BLOCK_TOKENS, KernelError, Precision,
     ops::{attention as attention_op, rms_norm, rope},
 };
 
 /// Name of the kernels and their version: to be raised with every change that may change a bit.
-const FINGERPRINT: &str = "cpu-exact/1";
+const FINGERPRINTS: [&str; 2] = ["cpu-exact/1", "cpu-fast/1"];
 
 /// Activations in memory.
 pub struct CpuActivations {
@@ -85,8 +89,17 @@ pub struct CpuBackend {
     angles: Option<(f32, usize, Vec<f32>, Vec<f32>)>,
     /// Results of a product, output by output.
     transposed: Vec<f32>,
-    /// Rows with their groups filled up.
+    precision: Precision,
+    scratch: RowScratch,
+}
+
+/// Copies of rows as a matrix wants them.
+#[derive(Default)]
+struct RowScratch {
+    /// With groups filled up.
     padded: Vec<f32>,
+    /// In 8 bits.
+    quantised: Quantised,
 }
 
 impl CpuBackend {
@@ -94,18 +107,18 @@ impl CpuBackend {
     ///
     /// # Errors
     /// [`KernelError::DeviceLost`] when the system refuses the threads.
-    pub fn new(threads: usize) -> Result<Self, KernelError> {
-        Self::with_isa(threads, Isa::best())
+    pub fn new(threads: usize, precision: Precision) -> Result<Self, KernelError> {
+        Self::with_isa(threads, precision, Isa::best())
     }
 
-    fn with_isa(threads: usize, isa: Isa) -> Result<Self, KernelError> {
+    fn with_isa(threads: usize, precision: Precision, isa: Isa) -> Result<Self, KernelError> {
         let threads = Threads::new(threads)?;
         let count = threads.count();
         let plural = if count == 1 { "" } else { "s" };
         let info = DeviceInfo {
             name: format!("cpu ({}, {count} thread{plural})", isa.name()),
             is_gpu: false,
-            fingerprint: FINGERPRINT.to_owned(),
+            fingerprint: FINGERPRINTS[precision as usize].to_owned(),
             memory_bytes: memory::available_bytes(),
         };
         Ok(Self {
@@ -116,15 +129,16 @@ impl CpuBackend {
             slots: Vec::new(),
             angles: None,
             transposed: Vec::new(),
-            padded: Vec::new(),
+            precision,
+            scratch: RowScratch::default(),
         })
     }
 
     /// Products of `rows` with one matrix, to `out` times `factor`.
     fn product(&mut self, x: &[f32], w: &CpuMatrix, factor: f32, out: &mut [f32]) {
-        let Self { isa, threads, transposed, padded, .. } = self;
+        let Self { isa, threads, transposed, scratch, .. } = self;
         let (isa, count) = (*isa, x.len() / w.inputs);
-        let rows = padded_rows(w, x, padded);
+        let rows = scratch.rows(isa, w, x);
         let step = threads.outputs_a_piece(w.outputs);
         if count != 1 {
             transposed.resize(count * w.outputs, 0.0);
@@ -153,18 +167,25 @@ impl CpuBackend {
     }
 }
 
-/// Rows for products with `w`: those of `x`, or copies with their groups filled up.
-fn padded_rows<'a>(w: &CpuMatrix, x: &'a [f32], padded: &'a mut Vec<f32>) -> Vec<&'a [f32]> {
-    if !w.is_padded() {
-        return x.chunks_exact(w.inputs).collect();
+impl RowScratch {
+    /// Rows for products with `w`: those of `x`, copies with their groups filled up, or in 8 bits.
+    fn rows<'a>(&'a mut self, isa: Isa, w: &CpuMatrix, x: &'a [f32]) -> Rows<'a> {
+        if let Values::Packed(_) = w.values {
+            isa.run(Quantise { x, out: &mut self.quantised });
+            return Rows::Quantised(self.quantised.rows(w.inputs));
+        }
+        if !w.is_padded() {
+            return Rows::Floats(x.chunks_exact(w.inputs).collect());
+        }
+        let padded = &mut self.padded;
+        let (from, to) = (w.group, w.padded_group);
+        padded.clear();
+        padded.resize(x.len() / from * to, 0.0);
+        for (group, padded) in x.chunks_exact(from).zip(padded.chunks_exact_mut(to)) {
+            padded[..from].copy_from_slice(group);
+        }
+        Rows::Floats(padded.chunks_exact(w.padded_inputs()).collect())
     }
-    let (from, to) = (w.group, w.padded_group);
-    padded.clear();
-    padded.resize(x.len() / from * to, 0.0);
-    for (group, padded) in x.chunks_exact(from).zip(padded.chunks_exact_mut(to)) {
-        padded[..from].copy_from_slice(group);
-    }
-    padded.chunks_exact(w.padded_inputs()).collect()
 }
 
 /// Visits `[outputs, rows]` so that neither side jumps far.
@@ -197,7 +218,7 @@ impl Backend for CpuBackend {
         source: &dyn MatrixSource,
         progress: &mut dyn FnMut(u64),
     ) -> Result<CpuMatrix, KernelError> {
-        CpuMatrix::load(source, &self.threads, &self.info.name, progress)
+        CpuMatrix::load(source, self.precision, &self.threads, &self.info.name, progress)
     }
 
     fn load_vector(&mut self, values: &[f32]) -> Result<Vec<f32>, KernelError> {
@@ -362,14 +383,14 @@ impl Backend for CpuBackend {
         up: &CpuMatrix,
         out: &mut CpuActivations,
     ) {
-        let Self { isa, threads, transposed, padded, .. } = self;
+        let Self { isa, threads, transposed, scratch, .. } = self;
         let (isa, chosen, pairs) = (*isa, selection.chosen, selection.rows * selection.chosen);
         let groups = Groups::new(&selection.ids[..pairs], gate.experts);
-        let rows = padded_rows(gate, x.used(), padded);
+        let rows = scratch.rows(isa, gate, x.used());
         transposed.resize(pairs * gate.outputs, 0.0);
         let parts = pieces(&groups, gate, threads, transposed);
         threads.each(parts, 2 * pairs * gate.work(), |Piece { expert, pairs, outputs, out }| {
-            let rows: Vec<&[f32]> = groups.pairs[pairs].iter().map(|pair| rows[pair / chosen]).collect();
+            let rows = rows.picked(groups.pairs[pairs].iter().map(|pair| pair / chosen));
             let mut other = vec![0.0; out.len()];
             Product { matrix: gate, expert, outputs: outputs.clone(), rows: &rows, out: &mut *out }.run_on(isa);
             Product { matrix: up, expert, outputs, rows: &rows, out: &mut other }.run_on(isa);
@@ -391,14 +412,14 @@ impl Backend for CpuBackend {
         down: &CpuMatrix,
         out: &mut CpuActivations,
     ) {
-        let Self { isa, threads, transposed, padded, .. } = self;
+        let Self { isa, threads, transposed, scratch, .. } = self;
         let (isa, chosen, pairs) = (*isa, selection.chosen, selection.rows * selection.chosen);
         let groups = Groups::new(&selection.ids[..pairs], down.experts);
-        let rows = padded_rows(down, hidden.used(), padded);
+        let rows = scratch.rows(isa, down, hidden.used());
         transposed.resize(pairs * down.outputs, 0.0);
         let parts = pieces(&groups, down, threads, transposed);
         threads.each(parts, pairs * down.work(), |Piece { expert, pairs, outputs, out }| {
-            let rows: Vec<&[f32]> = groups.pairs[pairs].iter().map(|&pair| rows[pair]).collect();
+            let rows = rows.picked(groups.pairs[pairs].iter().copied());
             Product { matrix: down, expert, outputs, rows: &rows, out }.run_on(isa);
         });
         // Where a pair's results begin, and how far its outputs stand apart.

@@ -8,6 +8,7 @@
 use std::ops::Range;
 
 use super::{
+    fast::{FastProduct, QuantisedRow},
     matrix::{CpuMatrix, Values},
     simd::{Isa, Kernel, LANES, Simd, reduce},
 };
@@ -36,21 +37,57 @@ pub(super) struct Product<'a> {
     pub(super) matrix: &'a CpuMatrix,
     pub(super) expert: usize,
     pub(super) outputs: Range<usize>,
-    /// Rows of `padded_inputs`.
-    pub(super) rows: &'a [&'a [f32]],
+    pub(super) rows: &'a Rows<'a>,
     /// `[outputs.len(), rows.len()]`: output by output, so that threads own contiguous parts.
     pub(super) out: &'a mut [f32],
+}
+
+/// Rows of inputs as a matrix wants them.
+pub(super) enum Rows<'a> {
+    /// Of `padded_inputs`.
+    Floats(Vec<&'a [f32]>),
+    /// For packed weights.
+    Quantised(Vec<QuantisedRow<'a>>),
+}
+
+impl Rows<'_> {
+    /// Some of the rows, in this order.
+    pub(super) fn picked(&self, indices: impl Iterator<Item = usize>) -> Self {
+        match self {
+            Self::Floats(rows) => Self::Floats(indices.map(|index| rows[index]).collect()),
+            Self::Quantised(rows) => Self::Quantised(indices.map(|index| rows[index]).collect()),
+        }
+    }
 }
 
 impl Product<'_> {
     /// Computes `out`.
     pub(super) fn run_on(self, isa: Isa) {
-        debug_assert_eq!(self.out.len(), self.outputs.len() * self.rows.len());
-        isa.run(self);
+        match (&self.matrix.values, self.rows) {
+            (Values::Packed(matrix), Rows::Quantised(rows)) => {
+                debug_assert_eq!(self.out.len(), self.outputs.len() * rows.len());
+                isa.run(FastProduct { matrix, expert: self.expert, outputs: self.outputs, rows, out: self.out });
+            }
+            (_, Rows::Floats(rows)) => {
+                debug_assert_eq!(self.out.len(), self.outputs.len() * rows.len());
+                let Self { matrix, expert, outputs, out, .. } = self;
+                isa.run(ExactProduct { matrix, expert, outputs, rows, out });
+            }
+            (_, Rows::Quantised(_)) => unreachable!("rows are made for their matrix"),
+        }
     }
 }
 
-impl Kernel for Product<'_> {
+/// Products in f32.
+struct ExactProduct<'a> {
+    matrix: &'a CpuMatrix,
+    expert: usize,
+    outputs: Range<usize>,
+    rows: &'a [&'a [f32]],
+    out: &'a mut [f32],
+}
+
+impl Kernel for ExactProduct<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -84,6 +121,7 @@ impl Kernel for Product<'_> {
                     shape.all(simd, &numbers[..used], scales, self.rows, out);
                 }
             }
+            Values::Packed(_) => unreachable!("packed weights have products of their own"),
         }
     }
 }

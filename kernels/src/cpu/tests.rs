@@ -1,18 +1,26 @@
 //! The backend's own promises: the same bits on every path and for any number of threads.
 
-use grokpipe_model::{Format, Layout};
+use grokpipe_model::{BlockType, Format, Layout};
 use proptest::prelude::*;
 
 use super::{CpuBackend, simd::Isa};
 use crate::{
-    Backend, KernelError,
-    ops::testing::{Random, TestMatrix, compare_bits, download, single_tokens, upload},
+    Backend, KernelError, Precision,
+    ops::{
+        matmul,
+        testing::{Bound, Random, TestMatrix, compare, compare_bits, download, seed, single_tokens, upload},
+    },
 };
 
 /// A backend for every path of this CPU, and with more threads for the fastest.
 pub(crate) fn backends() -> Vec<CpuBackend> {
+    backends_of(Precision::Exact)
+}
+
+fn backends_of(precision: Precision) -> Vec<CpuBackend> {
     let paths = Isa::available().into_iter().map(|isa| (1, isa));
-    paths.chain([(2, Isa::best()), (3, Isa::best())]).map(|(n, isa)| CpuBackend::with_isa(n, isa).unwrap()).collect()
+    let all = paths.chain([(2, Isa::best()), (3, Isa::best())]);
+    all.map(|(n, isa)| CpuBackend::with_isa(n, precision, isa).unwrap()).collect()
 }
 
 /// All that an expert layer computes from `x`, with every operation that has sums.
@@ -75,7 +83,7 @@ fn threads_do_not_show_where_work_is_shared() {
 
 #[test]
 fn a_kv_pool_that_cannot_fit_is_refused() {
-    let mut backend = CpuBackend::new(1).unwrap();
+    let mut backend = CpuBackend::new(1, Precision::Exact).unwrap();
     for (layers, slots, width) in [(64, 1 << 40, 1024), (64, usize::MAX, 1024)] {
         let refused = backend.kv_pool(layers, slots, width);
         assert!(matches!(refused, Err(KernelError::OutOfMemory { .. })));
@@ -85,8 +93,93 @@ fn a_kv_pool_that_cannot_fit_is_refused() {
 
 #[test]
 fn the_device_says_what_it_is() {
-    let two = CpuBackend::new(2).unwrap();
+    let two = CpuBackend::new(2, Precision::Exact).unwrap();
     assert!(two.info().name.starts_with("cpu (") && two.info().name.ends_with(", 2 threads)"), "{}", two.info().name);
-    assert_eq!(two.info().fingerprint, CpuBackend::new(1).unwrap().info().fingerprint);
+    assert_eq!(two.info().fingerprint, CpuBackend::new(1, Precision::Exact).unwrap().info().fingerprint);
     assert!(!two.info().is_gpu);
+}
+
+/// Formats that `fast` packs, with the number of inputs that their blocks divide.
+fn packed_formats() -> Vec<(Format, Layout)> {
+    let blocks = BlockType::all().map(|kind| (Format::Blocks(kind), Layout::OutIn));
+    let int8 = [1, 8].map(|groups| (Format::Int8 { groups }, Layout::InOut));
+    blocks.chain(int8).collect()
+}
+
+fn product(backend: &mut CpuBackend, matrix: &TestMatrix, rows: usize, x: &[f32]) -> Vec<f32> {
+    let w = backend.load_matrix(matrix, &mut |_| ()).unwrap();
+    let input = upload(backend, &single_tokens(rows), matrix.spec.inputs, x);
+    let mut out = backend.activations(rows, matrix.spec.outputs).unwrap();
+    backend.matmul(&input, &w, 1.0, &mut out);
+    download(backend, &out, rows)
+}
+
+/// Inputs that are whole numbers, the largest of each block 127, lose nothing in 8 bits.
+#[test]
+fn fast_products_of_whole_numbers_are_the_references() {
+    let seed = seed(21);
+    let mut random = Random::new(seed);
+    for (format, layout) in packed_formats() {
+        for (rows, outputs) in [(1, 16), (7, 5), (3, 70)] {
+            let matrix = TestMatrix::random(&mut random, (1, 512, outputs), format, layout);
+            let whole = |i: usize, random: &mut Random| {
+                if i.is_multiple_of(32) { 127.0 } else { random.below(255) as f32 - 127.0 }
+            };
+            let x: Vec<f32> = (0..rows * 512).map(|i| whole(i, &mut random)).collect();
+            let groups = if let Format::Int8 { groups } = format { groups as u32 } else { 1 };
+            let params = matmul::Params { inputs: 512, outputs: outputs as u32, groups, factor: 1.0 };
+            let want = matmul::cpu::matmul(params, &matrix, 0, &x);
+            for backend in &mut backends_of(Precision::Fast) {
+                let got = product(backend, &matrix, rows, &x);
+                let bound = Bound { absolute: 1e-6, relative: 4e-6 };
+                compare(
+                    "fast matmul",
+                    &(rows, outputs, format),
+                    &backend.info().name.clone(),
+                    seed,
+                    &got,
+                    &want,
+                    bound,
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn fast_products_have_the_same_bits_on_every_path_and_among_any_rows() {
+    let seed = seed(22);
+    let mut random = Random::new(seed);
+    for (format, layout) in packed_formats() {
+        let matrix = TestMatrix::random(&mut random, (1, 512, 300), format, layout);
+        let x = random.floats(65 * 512, 3.0);
+        let mut backends = backends_of(Precision::Fast);
+        let want = product(&mut backends[0], &matrix, 65, &x);
+        for backend in &mut backends {
+            let name = backend.info().name.clone();
+            for rows in [1, 2, 3, 7, 65] {
+                let got = product(backend, &matrix, rows, &x[..rows * 512]);
+                compare_bits("fast matmul", &(rows, format), &name, seed, &got, &want[..rows * 300]);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_input_that_is_no_number_is_not_hidden_by_rounding() {
+    let mut random = Random::new(5);
+    let matrix = TestMatrix::random(&mut random, (1, 64, 16), Format::Int8 { groups: 1 }, Layout::InOut);
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut x = vec![0.5; 64];
+        x[40] = bad;
+        for backend in &mut backends_of(Precision::Fast) {
+            assert!(product(backend, &matrix, 1, &x).iter().all(|value| value.is_nan()), "{bad}");
+        }
+    }
+}
+
+#[test]
+fn precisions_have_fingerprints_of_their_own() {
+    let of = |precision| CpuBackend::new(1, precision).unwrap().info().fingerprint.clone();
+    assert_ne!(of(Precision::Exact), of(Precision::Fast));
 }

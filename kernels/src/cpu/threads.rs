@@ -47,11 +47,11 @@ impl Threads {
         }
     }
 
-    /// How many outputs a piece of a product with `outputs` should have: a multiple of four, several pieces a thread.
+    /// How many outputs a piece of a product with `outputs` should have: a multiple of sixteen, several pieces a thread.
     pub(crate) fn outputs_a_piece(&self, outputs: usize) -> usize {
         if self.count == 1 {
             return 64;
         }
-        (outputs / (self.count * 8)).next_multiple_of(4).clamp(4, 64)
+        (outputs / (self.count * 8)).next_multiple_of(16).clamp(16, 64)
     }
 }

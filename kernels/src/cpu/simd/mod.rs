@@ -8,6 +8,8 @@
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use half::f16;
+
 /// Lanes of every sum.
 pub(crate) const LANES: usize = 16;
 
@@ -28,8 +30,37 @@ pub(crate) trait Simd: Copy {
     fn load_i8(self, values: &[i8; LANES]) -> Self::V;
     /// `a * b + c` with one rounding.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a * b`.
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Lanes from unsigned bytes, exactly.
+    fn load_u8(self, values: &[u8; LANES]) -> Self::V;
+    /// Lanes from IEEE halves, exactly.
+    fn load_f16(self, values: &[u16; LANES]) -> Self::V;
     /// The lanes.
     fn array(self, v: Self::V) -> [f32; LANES];
+
+    /// Sixteen i32.
+    type I: Copy;
+    /// All lanes `value`.
+    fn splat_i32(self, value: i32) -> Self::I;
+    /// `sum[l] + w[4 l] * x[0] + … + w[4 l + 3] * x[3]`, unsigned weights by signed inputs, exactly. No input is
+    /// -128.
+    fn dot4(self, sum: Self::I, w: &Word, x: [i8; 4]) -> Self::I;
+    /// As `dot4`, of the low halves of the bytes with `low`, and of the high halves with `high`.
+    fn dot4_nibbles(self, sum: Self::I, w: &Word, low: [i8; 4], high: [i8; 4]) -> Self::I;
+    /// As floats; exact below 2^24.
+    fn to_f32(self, v: Self::I) -> Self::V;
+}
+
+/// Four weights of each of sixteen outputs, as one aligned register.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct Word(pub(crate) [u8; 4 * LANES]);
+
+impl Default for Word {
+    fn default() -> Self {
+        Self([0; 4 * LANES])
+    }
 }
 
 /// Work to be compiled for every instruction set. `run` must be `#[inline(always)]`, and so must what it calls.
@@ -149,8 +180,51 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+
+    #[inline(always)]
+    fn load_u8(self, values: &[u8; LANES]) -> Self::V {
+        values.map(f32::from)
+    }
+
+    #[inline(always)]
+    fn load_f16(self, values: &[u16; LANES]) -> Self::V {
+        values.map(|bits| f16::from_bits(bits).to_f32())
+    }
+
+    #[inline(always)]
     fn array(self, v: Self::V) -> [f32; LANES] {
         v
+    }
+
+    type I = [i32; LANES];
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> Self::I {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    fn dot4(self, mut sum: Self::I, w: &Word, x: [i8; 4]) -> Self::I {
+        for (sum, w) in sum.iter_mut().zip(w.0.as_chunks::<4>().0) {
+            for j in 0..4 {
+                *sum += i32::from(w[j]) * i32::from(x[j]);
+            }
+        }
+        sum
+    }
+
+    #[inline(always)]
+    fn dot4_nibbles(self, sum: Self::I, w: &Word, low: [i8; 4], high: [i8; 4]) -> Self::I {
+        let sum = self.dot4(sum, &Word(w.0.map(|byte| byte & 15)), low);
+        self.dot4(sum, &Word(w.0.map(|byte| byte >> 4)), high)
+    }
+
+    #[inline(always)]
+    fn to_f32(self, v: Self::I) -> Self::V {
+        v.map(|value| value as f32)
     }
 }
 
@@ -190,13 +264,20 @@ mod tests {
     use super::*;
     use crate::ops::testing::{Random, seed};
 
-    struct Everything<'a>(&'a [f32; LANES], &'a [i8; LANES], &'a [f32; LANES]);
+    struct Everything<'a>(&'a [f32; LANES], &'a [i8; LANES], &'a [f32; LANES], &'a Word);
 
     impl Kernel for Everything<'_> {
         type Output = [f32; LANES];
         #[inline(always)]
         fn run<S: Simd>(self, s: S) -> Self::Output {
             let sum = s.fma(s.load(self.0), s.load_i8(self.1), s.load(self.2));
+            let bytes = self.1.map(|byte| byte as u8);
+            // Halves of any exponent but the largest, which stands for what is no number.
+            let halves = std::array::from_fn(|i| u16::from_le_bytes([bytes[i], self.3.0[i]]) & 0xbbff);
+            let x = |i: usize| std::array::from_fn(|j| self.1[i + j]);
+            let dot = s.dot4(s.splat_i32(-7), self.3, x(0));
+            let dot = s.dot4_nibbles(dot, self.3, x(4), x(8));
+            let sum = s.fma(s.mul(s.load_u8(&bytes), s.load_f16(&halves)), s.to_f32(dot), sum);
             s.array(s.fma(sum, s.splat(0.1), s.zero()))
         }
     }
@@ -207,12 +288,20 @@ mod tests {
         let mut random = Random::new(seed);
         for _ in 0..1000 {
             let a = std::array::from_fn(|_| random.unit() * 1e3);
-            let q = std::array::from_fn(|_| random.bits() as i8);
+            let q = std::array::from_fn(|_| (random.bits() as i8).max(-127));
             let c = std::array::from_fn(|_| random.unit());
-            let want = Isa::available()[0].run(Everything(&a, &q, &c)).map(f32::to_bits);
+            let w = Word(std::array::from_fn(|_| random.bits() as u8));
+            let want = Isa::available()[0].run(Everything(&a, &q, &c, &w)).map(f32::to_bits);
             for isa in Isa::available() {
-                assert_eq!(isa.run(Everything(&a, &q, &c)).map(f32::to_bits), want, "{isa:?}, seed {seed}");
+                assert_eq!(isa.run(Everything(&a, &q, &c, &w)).map(f32::to_bits), want, "{isa:?}, seed {seed}");
             }
+        }
+        // The largest sums that there are.
+        let (w, x) = (Word([255; 64]), [-127; LANES]);
+        for isa in Isa::available() {
+            let got = isa.run(Everything(&[1.0; LANES], &x, &[0.0; LANES], &w)).map(f32::to_bits);
+            let want = Isa::available()[0].run(Everything(&[1.0; LANES], &x, &[0.0; LANES], &w)).map(f32::to_bits);
+            assert_eq!(got, want, "{isa:?}");
         }
     }
 

@@ -1,0 +1,236 @@
+//! Quantised weights laid out for products with 8-bit inputs: sixteen outputs side by side, four inputs a register.
+//!
+//! A band is sixteen outputs of one expert; it lies as one stream, block of 32 inputs after block, so that a product reads memory
+//! forward and nothing twice. The numbers are those of the file, rearranged; what the scales of a format mean is in [`Scaling`].
+//! Formats that are not laid out here (F16, BF16, Q4_1, Q5_1, Q2_K) stay as stored and are multiplied exactly.
+
+use grokpipe_model::{BlockType, MatrixSource, MatrixSpec};
+
+use super::{
+    memory::{product, zeroed},
+    simd::{LANES, Word},
+    threads::Threads,
+};
+use crate::KernelError;
+
+/// Inputs of a block.
+pub(crate) const BLOCK: usize = 32;
+/// Blocks that share the scales of a K format.
+pub(super) const SUPER: usize = 8;
+/// Stored bytes read at a time, at least a band.
+const PIECE_BYTES: usize = 4 << 20;
+
+/// Sixteen halves, one an output.
+type Halves = [u16; LANES];
+
+/// What a weight is worth.
+pub(super) enum Scaling {
+    /// `q * scale`: an f32 for all blocks of a group, `[bands, groups]`.
+    Groups { scales: Vec<[f32; LANES]>, blocks: usize },
+    /// `q * d`: a half a block, `[bands, blocks]`.
+    Blocks(Vec<Halves>),
+    /// `q * d * s - m * t`: halves `d` and `m` for eight blocks, bytes `s` and `t` a block.
+    Minima { halves: Vec<[Halves; 2]>, bytes: Vec<[[u8; LANES]; 2]> },
+    /// `q * d * s`: a half `d` for eight blocks, signed bytes `s` for each half of a block.
+    Sixteens { halves: Vec<Halves>, bytes: Vec<[[i8; LANES]; 2]> },
+}
+
+/// A packed matrix, or one an expert.
+pub(crate) struct Packed {
+    /// Blocks of a row of inputs.
+    pub(super) blocks: usize,
+    /// Bands of an expert.
+    pub(super) bands: usize,
+    /// `[experts, bands, blocks, 8]`, or 4 where a byte holds two weights.
+    pub(super) words: Vec<Word>,
+    /// Two weights a byte: the low halves are inputs 0 to 15 of a block.
+    pub(super) nibbles: bool,
+    /// What the stored weights are too large by.
+    pub(super) offset: i32,
+    pub(super) scaling: Scaling,
+}
+
+/// How a format is unpacked.
+struct Plan {
+    nibbles: bool,
+    offset: i32,
+}
+
+/// The plan for a format that can be packed.
+fn plan(kind: BlockType) -> Option<Plan> {
+    let (nibbles, offset) = match kind {
+        BlockType::Q4_0 => (true, 8),
+        BlockType::Q4K => (true, 0),
+        BlockType::Q5K => (false, 0),
+        BlockType::Q8_0 | BlockType::Q5_0 | BlockType::Iq4Nl => (false, 128),
+        BlockType::Q6K | BlockType::Q3K | BlockType::Iq4Xs => (false, 128),
+        BlockType::F16 | BlockType::Bf16 | BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q2K => return None,
+    };
+    Some(Plan { nibbles, offset })
+}
+
+impl Packed {
+    /// Words of a block.
+    pub(super) fn words_per_block(&self) -> usize {
+        if self.nibbles { 4 } else { 8 }
+    }
+
+    /// Packs int8 rows that lie output by output, each expert filled up to whole bands, with scales `[experts, outputs, groups]`.
+    /// The words are rearranged in place.
+    pub(super) fn of_int8(
+        spec: &MatrixSpec,
+        mut words: Vec<Word>,
+        scales: &[f32],
+        groups: usize,
+        threads: &Threads,
+    ) -> Self {
+        let (blocks, bands) = (spec.inputs / BLOCK, spec.outputs.div_ceil(LANES));
+        let work = words.len() * 64;
+        threads.each(words.chunks_mut(blocks * 8).collect(), work, |band| {
+            let rows: Vec<u8> = bytemuck::cast_slice::<Word, u8>(band).iter().map(|byte| byte ^ 0x80).collect();
+            interleave(&rows, band);
+        });
+        let mut by_band = vec![[0.0; LANES]; spec.experts * bands * groups];
+        for (index, scales) in scales.chunks(groups).enumerate() {
+            let (expert, output) = (index / spec.outputs, index % spec.outputs);
+            let band = expert * bands + output / LANES;
+            for (group, scale) in scales.iter().enumerate() {
+                by_band[band * groups + group][output % LANES] = *scale;
+            }
+        }
+        let scaling = Scaling::Groups { scales: by_band, blocks: blocks / groups };
+        Self { blocks, bands, words, nibbles: false, offset: 128, scaling }
+    }
+
+    /// Reads and packs blocks; `None` when this format or shape is not packed.
+    pub(super) fn load(
+        source: &dyn MatrixSource,
+        kind: BlockType,
+        threads: &Threads,
+        device: &str,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Option<Self>, KernelError> {
+        let MatrixSpec { inputs, outputs, experts, ref name, format, .. } = *source.spec();
+        let (Some(Plan { nibbles, offset }), Some(row_bytes)) = (plan(kind), format.row_bytes(inputs)) else {
+            return Ok(None);
+        };
+        let (blocks, bands) = (inputs / BLOCK, outputs.div_ceil(LANES));
+        let per_block = if nibbles { 4 } else { 8 };
+        let count = product(&[experts, bands, blocks, per_block], name, device)?;
+        let mut words: Vec<Word> = zeroed(count, name, device)?;
+        let scale_blocks = experts * bands * blocks;
+        let mut scaling = match kind.weights() {
+            BLOCK => Scaling::Blocks(zeroed(scale_blocks, name, device)?),
+            _ if matches!(kind, BlockType::Q4K | BlockType::Q5K) => Scaling::Minima {
+                halves: zeroed(scale_blocks / SUPER, name, device)?,
+                bytes: zeroed(scale_blocks, name, device)?,
+            },
+            _ => Scaling::Sixteens {
+                halves: zeroed(scale_blocks / SUPER, name, device)?,
+                bytes: zeroed(scale_blocks, name, device)?,
+            },
+        };
+        let at_once = (PIECE_BYTES / (LANES * row_bytes)).max(1);
+        let mut stored = Vec::new();
+        for expert in 0..experts {
+            for first in (0..bands).step_by(at_once) {
+                let count = at_once.min(bands - first);
+                let rows = first * LANES..((first + count) * LANES).min(outputs);
+                stored.resize(rows.len() * row_bytes, 0);
+                source.read(((expert * outputs + rows.start) * row_bytes) as u64, &mut stored)?;
+                let band = expert * bands + first;
+                let words = &mut words[band * blocks * per_block..][..count * blocks * per_block];
+                let parts: Vec<_> = stored
+                    .chunks(LANES * row_bytes)
+                    .zip(words.chunks_mut(blocks * per_block))
+                    .zip(scaling.bands_mut(band..band + count, blocks))
+                    .collect();
+                threads.each(parts, stored.len(), |((stored, words), mut scales)| {
+                    pack_band(kind, stored, row_bytes, words, &mut scales);
+                });
+                progress(stored.len() as u64);
+            }
+        }
+        Ok(Some(Self { blocks, bands, words, nibbles, offset, scaling }))
+    }
+}
+
+/// The scales of one band.
+enum BandScales<'a> {
+    Blocks(&'a mut [Halves]),
+    Minima(&'a mut [[Halves; 2]], &'a mut [[[u8; LANES]; 2]]),
+    Sixteens(&'a mut [Halves], &'a mut [[[i8; LANES]; 2]]),
+}
+
+impl Scaling {
+    /// The scales of each of these bands.
+    fn bands_mut(&mut self, bands: std::ops::Range<usize>, blocks: usize) -> Vec<BandScales<'_>> {
+        let all = bands.start * blocks..bands.end * blocks;
+        let supers = bands.start * (blocks / SUPER)..bands.end * (blocks / SUPER);
+        let a_band = (blocks / SUPER).max(1);
+        match self {
+            Self::Groups { .. } => Vec::new(),
+            Self::Blocks(halves) => halves[all].chunks_mut(blocks).map(BandScales::Blocks).collect(),
+            Self::Minima { halves, bytes } => {
+                let halves = halves[supers].chunks_mut(a_band);
+                halves.zip(bytes[all].chunks_mut(blocks)).map(|(h, b)| BandScales::Minima(h, b)).collect()
+            }
+            Self::Sixteens { halves, bytes } => {
+                let halves = halves[supers].chunks_mut(a_band);
+                halves.zip(bytes[all].chunks_mut(blocks)).map(|(h, b)| BandScales::Sixteens(h, b)).collect()
+            }
+        }
+    }
+}
+
+/// Packs up to sixteen stored rows.
+fn pack_band(kind: BlockType, stored: &[u8], row_bytes: usize, words: &mut [Word], scales: &mut BandScales<'_>) {
+    let count = row_bytes / kind.bytes();
+    // Weights of the band, row after row.
+    let mut rows = vec![0; LANES * count * kind.weights()];
+    for (lane, (stored, row)) in stored.chunks(row_bytes).zip(rows.chunks_mut(count * kind.weights())).enumerate() {
+        for (index, (block, weights)) in stored.chunks(kind.bytes()).zip(row.chunks_mut(kind.weights())).enumerate() {
+            let Ok(unpacked) = kind.unpack(block, weights) else { continue };
+            match scales {
+                BandScales::Blocks(halves) => halves[index][lane] = unpacked.d,
+                BandScales::Minima(halves, bytes) => {
+                    (halves[index][0][lane], halves[index][1][lane]) = (unpacked.d, unpacked.m);
+                    for (block, bytes) in bytes[index * SUPER..][..SUPER].iter_mut().enumerate() {
+                        (bytes[0][lane], bytes[1][lane]) = (unpacked.scales[2 * block] as u8, unpacked.minima[block]);
+                    }
+                }
+                BandScales::Sixteens(halves, bytes) => {
+                    halves[index][lane] = unpacked.d;
+                    for (block, bytes) in bytes[index * SUPER..][..SUPER].iter_mut().enumerate() {
+                        (bytes[0][lane], bytes[1][lane]) = (unpacked.scales[2 * block], unpacked.scales[2 * block + 1]);
+                    }
+                }
+            }
+        }
+    }
+    if words.len() * 64 == rows.len() { interleave(&rows, words) } else { interleave_nibbles(&rows, words) }
+}
+
+/// Sixteen rows of bytes to words: word `k` of a block has inputs `4 k..4 k + 4` of every row.
+fn interleave(rows: &[u8], words: &mut [Word]) {
+    let inputs = rows.len() / LANES;
+    for (lane, row) in rows.chunks(inputs).enumerate() {
+        for (word, quad) in words.iter_mut().zip(row.as_chunks::<4>().0) {
+            word.0[4 * lane..4 * lane + 4].copy_from_slice(quad);
+        }
+    }
+}
+
+/// Sixteen rows of bytes below 16 to words of two weights a byte.
+fn interleave_nibbles(rows: &[u8], words: &mut [Word]) {
+    let inputs = rows.len() / LANES;
+    for (lane, row) in rows.chunks(inputs).enumerate() {
+        for (words, block) in words.as_chunks_mut::<4>().0.iter_mut().zip(row.as_chunks::<BLOCK>().0) {
+            for (k, word) in words.iter_mut().enumerate() {
+                for j in 0..4 {
+                    word.0[4 * lane + j] = block[4 * k + j] | block[BLOCK / 2 + 4 * k + j] << 4;
+                }
+            }
+        }
+    }
+}
