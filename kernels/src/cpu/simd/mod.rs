@@ -50,6 +50,9 @@ pub(crate) trait Simd: Copy {
     fn dot4_nibbles(self, sum: Self::I, w: &Word, low: [i8; 4], high: [i8; 4]) -> Self::I;
     /// As floats; exact below 2^24.
     fn to_f32(self, v: Self::I) -> Self::V;
+
+    /// Asks for words that will be read soon, `ahead` words from `word` on; they need not be there. Changes nothing.
+    fn prefetch(self, _word: &Word, _ahead: usize) {}
 }
 
 /// Four weights of each of sixteen outputs, as one aligned register.

@@ -245,6 +245,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn prefetch(self, word: &Word, ahead: usize) {
+        // SAFETY: a prefetch reads nothing: an address without memory behind it is passed over.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(word).wrapping_add(ahead).cast()) }
+    }
+
+    #[inline(always)]
     fn dot4(self, sum: Self::I, w: &Word, x: [i8; 4]) -> Self::I {
         // SAFETY: `self` proves AVX-512 VNNI; a register has the size of a word, and any bits are bytes.
         unsafe {
