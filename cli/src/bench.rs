@@ -1,21 +1,23 @@
-//! `grokpipe bench stage`: how long a token takes in full-size layers, with weights from a seed.
+//! `grokpipe bench stage`: tokens a second of some layers, of a model or with weights from a seed, in the manner of llama-bench.
 //!
-//! Prints time and bytes a token, and what share of the memory's measured bandwidth that is: a decode step reads every weight it
-//! uses once, so that share says how far the kernels are from the machine's limit.
+//! A decode step reads every weight it uses once, so that its share of the memory's measured bandwidth says how far the kernels
+//! are from the machine's limit. Decodes and prefills are timed several times over; medians are shown, with least and most.
 
-use std::{error::Error, ops::Range, sync::Arc, time::Instant};
+use std::{error::Error, ops::Range, path::PathBuf, sync::Arc, time::Instant};
 
 use grokpipe_kernels::{
-    Batch, KV_BLOCK_TOKENS, Precision, Row, Stage, StageOptions, StepInput, StepOutput, SyntheticWeights, select_device,
+    Batch, KV_BLOCK_TOKENS, Precision, Row, Stage, StageOptions, StepInput, SyntheticWeights, select_device,
 };
-use grokpipe_model::{LayerTensor, ModelConfig, TensorName, WeightSource};
+use grokpipe_model::{LayerTensor, Model, ModelConfig, TensorName, WeightSource};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::{config::parse_precision, error::CliError, machine};
+use crate::{config::parse_precision, error::CliError, machine, text::Table};
 
 /// Steps before the ones that count: caches, clocks and page tables settle.
 const WARM_UP_STEPS: usize = 2;
+/// Most rows of a prefill step.
+const CHUNK_ROWS: usize = 512;
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
@@ -26,18 +28,21 @@ pub(crate) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum What {
-    /// Time decode steps of some layers
+    /// Time decode and prefill of some layers
     Stage(StageArgs),
 }
 
 #[derive(Debug, clap::Args)]
 struct StageArgs {
-    /// Shape of the weights, which come from a seed: grok1
-    #[arg(long, value_name = "SHAPE", value_parser = ["grok1"], default_value = "grok1")]
-    synthetic: String,
-    /// Layers, the second number not included
-    #[arg(long, value_name = "A..B", value_parser = parse_layers, default_value = "0..1")]
-    layers: Range<u32>,
+    /// Model to measure; without one, weights from a seed
+    #[arg(long, value_name = "PATH", conflicts_with = "synthetic")]
+    model: Option<PathBuf>,
+    /// Shape of weights from a seed: grok1
+    #[arg(long, value_name = "SHAPE", value_parser = ["grok1"])]
+    synthetic: Option<String>,
+    /// Layers, the second number not included [default: all of a model, 0..1 of weights from a seed]
+    #[arg(long, value_name = "A..B", value_parser = parse_layers)]
+    layers: Option<Range<u32>>,
     /// Device: auto, gpu, gpu:NAME or cpu
     #[arg(long, default_value = "auto")]
     device: String,
@@ -47,64 +52,101 @@ struct StageArgs {
     /// exact computes products in f32, fast with 8-bit inputs
     #[arg(long, value_name = "exact|fast", value_parser = parse_precision, default_value = "exact")]
     precision: Precision,
-    /// Tokens that are timed, one a step
+    /// Lengths of prompts whose prefill is timed
+    #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=8192))]
+    prompt: Vec<u32>,
+    /// Tokens that each sequence decodes
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096), default_value_t = 16)]
-    tokens: u32,
+    r#gen: u32,
+    /// Numbers of sequences that decode together
+    #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64), default_value = "1")]
+    batch: Vec<u32>,
+    /// Times that everything is measured
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100), default_value_t = 3)]
+    repeat: u32,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
 fn parse_layers(text: &str) -> Result<Range<u32>, String> {
-    let most = ModelConfig::grok_1().num_hidden_layers;
     let range = text.split_once("..").and_then(|(a, b)| Some(a.trim().parse().ok()?..b.trim().parse().ok()?));
     range
-        .filter(|range: &Range<u32>| !range.is_empty() && range.end <= most)
-        .ok_or_else(|| format!("expected A..B within 0..{most}, found {text:?}"))
+        .filter(|range: &Range<u32>| !range.is_empty())
+        .ok_or_else(|| format!("expected A..B with A below B, found {text:?}"))
 }
 
 /// Runs `bench`.
 ///
 /// # Errors
-/// What the device reports.
+/// What the model or the device reports.
 pub(crate) fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let What::Stage(args) = args.what;
-    let config = ModelConfig::grok_1();
-    let weights = SyntheticWeights::new(config.clone(), 1);
+    let (config, weights): (ModelConfig, Arc<dyn WeightSource>) = match &args.model {
+        Some(path) => {
+            let model = Model::open(path)?;
+            (model.config().clone(), Arc::new(model))
+        }
+        None => (ModelConfig::grok_1(), Arc::new(SyntheticWeights::new(ModelConfig::grok_1(), 1))),
+    };
+    let all = 0..config.num_hidden_layers;
+    let layers = args.layers.clone().unwrap_or(if args.model.is_some() { all.clone() } else { 0..1 });
+    if layers.end > all.end {
+        return Err(CliError::usage(format!("--layers is {}..{}", layers.start, layers.end))
+            .because(format!("expected layers within 0..{}", all.end))
+            .into());
+    }
     let threads = args.threads.unwrap_or_else(machine::cores) as usize;
     let mut device = select_device(&args.device, threads, args.precision)?;
     let bandwidth = device.measure_read_bandwidth()?;
-    let steps = WARM_UP_STEPS + args.tokens as usize;
+    let longest = args.prompt.iter().copied().max().unwrap_or(0);
+    let sequences = args.batch.iter().copied().max().unwrap_or(1);
+    let decoded = WARM_UP_STEPS as u32 + args.r#gen;
+    let blocks = |tokens: u32| tokens.div_ceil(KV_BLOCK_TOKENS as u32);
     let options = StageOptions {
-        kv_blocks: steps.div_ceil(KV_BLOCK_TOKENS).try_into()?,
-        max_rows: 1,
-        // Of what the layers read, the head is a different matter.
-        head: false,
+        kv_blocks: blocks(longest).max(sequences * blocks(decoded)),
+        max_rows: CHUNK_ROWS.min(longest.max(sequences) as usize),
+        // Of a model's last layers, as it is used; alone, layers are measured without it.
+        head: args.model.is_some(),
         ..StageOptions::default()
     };
-    let bytes = bytes_a_token(&config, &weights, args.layers.end - args.layers.start)?;
+    let has_head = options.has_head(&config, &layers);
+    let reads = Reads::of(&config, weights.as_ref(), &layers, has_head)?;
     let started = Instant::now();
     let bar = progress_bar();
-    let source = Arc::new(weights);
-    let mut stage = device.load(&config, source, args.layers.clone(), options, &mut |done, total| {
+    let mut stage = device.load(&config, weights, layers.clone(), options, &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
     })?;
     bar.finish_and_clear();
     let load_seconds = started.elapsed().as_secs_f64();
-    let mut seconds = time_steps(stage.as_mut(), &config, &args.layers, steps)?.split_off(WARM_UP_STEPS);
-    seconds.sort_by(f64::total_cmp);
+    let mut bench = Bench { stage: stage.as_mut(), config: &config, is_first: layers.start == 0, has_head };
+    let mut results = Vec::new();
+    for &batch in &args.batch {
+        let seconds = repeated(args.repeat, || bench.decode(batch, args.r#gen))?;
+        results.push(Measured { test: "decode", batch, prompt: 0, tokens: batch * args.r#gen, seconds });
+    }
+    for &prompt in &args.prompt {
+        let seconds = repeated(args.repeat, || bench.prefill(prompt))?;
+        results.push(Measured { test: "prefill", batch: 1, prompt, tokens: prompt, seconds });
+    }
     let report = Report {
+        model: config.name.clone(),
         device: stage.device().name.clone(),
-        layers: args.layers.clone(),
+        threads,
+        precision: args.precision,
+        layers,
         weights_bytes: stage.weights_bytes(),
         load_seconds,
-        bytes_a_token: bytes,
-        median_seconds: seconds[seconds.len() / 2],
-        least_seconds: seconds[0],
         bandwidth,
+        reads,
+        results,
     };
-    report.print(args.json);
+    if args.json {
+        println!("{}", report.to_json());
+    } else {
+        print!("{}", report.render());
+    }
     Ok(())
 }
 
@@ -116,92 +158,227 @@ fn progress_bar() -> ProgressBar {
     bar
 }
 
-/// Weights, scales and norms that a decode step of one token reads: of the experts only the chosen ones.
-fn bytes_a_token(config: &ModelConfig, weights: &dyn WeightSource, layers: u32) -> Result<u64, CliError> {
-    let mut bytes = 0;
-    for tensor in LayerTensor::ALL {
-        bytes += match tensor {
-            LayerTensor::PreAttentionNorm
-            | LayerTensor::PostAttentionNorm
-            | LayerTensor::PreMoeNorm
-            | LayerTensor::PostMoeNorm => 4 * config.hidden_size as u64,
-            _ => {
-                let matrix = weights.matrix(&TensorName::Layer(0, tensor))?;
-                let spec = matrix.spec();
-                let used = spec.experts.min(config.num_experts_per_tok) as u64;
-                (spec.weight_bytes() + 4 * spec.scale_count() as u64) / spec.experts as u64
-                    * if spec.experts == 1 { 1 } else { used }
-            }
-        };
-    }
-    Ok(bytes * u64::from(layers))
-}
-
-/// Seconds of each step of one sequence, a token a step.
-fn time_steps(
-    stage: &mut dyn Stage,
-    config: &ModelConfig,
-    layers: &Range<u32>,
-    steps: usize,
-) -> Result<Vec<f64>, Box<dyn Error + Send + Sync>> {
-    let block_tables: Vec<u32> = (0..steps.div_ceil(KV_BLOCK_TOKENS) as u32).collect();
-    let mut seconds = Vec::with_capacity(steps);
-    let mut hidden: Vec<f32> = (0..config.hidden_size).map(|i| ((i * 7919) % 2001) as f32 / 1000.0 - 1.0).collect();
-    for position in 0..steps as u32 {
-        let row = Row { position, table_offset: 0, attended: true };
-        let batch = Batch { rows: vec![row], block_tables: block_tables.clone() };
-        // Different tokens, so that different experts are chosen and no cache helps more than it would.
-        let ids = [1 + position * 7919 % (config.vocab_size as u32 - 1)];
-        hidden.rotate_left(1);
-        let input = if layers.start == 0 { StepInput::TokenIds(&ids) } else { StepInput::HiddenStates(&hidden) };
-        let started = Instant::now();
-        let output = stage.run(&batch, input, &[])?;
-        seconds.push(started.elapsed().as_secs_f64());
-        let (StepOutput::HiddenStates(values) | StepOutput::Logits(values)) = output;
-        std::hint::black_box(values);
-    }
+/// Seconds of each run, ascending.
+fn repeated<E>(times: u32, mut run: impl FnMut() -> Result<f64, E>) -> Result<Vec<f64>, E> {
+    let mut seconds = (0..times).map(|_| run()).collect::<Result<Vec<_>, E>>()?;
+    seconds.sort_by(f64::total_cmp);
     Ok(seconds)
 }
 
+/// Bytes of weights that steps read.
+struct Reads {
+    /// By every step: attention, router, norms, head.
+    fixed: u64,
+    /// All experts of all layers.
+    experts: u64,
+    num_experts: usize,
+    chosen: usize,
+}
+
+impl Reads {
+    fn of(
+        config: &ModelConfig,
+        weights: &dyn WeightSource,
+        layers: &Range<u32>,
+        has_head: bool,
+    ) -> Result<Self, CliError> {
+        let (mut fixed, mut experts) = (0, 0);
+        for layer in layers.clone() {
+            for tensor in LayerTensor::ALL {
+                match tensor {
+                    LayerTensor::PreAttentionNorm
+                    | LayerTensor::PostAttentionNorm
+                    | LayerTensor::PreMoeNorm
+                    | LayerTensor::PostMoeNorm => fixed += 4 * config.hidden_size as u64,
+                    _ => {
+                        let matrix = weights.matrix(&TensorName::Layer(layer, tensor))?;
+                        let bytes = matrix.spec().weight_bytes() + 4 * matrix.spec().scale_count() as u64;
+                        *(if matrix.spec().experts == 1 { &mut fixed } else { &mut experts }) += bytes;
+                    }
+                }
+            }
+        }
+        if has_head {
+            fixed += weights.matrix(&TensorName::Head)?.spec().weight_bytes();
+        }
+        Ok(Self { fixed, experts, num_experts: config.num_experts, chosen: config.num_experts_per_tok })
+    }
+
+    /// Bytes of a step of this many tokens, if each chooses its experts at random.
+    fn step_bytes(&self, tokens: u32) -> f64 {
+        let left_out = 1.0 - self.chosen as f64 / self.num_experts as f64;
+        self.fixed as f64 + self.experts as f64 * (1.0 - left_out.powi(tokens as i32))
+    }
+}
+
+/// A stage that is timed.
+struct Bench<'a> {
+    stage: &'a mut dyn Stage,
+    config: &'a ModelConfig,
+    is_first: bool,
+    has_head: bool,
+}
+
+impl Bench<'_> {
+    /// Seconds of `steps` steps of `sequences` sequences, a token each a step, from empty sequences on.
+    fn decode(&mut self, sequences: u32, steps: u32) -> Result<f64, Box<dyn Error + Send + Sync>> {
+        let warm_up = WARM_UP_STEPS as u32;
+        let a_table = (warm_up + steps).div_ceil(KV_BLOCK_TOKENS as u32);
+        let wanted: Vec<u32> = if self.has_head { (0..sequences).collect() } else { Vec::new() };
+        let mut started = Instant::now();
+        for position in 0..warm_up + steps {
+            if position == warm_up {
+                started = Instant::now();
+            }
+            let row = |sequence| Row { position, table_offset: sequence * a_table, attended: true };
+            let batch =
+                Batch { rows: (0..sequences).map(row).collect(), block_tables: (0..sequences * a_table).collect() };
+            self.step(&batch, position, &wanted)?;
+        }
+        Ok(started.elapsed().as_secs_f64())
+    }
+
+    /// Seconds of a prompt of this many tokens; of the last one logits are wanted.
+    fn prefill(&mut self, tokens: u32) -> Result<f64, Box<dyn Error + Send + Sync>> {
+        let started = Instant::now();
+        for first in (0..tokens).step_by(CHUNK_ROWS) {
+            let end = tokens.min(first + CHUNK_ROWS as u32);
+            let row = |position| Row { position, table_offset: 0, attended: true };
+            let batch = Batch {
+                rows: (first..end).map(row).collect(),
+                block_tables: (0..tokens.div_ceil(KV_BLOCK_TOKENS as u32)).collect(),
+            };
+            let wanted = if self.has_head && end == tokens { vec![end - first - 1] } else { Vec::new() };
+            self.step(&batch, first, &wanted)?;
+        }
+        Ok(started.elapsed().as_secs_f64())
+    }
+
+    /// One step. Different tokens each time and each row, so that different experts are chosen and no cache helps more than it would.
+    fn step(&mut self, batch: &Batch, seed: u32, wanted: &[u32]) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let rows = batch.rows.len();
+        let mix = |row: usize, i: usize| (seed as usize + 1) * 7919 + row * 104_729 + i * 31;
+        let output = if self.is_first {
+            let ids: Vec<u32> = (0..rows).map(|row| 1 + (mix(row, 0) % (self.config.vocab_size - 1)) as u32).collect();
+            self.stage.run(batch, StepInput::TokenIds(&ids), wanted)?
+        } else {
+            let width = self.config.hidden_size;
+            let number = |at: usize| (mix(at / width, at % width) % 2001) as f32 / 1000.0 - 1.0;
+            let hidden: Vec<f32> = (0..rows * width).map(number).collect();
+            self.stage.run(batch, StepInput::HiddenStates(&hidden), wanted)?
+        };
+        std::hint::black_box(output);
+        Ok(())
+    }
+}
+
+struct Measured {
+    test: &'static str,
+    batch: u32,
+    prompt: u32,
+    tokens: u32,
+    /// Of each run, ascending.
+    seconds: Vec<f64>,
+}
+
+impl Measured {
+    fn median(&self) -> f64 {
+        self.seconds[self.seconds.len() / 2]
+    }
+
+    fn rate(&self, seconds: f64) -> f64 {
+        f64::from(self.tokens) / seconds
+    }
+}
+
 struct Report {
+    model: String,
     device: String,
+    threads: usize,
+    precision: Precision,
     layers: Range<u32>,
     weights_bytes: u64,
     load_seconds: f64,
-    bytes_a_token: u64,
-    median_seconds: f64,
-    least_seconds: f64,
     bandwidth: f64,
+    reads: Reads,
+    results: Vec<Measured>,
 }
 
 impl Report {
-    fn print(&self, json: bool) {
-        let rate = self.bytes_a_token as f64 / self.median_seconds;
-        let (median, least) = (self.median_seconds * 1e3, self.least_seconds * 1e3);
-        if json {
-            let object = json!({
-                "device": self.device,
-                "layers": [self.layers.start, self.layers.end],
-                "weights_bytes": self.weights_bytes,
-                "load_seconds": self.load_seconds,
-                "bytes_per_token": self.bytes_a_token,
-                "ms_per_token_median": median,
-                "ms_per_token_min": least,
-                "bytes_per_second": rate,
-                "read_bandwidth_bytes_per_second": self.bandwidth,
-                "share_of_bandwidth": rate / self.bandwidth,
-            });
-            println!("{object}");
-            return;
+    /// Bytes that each token of a measurement reads.
+    fn bytes_a_token(&self, measured: &Measured) -> f64 {
+        match measured.test {
+            "decode" => self.reads.step_bytes(measured.batch) / f64::from(measured.batch),
+            _ => self.reads.step_bytes(measured.prompt) / f64::from(measured.prompt),
         }
-        println!("device     {}", self.device);
-        println!("layers     {}..{} of Grok-1, weights from a seed", self.layers.start, self.layers.end);
-        let gb = self.weights_bytes as f64 / 1e9;
-        println!("loaded     {gb:.2} GB in {:.1} s", self.load_seconds);
-        println!("per token  {median:.1} ms median, {least:.1} ms least");
-        println!("reads      {:.3} GB of weights a token, {:.1} GB/s", self.bytes_a_token as f64 / 1e9, rate / 1e9);
-        let share = 100.0 * rate / self.bandwidth;
-        println!("memory     {:.1} GB/s measured, of which {share:.0} % are used", self.bandwidth / 1e9);
+    }
+
+    fn precision(&self) -> &'static str {
+        if self.precision == Precision::Fast { "fast" } else { "exact" }
+    }
+
+    fn to_json(&self) -> Value {
+        let results: Vec<Value> = self
+            .results
+            .iter()
+            .map(|measured| {
+                let rate = measured.rate(measured.median());
+                let bytes = self.bytes_a_token(measured);
+                json!({
+                    "test": measured.test,
+                    "batch": measured.batch,
+                    "prompt": measured.prompt,
+                    "tokens_per_second": rate,
+                    "tokens_per_second_least": measured.rate(measured.seconds[measured.seconds.len() - 1]),
+                    "tokens_per_second_most": measured.rate(measured.seconds[0]),
+                    "bytes_per_token": bytes,
+                    "gigabytes_per_second": bytes * rate / 1e9,
+                    "share_of_bandwidth": bytes * rate / self.bandwidth,
+                })
+            })
+            .collect();
+        json!({
+            "machine": {
+                "device": self.device,
+                "threads": self.threads,
+                "read_gigabytes_per_second": self.bandwidth / 1e9,
+            },
+            "model": self.model,
+            "precision": self.precision(),
+            "layers": [self.layers.start, self.layers.end],
+            "weights_bytes": self.weights_bytes,
+            "load_seconds": self.load_seconds,
+            "load_gigabytes_per_second": self.weights_bytes as f64 / self.load_seconds / 1e9,
+            "results": results,
+        })
+    }
+
+    fn render(&self) -> String {
+        let gigabytes = self.weights_bytes as f64 / 1e9;
+        let mut text = format!("{}, layers {}..{}, {}\n", self.model, self.layers.start, self.layers.end, self.device);
+        let rate = gigabytes / self.load_seconds;
+        text += &format!("loaded {gigabytes:.2} GB in {:.1} s, {rate:.1} GB/s\n", self.load_seconds);
+        text += &format!("precision {}; memory reads {:.1} GB/s\n\n", self.precision(), self.bandwidth / 1e9);
+        let mut table = Table::new(&["test", "tokens/s", "least", "most", "a token", "reads", "GB/s", "of memory"]);
+        for measured in &self.results {
+            let rate = measured.rate(measured.median());
+            let bytes = self.bytes_a_token(measured);
+            let name = match measured.test {
+                "decode" => format!("decode × {}", measured.batch),
+                _ => format!("prefill {}", measured.prompt),
+            };
+            table.row(vec![
+                name,
+                format!("{rate:.1}"),
+                format!("{:.1}", measured.rate(measured.seconds[measured.seconds.len() - 1])),
+                format!("{:.1}", measured.rate(measured.seconds[0])),
+                format!("{:.2} ms", 1e3 / rate),
+                format!("{:.3} GB", bytes / 1e9),
+                format!("{:.1}", bytes * rate / 1e9),
+                format!("{:.0} %", 100.0 * bytes * rate / self.bandwidth),
+            ]);
+        }
+        text + &table.to_string()
     }
 }
 
@@ -210,21 +387,56 @@ mod tests {
     use super::*;
 
     #[test]
-    fn layers_are_a_range_within_the_model() {
+    fn layers_are_a_range() {
         assert_eq!(parse_layers("0..1"), Ok(0..1));
-        assert_eq!(parse_layers("60..64"), Ok(60..64));
-        for wrong in ["", "1", "1..1", "2..1", "0..65", "a..b", "-1..2", "0...2"] {
+        for wrong in ["", "1", "1..1", "2..1", "a..b", "-1..2", "0...2"] {
             assert!(parse_layers(wrong).is_err(), "{wrong}");
         }
     }
 
     #[test]
-    fn a_token_reads_two_experts_of_eight() {
+    fn a_token_reads_two_experts_of_eight_and_many_read_all() {
         let config = ModelConfig::grok_1();
         let weights = SyntheticWeights::new(config.clone(), 1);
-        let bytes = bytes_a_token(&config, &weights, 1).unwrap();
-        // 2 experts of 3 * 6144 * 32768, attention of 88,080,384, and under 2 MB of scales, router and norms.
-        let numbers = 2 * 3 * 6144 * 32_768 + 88_080_384;
-        assert!((numbers..numbers + 2_000_000).contains(&bytes), "{bytes}");
+        let reads = Reads::of(&config, &weights, &(0..1), false).unwrap();
+        // 2 experts of 3 * 6144 * 32768, attention of 88,080,384, and under 3 MB of scales, router and norms.
+        let numbers = f64::from(2 * 3 * 6144 * 32_768 + 88_080_384);
+        let one = reads.step_bytes(1);
+        assert!((numbers..numbers + 3e6).contains(&one), "{one}");
+        let all = f64::from(88_080_384) + 8.0 * 3.0 * 6144.0 * 32_768.0;
+        assert!((reads.step_bytes(64) / all - 1.0).abs() < 1e-3);
+    }
+
+    #[test]
+    fn the_demo_is_measured_and_reported() {
+        let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/demo");
+        let model = Model::open(&demo).unwrap();
+        let config = model.config().clone();
+        let options = StageOptions { kv_blocks: 16, max_rows: 40, head: false, logit_rows: 1 };
+        let reads = Reads::of(&config, &model, &(0..2), false).unwrap();
+        let device = select_device("cpu", 1, Precision::Fast).unwrap();
+        let mut stage = device.load(&config, Arc::new(model), 0..2, options, &mut |_, _| ()).unwrap();
+        let mut bench = Bench { stage: stage.as_mut(), config: &config, is_first: true, has_head: false };
+        let decode = repeated(2, || bench.decode(3, 4)).unwrap();
+        let prefill = repeated(2, || bench.prefill(40)).unwrap();
+        let report = Report {
+            model: config.name.clone(),
+            device: "cpu".into(),
+            threads: 1,
+            precision: Precision::Fast,
+            layers: 0..2,
+            weights_bytes: 1000,
+            load_seconds: 1.0,
+            bandwidth: 1e9,
+            reads,
+            results: vec![
+                Measured { test: "decode", batch: 3, prompt: 0, tokens: 12, seconds: decode },
+                Measured { test: "prefill", batch: 1, prompt: 40, tokens: 40, seconds: prefill },
+            ],
+        };
+        let json = report.to_json();
+        assert_eq!(json["results"][0]["batch"], 3);
+        assert!(json["results"][1]["tokens_per_second"].as_f64().unwrap() > 0.0);
+        assert!(report.render().contains("decode × 3") && report.render().contains("prefill 40"));
     }
 }

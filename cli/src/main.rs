@@ -122,7 +122,7 @@ mod tests {
             "inspect m --json",
             "tokenize --tokenizer t --json --decode",
             "logits --model m --token-ids 1,2,3 --device cpu --threads 2 --out f.safetensors --trace",
-            "bench stage --synthetic grok1 --layers 0..1 --device cpu --threads 2 --tokens 4 --json",
+            "bench stage --synthetic grok1 --layers 0..1 --device cpu --threads 2 --gen 4 --json",
         ];
         for line in lines {
             let parsed = Cli::try_parse_from(std::iter::once("grokpipe").chain(line.split(' ')));
