@@ -1,19 +1,33 @@
 //! The backend's threads: work is cut into pieces that each own a part of the output, never a part of a sum.
+//!
+//! A step hands work over some hundreds of times, each for some microseconds. So the threads look for work for a little while
+//! before they sleep, and the caller is one of them: a hand-over costs about a microsecond while work keeps coming.
 
-use std::sync::Arc;
+#![expect(unsafe_code, reason = "work borrows what the caller owns, and threads live longer than the borrow")]
 
-use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
+use std::{
+    cell::UnsafeCell,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread::{JoinHandle, Thread},
+};
 
 use crate::KernelError;
 
-/// Multiply-adds below which handing work to other threads costs more than it saves: waking them takes some microseconds, in
-/// which one thread does about this much.
-const INLINE_BELOW_WORK: usize = 200_000;
+/// Multiply-adds below which handing work to other threads costs more than it saves.
+const INLINE_BELOW_WORK: usize = 100_000;
+/// Looks for work before a thread sleeps; some tens of microseconds.
+const LOOKS: usize = 20_000;
+/// Looks for the end of work before the caller lets others have its core.
+const LOOKS_FOR_THE_END: usize = 2_000;
 
 /// A fixed number of threads.
 #[derive(Clone)]
 pub(crate) struct Threads {
-    pool: Option<Arc<rayon::ThreadPool>>,
+    pool: Option<Arc<Pool>>,
     count: usize,
 }
 
@@ -21,15 +35,8 @@ impl Threads {
     /// `count` threads, at least one. One thread means the caller's own.
     pub(crate) fn new(count: usize) -> Result<Self, KernelError> {
         let count = count.max(1);
-        if count == 1 {
-            return Ok(Self { pool: None, count });
-        }
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(count)
-            .thread_name(|index| format!("cpu-{index}"))
-            .build()
-            .map_err(|error| KernelError::DeviceLost { device: "cpu".into(), reason: error.to_string() })?;
-        Ok(Self { pool: Some(Arc::new(pool)), count })
+        let pool = if count == 1 { None } else { Some(Arc::new(Pool::new(count - 1)?)) };
+        Ok(Self { pool, count })
     }
 
     /// How many there are.
@@ -39,12 +46,19 @@ impl Threads {
 
     /// Calls `f` once for each piece, on any thread, in any order; on this one when all the work is small.
     pub(crate) fn each<T: Send>(&self, pieces: Vec<T>, work: usize, f: impl Fn(T) + Send + Sync) {
-        match &self.pool {
-            Some(pool) if work >= INLINE_BELOW_WORK && pieces.len() > 1 => {
-                pool.install(|| pieces.into_par_iter().with_max_len(1).for_each(f));
+        let pool = match &self.pool {
+            Some(pool) if work >= INLINE_BELOW_WORK && pieces.len() > 1 => pool,
+            _ => return pieces.into_iter().for_each(f),
+        };
+        let pieces: Vec<Mutex<Option<T>>> = pieces.into_iter().map(|piece| Mutex::new(Some(piece))).collect();
+        let next = AtomicUsize::new(0);
+        pool.run(&|| {
+            while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+                if let Some(piece) = piece.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                    f(piece);
+                }
             }
-            _ => pieces.into_iter().for_each(f),
-        }
+        });
     }
 
     /// How many outputs a piece of a product with `outputs` should have: a multiple of sixteen, several pieces a thread.
@@ -53,5 +67,208 @@ impl Threads {
             return 64;
         }
         (outputs / (self.count * 8)).next_multiple_of(16).clamp(16, 64)
+    }
+}
+
+/// What all threads are to call.
+type Work<'a> = dyn Fn() + Sync + 'a;
+
+/// Threads that wait for work.
+struct Pool {
+    shared: Arc<Shared>,
+    helpers: Vec<JoinHandle<()>>,
+    /// One caller at a time.
+    turn: Mutex<()>,
+}
+
+struct Shared {
+    /// Counts the works; the helpers look at it.
+    number: AtomicUsize,
+    /// The work of this number, valid while `busy` is not 0. Written by the caller alone, while it is 0.
+    work: UnsafeCell<Option<*const Work<'static>>>,
+    /// Helpers that have not finished the work of this number.
+    busy: AtomicUsize,
+    /// Some helper's call panicked.
+    panicked: AtomicBool,
+    /// Helpers are to end.
+    ends: AtomicBool,
+    /// Whether each helper sleeps.
+    asleep: Vec<AtomicBool>,
+}
+
+// SAFETY: `work` is written while no helper reads it (`busy` is 0 and the number is old) and read after the number was seen to
+// change; what it points to is `Sync`, and outlives `busy`.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Pool {
+    fn new(helpers: usize) -> Result<Self, KernelError> {
+        let shared = Arc::new(Shared {
+            number: AtomicUsize::new(0),
+            work: UnsafeCell::new(None),
+            busy: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+            ends: AtomicBool::new(false),
+            asleep: (0..helpers).map(|_| AtomicBool::new(false)).collect(),
+        });
+        let mut pool = Self { shared, helpers: Vec::with_capacity(helpers), turn: Mutex::new(()) };
+        for index in 0..helpers {
+            let shared = Arc::clone(&pool.shared);
+            let helper =
+                std::thread::Builder::new().name(format!("cpu-{}", index + 1)).spawn(move || shared.help(index));
+            // The helpers that did start end with the pool.
+            let helper =
+                helper.map_err(|error| KernelError::DeviceLost { device: "cpu".into(), reason: error.to_string() })?;
+            pool.helpers.push(helper);
+        }
+        Ok(pool)
+    }
+
+    /// Has every thread, this one too, call `work` once; returns when all have.
+    fn run(&self, work: &Work<'_>) {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = &*self.shared;
+        // SAFETY: only the lifetime changes. The pointer is read by helpers alone, before they lower `busy`, and this function
+        // does not end, nor unwinds, before `busy` is 0.
+        let erased = unsafe { std::mem::transmute::<*const Work<'_>, *const Work<'static>>(std::ptr::from_ref(work)) };
+        // SAFETY: `busy` is 0, so that no helper reads; `turn` keeps other callers away.
+        unsafe { *shared.work.get() = Some(erased) };
+        shared.busy.store(self.helpers.len(), Ordering::Relaxed);
+        shared.number.fetch_add(1, Ordering::SeqCst);
+        self.wake();
+        let own = catch_unwind(AssertUnwindSafe(work));
+        let mut looks = 0;
+        while shared.busy.load(Ordering::Acquire) != 0 {
+            looks += 1;
+            if looks < LOOKS_FOR_THE_END { std::hint::spin_loop() } else { std::thread::yield_now() }
+        }
+        let helpers_panicked = shared.panicked.swap(false, Ordering::Relaxed);
+        match own {
+            Err(panic) => resume_unwind(panic),
+            Ok(()) => assert!(!helpers_panicked, "a thread of the CPU backend panicked"),
+        }
+    }
+
+    fn wake(&self) {
+        for (asleep, helper) in self.shared.asleep.iter().zip(&self.helpers) {
+            if asleep.load(Ordering::SeqCst) {
+                Thread::unpark(helper.thread());
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// A helper's life.
+    fn help(&self, index: usize) {
+        let mut seen = 0;
+        loop {
+            self.await_work(index, seen);
+            seen = self.number.load(Ordering::Acquire);
+            if self.ends.load(Ordering::Relaxed) {
+                return;
+            }
+            // SAFETY: the number has changed, so that the work was written before; it stays while `busy` counts this helper.
+            let work = unsafe { (*self.work.get()).map(|work| &*work) };
+            if let Some(work) = work
+                && catch_unwind(AssertUnwindSafe(work)).is_err()
+            {
+                self.panicked.store(true, Ordering::Relaxed);
+            }
+            self.busy.fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    /// Returns when the number is not `seen` any more.
+    fn await_work(&self, index: usize, seen: usize) {
+        for _ in 0..LOOKS {
+            if self.number.load(Ordering::Acquire) != seen {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        self.asleep[index].store(true, Ordering::SeqCst);
+        // Looked at once more after the flag stands: whoever changes the number later sees the flag and wakes this thread.
+        while self.number.load(Ordering::SeqCst) == seen {
+            std::thread::park();
+        }
+        self.asleep[index].store(false, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.ends.store(true, Ordering::Relaxed);
+        self.shared.number.fetch_add(1, Ordering::SeqCst);
+        for helper in self.helpers.drain(..) {
+            helper.thread().unpark();
+            // A helper catches every panic of its work; there is nothing to report.
+            let _ = helper.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn every_piece_is_done_once_however_long_the_threads_slept() {
+        for count in [1, 2, 3, 7] {
+            let threads = Threads::new(count).unwrap();
+            for round in 0..2_000 {
+                let mut done = vec![0; 37];
+                threads
+                    .each(done.iter_mut().enumerate().collect(), usize::MAX, |(index, place)| *place += index + round);
+                assert!(done.iter().enumerate().all(|(index, &place)| place == index + round), "{count} threads");
+                if round % 500 == 0 {
+                    std::thread::park_timeout(Duration::from_millis(5));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn callers_take_turns() {
+        let threads = Threads::new(3).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        let sum = AtomicUsize::new(0);
+                        threads.each((0..10).collect(), usize::MAX, |value: usize| {
+                            sum.fetch_add(value, Ordering::Relaxed);
+                        });
+                        assert_eq!(sum.into_inner(), 45);
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_threads_go_on() {
+        let threads = Threads::new(3).unwrap();
+        for bad in 0..20 {
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                threads.each((0..20).collect(), usize::MAX, |value: usize| assert!(value != bad, "as asked"));
+            }));
+            assert!(outcome.is_err());
+        }
+        let done = AtomicUsize::new(0);
+        threads.each((0..20).collect(), usize::MAX, |_: usize| {
+            done.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(done.into_inner(), 20);
+    }
+
+    #[test]
+    fn threads_that_never_worked_end() {
+        for _ in 0..50 {
+            drop(Threads::new(4).unwrap());
+        }
     }
 }
