@@ -1,6 +1,9 @@
 //! `grokpipe logits` against outputs of xAI's own implementation.
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
 
 use grokpipe_tests::{gpu_required, processes::grokpipe, shared};
 use safetensors::{Dtype, SafeTensors};
@@ -51,9 +54,10 @@ fn prompts(model: &Path) -> Vec<Vec<u64>> {
 }
 
 /// Runs `grokpipe logits`; `None` when the device is not there.
-fn logits(model: &Path, ids: &[u64], device: &str, out: &Path, trace: bool) -> Option<Tensors> {
+fn logits(model: &Path, ids: &[u64], device: &str, precision: &str, out: &Path, trace: bool) -> Option<Tensors> {
     let ids = ids.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
-    let mut command = grokpipe(["logits", "--token-ids", &ids, "--device", device, "--model"]);
+    let mut command =
+        grokpipe(["logits", "--token-ids", &ids, "--device", device, "--precision", precision, "--model"]);
     command.arg(model).arg("--out").arg(out);
     if trace {
         command.arg("--trace");
@@ -76,7 +80,7 @@ fn equal_to_the_reference(device: &str, bound: f32) {
         let expected = Tensors::read(&model.join("expected_f32.safetensors"));
         for (index, ids) in prompts(&model).iter().enumerate() {
             let trace = index == 1;
-            let Some(found) = logits(&model, ids, device, &out, trace) else { return };
+            let Some(found) = logits(&model, ids, device, "exact", &out, trace) else { return };
             let key = format!("prompt{index}.logits");
             let difference = largest_difference(&key, found.get("logits"), expected.get(&key));
             println!("{name} prompt {index} on {device}: logits within {difference:e}");
@@ -113,7 +117,7 @@ fn greedy_tokens_through_the_kv_cache_equal_the_reference() {
         let ids = prompts(&model)[1].iter().map(u64::to_string).collect::<Vec<_>>().join(",");
         let workers = if name == "b64" { 4 } else { 2 };
         for device in ["cpu", "gpu"] {
-            if device == "gpu" && logits(&model, &[5], "gpu", Path::new("/dev/null"), false).is_none() {
+            if device == "gpu" && logits(&model, &[5], "gpu", "exact", Path::new("/dev/null"), false).is_none() {
                 continue;
             }
             let options = ClusterOptions {
@@ -140,26 +144,36 @@ fn npy(path: &Path) -> Vec<f32> {
     bytes[begin..].as_chunks::<4>().0.iter().map(|word| f32::from_le_bytes(*word)).collect()
 }
 
-/// Every GGUF file of the goldens, against a reading of xAI's code in f64 with the same weights.
-fn gguf_files_equal_the_reference(device: &str) {
-    let Some(folder) = shared("golden/llamacpp") else { return };
-    let golden: Value =
-        serde_json::from_slice(&std::fs::read(folder.join("golden.json")).expect("golden.json")).expect("JSON");
-    let scratch = tempfile::tempdir().expect("a temporary folder");
-    let out = scratch.path().join("out.safetensors");
-    let mut files: Vec<_> = std::fs::read_dir(&folder)
-        .expect("a folder")
-        .map(|entry| entry.expect("an entry").path())
+/// Something with its name.
+type Named<T> = (String, T);
+
+/// Names and paths of the GGUF files of the goldens, and their prompts.
+fn gguf_files(folder: &Path) -> (Vec<Named<PathBuf>>, Vec<Named<Vec<u64>>>) {
+    let golden = std::fs::read(folder.join("golden.json")).expect("golden.json");
+    let golden: Value = serde_json::from_slice(&golden).expect("JSON");
+    let ids = |ids: &Value| ids.as_array().expect("ids").iter().map(|id| id.as_u64().expect("an id")).collect();
+    let prompts = golden["prompts"].as_object().expect("prompts");
+    let prompts = prompts.iter().map(|(name, value)| (name.clone(), ids(value))).collect();
+    let paths = std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path());
+    let mut files: Vec<_> = paths
         .filter(|path| path.extension().is_some_and(|extension| extension == "gguf"))
+        .map(|path| (path.file_stem().and_then(|stem| stem.to_str()).expect("a name").to_owned(), path))
         .collect();
     files.sort();
     assert!(files.len() >= 8, "{files:?}");
-    for file in files {
-        let name = file.file_stem().and_then(|stem| stem.to_str()).expect("a name").to_owned();
+    (files, prompts)
+}
+
+/// Every GGUF file of the goldens, against a reading of xAI's code in f64 with the same weights.
+fn gguf_files_equal_the_reference(device: &str) {
+    let Some(folder) = shared("golden/llamacpp") else { return };
+    let scratch = tempfile::tempdir().expect("a temporary folder");
+    let out = scratch.path().join("out.safetensors");
+    let (files, prompts) = gguf_files(&folder);
+    for (name, file) in files {
         let mut largest = 0.0_f32;
-        for (prompt, ids) in golden["prompts"].as_object().expect("prompts") {
-            let ids: Vec<u64> = ids.as_array().expect("ids").iter().map(|id| id.as_u64().expect("an id")).collect();
-            let Some(found) = logits(&file, &ids, device, &out, false) else { return };
+        for (prompt, ids) in &prompts {
+            let Some(found) = logits(&file, ids, device, "exact", &out, false) else { return };
             let expected = npy(&folder.join(format!("{name}.{prompt}.f64ref.npy")));
             let found = &found.get("logits").1;
             assert_eq!(found.len(), expected.len(), "{name} {prompt}");
@@ -178,4 +192,33 @@ fn gguf_files_on_the_cpu_equal_the_reference() {
 #[test]
 fn gguf_files_on_a_gpu_equal_the_reference() {
     gguf_files_equal_the_reference("gpu");
+}
+
+/// Products with 8-bit inputs keep as near to the reference as llama.cpp's, and change nothing where weights are floats.
+#[test]
+fn gguf_files_in_fast_are_as_near_to_the_reference_as_llama_cpp_is() {
+    let Some(folder) = shared("golden/llamacpp") else { return };
+    let scratch = tempfile::tempdir().expect("a temporary folder");
+    let out = scratch.path().join("out.safetensors");
+    let (files, prompts) = gguf_files(&folder);
+    for (name, file) in files {
+        let (mut ours, mut theirs, mut count) = (0.0_f64, 0.0_f64, 0);
+        for (prompt, ids) in &prompts {
+            let Some(found) = logits(&file, ids, "cpu", "fast", &out, false) else { return };
+            let found = found.get("logits").1.clone();
+            if name.ends_with("F32") || name.ends_with("F16") {
+                let exact = logits(&file, ids, "cpu", "exact", &out, false).expect("the CPU is there");
+                assert_eq!(found, exact.get("logits").1, "{name} {prompt}");
+            }
+            let expected = npy(&folder.join(format!("{name}.{prompt}.f64ref.npy")));
+            let llama = npy(&folder.join(format!("{name}.{prompt}.llamacpp.npy")));
+            let square = |a: &[f32]| a.iter().zip(&expected).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+            ours += square(&found);
+            theirs += square(&llama);
+            count += expected.len();
+        }
+        let (ours, theirs) = ((ours / count as f64).sqrt(), (theirs / count as f64).sqrt());
+        println!("{name} in fast: rms distance {ours:.2e}, of llama.cpp {theirs:.2e}");
+        assert!(ours <= 1.1 * theirs, "{name}: {ours:e} and {theirs:e}");
+    }
 }
