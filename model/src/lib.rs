@@ -1,6 +1,6 @@
 //! What Grok-1 is: its configuration, the names and shapes of its tensors, the readers of its files, and its tokenizer.
 //!
-//! No arithmetic and no networks here. Everything that comes from a file is untrusted: sizes are checked before anything is
+//! No arithmetic beyond what a number format means, and no networks here. Everything that comes from a file is untrusted: sizes are checked before anything is
 //! allocated, and a reader constructs nothing but numbers.
 
 mod blocks;
