@@ -51,10 +51,11 @@ fn has_gpu() -> bool {
     false
 }
 
-/// Asks every `step`th question through four workers, a few at a time.
-fn answers_of_four_workers(device: &str, step: usize) {
-    let cluster = Cluster::start(ClusterOptions { device: device.into(), ..ClusterOptions::demo() });
-    let questions: Vec<Question> = quiz().into_iter().step_by(step).collect();
+/// Asks every question through four workers, a few at a time.
+fn answers_of_four_workers(device: &str, precision: &str) {
+    let options = ClusterOptions { device: device.into(), precision: precision.into(), ..ClusterOptions::demo() };
+    let cluster = Cluster::start(options);
+    let questions = quiz();
     for some in questions.chunks(8) {
         let running: Vec<Child> = some
             .iter()
@@ -73,19 +74,24 @@ fn answers_of_four_workers(device: &str, step: usize) {
 
 #[test]
 fn the_quiz_through_four_workers_is_answered_token_for_token_on_the_cpu() {
-    answers_of_four_workers("cpu", 1);
+    answers_of_four_workers("cpu", "exact");
+}
+
+#[test]
+fn the_quiz_through_four_workers_is_answered_token_for_token_in_fast() {
+    answers_of_four_workers("cpu", "fast");
 }
 
 #[test]
 fn the_quiz_through_four_workers_is_answered_token_for_token_on_a_gpu() {
     if has_gpu() {
-        answers_of_four_workers("gpu", 1);
+        answers_of_four_workers("gpu", "exact");
     }
 }
 
 /// Greedy and drawn continuations of a short and a long prompt, alone or eight at a time.
 fn continuations(options: ClusterOptions, together: bool) -> Vec<Vec<u32>> {
-    let vocab = if options.model.ends_with("b64") { 1024 } else { 131_072 };
+    let vocab = if options.model == demo_model() { 131_072 } else { 1024 };
     let cluster = Cluster::start(options);
     let long: Vec<u32> = (0..45).map(|i| 5 + (i * 7919) % (vocab - 5)).collect();
     let (short, long) = (ids_text(&[422, 307, 359]), ids_text(&long));
@@ -113,13 +119,14 @@ fn continuations(options: ClusterOptions, together: bool) -> Vec<Vec<u32>> {
 }
 
 /// The same tokens for every number of workers and threads, chunk size, alone and together.
-fn split_equals_whole(model: std::path::PathBuf, device: &str) {
+fn split_equals_whole(model: std::path::PathBuf, device: &str, precision: &str) {
     let options = |workers, threads, prefill_chunk_tokens| ClusterOptions {
         model: model.clone(),
         workers,
         threads,
         prefill_chunk_tokens,
         device: device.into(),
+        precision: precision.into(),
         ..ClusterOptions::demo()
     };
     let whole = continuations(options(1, 1, 64), false);
@@ -135,20 +142,32 @@ fn split_equals_whole(model: std::path::PathBuf, device: &str) {
 
 #[test]
 fn any_split_of_the_demo_gives_the_same_tokens_on_the_cpu() {
-    split_equals_whole(demo_model(), "cpu");
+    split_equals_whole(demo_model(), "cpu", "exact");
+}
+
+#[test]
+fn any_split_of_the_demo_gives_the_same_tokens_in_fast() {
+    split_equals_whole(demo_model(), "cpu", "fast");
+}
+
+#[test]
+fn any_split_of_a_gguf_file_gives_the_same_tokens_in_fast() {
+    if let Some(model) = shared("golden/llamacpp/tiny64-Q4_0.gguf") {
+        split_equals_whole(model, "cpu", "fast");
+    }
 }
 
 #[test]
 fn any_split_of_the_demo_gives_the_same_tokens_on_a_gpu() {
     if has_gpu() {
-        split_equals_whole(demo_model(), "gpu");
+        split_equals_whole(demo_model(), "gpu", "exact");
     }
 }
 
 #[test]
 fn any_split_of_b64_gives_the_same_tokens_on_the_cpu() {
     if let Some(model) = shared("golden/b64") {
-        split_equals_whole(model, "cpu");
+        split_equals_whole(model, "cpu", "exact");
     }
 }
 
@@ -157,7 +176,7 @@ fn any_split_of_b64_gives_the_same_tokens_on_a_gpu() {
     if let Some(model) = shared("golden/b64")
         && has_gpu()
     {
-        split_equals_whole(model, "gpu");
+        split_equals_whole(model, "gpu", "exact");
     }
 }
 

@@ -61,6 +61,8 @@ pub struct ClusterOptions {
     pub workers: usize,
     /// `--device`.
     pub device: String,
+    /// `--precision`.
+    pub precision: String,
     /// `--threads` of each worker.
     pub threads: usize,
     /// Tokens in a chunk of prefill.
@@ -78,6 +80,7 @@ impl ClusterOptions {
             model: crate::demo_model(),
             workers: 4,
             device: "cpu".into(),
+            precision: "exact".into(),
             threads: 1,
             prefill_chunk_tokens: 64,
             kv_tokens: 4096,
@@ -148,7 +151,7 @@ impl Cluster {
             grokpipe(["worker", "--coordinator", &self.grpc, "--name", &name, "--device", &self.options.device])
                 .arg("--model")
                 .arg(&self.options.model)
-                .args(["--threads", &self.options.threads.to_string()])
+                .args(["--threads", &self.options.threads.to_string(), "--precision", &self.options.precision])
                 .env("GROKPIPE_LOG", &self.options.log)
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())

@@ -14,6 +14,7 @@ mod hostile_gguf;
 mod hostile_pickles;
 mod hostile_programs;
 mod hostile_safetensors;
+mod hugging_face;
 mod mutations;
 mod published;
 mod reads;
