@@ -88,12 +88,20 @@ impl Kernel for Attention<'_> {
 #[inline(always)]
 fn softmax(params: Params, row: &mut [f32], count: usize) -> f32 {
     let Params { multiplier, logit_cap, .. } = params;
-    let mut largest = f32::NEG_INFINITY;
+    // Loops of one kind of work each: the search for the largest would keep the first from being vectorised.
     for a in &mut row[..count] {
         let capped = logit_cap * tanh(*a * multiplier / logit_cap);
         *a = if *a == f32::NEG_INFINITY { MASKED_LOGIT } else { capped };
-        largest = if *a > largest { *a } else { largest };
     }
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (pieces, rest) = row[..count].as_chunks::<LANES>();
+    for piece in pieces {
+        for (lane, &a) in lanes.iter_mut().zip(piece) {
+            *lane = larger(*lane, a);
+        }
+    }
+    let largest = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |largest, &a| larger(largest, a));
     for a in &mut row[..count] {
         *a = exp(*a - largest);
     }

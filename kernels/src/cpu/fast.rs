@@ -20,8 +20,18 @@ pub(super) struct Quantised {
     values: Vec<[i8; BLOCK]>,
     /// What a number of a block is worth.
     scales: Vec<f32>,
-    /// Sums of the halves of a block.
-    sums: Vec<[i32; 2]>,
+    sums: Vec<Sums>,
+}
+
+/// Sums of a block's numbers.
+#[derive(Clone, Copy, Default)]
+struct Sums {
+    /// Of all.
+    all: i32,
+    /// What weights that are 128 too large add too much, negative: of all, and of each half.
+    offset_128: (i32, [i32; 2]),
+    /// The same for weights that are 8 too large.
+    offset_8: i32,
 }
 
 /// One row.
@@ -29,7 +39,7 @@ pub(super) struct Quantised {
 pub(super) struct QuantisedRow<'a> {
     values: &'a [[i8; BLOCK]],
     scales: &'a [f32],
-    sums: &'a [[i32; 2]],
+    sums: &'a [Sums],
 }
 
 impl Quantised {
@@ -56,7 +66,7 @@ impl Kernel for Quantise<'_> {
         let (blocks, _) = x.as_chunks::<BLOCK>();
         out.values.resize(blocks.len(), [0; BLOCK]);
         out.scales.resize(blocks.len(), 0.0);
-        out.sums.resize(blocks.len(), [0; 2]);
+        out.sums.resize(blocks.len(), Sums::default());
         let places = out.values.iter_mut().zip(&mut out.scales).zip(&mut out.sums);
         for (block, ((values, scale), sums)) in blocks.iter().zip(places) {
             // Lanes, so that the search for the largest is many at a time; what is no number makes the scale none.
@@ -76,9 +86,11 @@ impl Kernel for Quantise<'_> {
                 // At most 127 in magnitude: the largest times its inverse may round up, and 127.0001 is still 127.
                 *value = (x * inverse).round_ties_even() as i8;
             }
-            for (sum, half) in sums.iter_mut().zip(values.as_chunks::<LANES>().0) {
-                *sum = half.iter().map(|&value| i32::from(value)).sum();
-            }
+            let sum = |half: &[i8]| half.iter().map(|&value| i32::from(value)).sum::<i32>();
+            let (low, high) = values.split_at(LANES);
+            let (low, high) = (sum(low), sum(high));
+            let all = low + high;
+            *sums = Sums { all, offset_128: (-128 * all, [-128 * low, -128 * high]), offset_8: -8 * all };
         }
     }
 }
@@ -152,7 +164,7 @@ fn band_of_rows<S: Simd, const R: usize>(
             for (g, scale) in scales[band * groups..][..groups].iter().enumerate() {
                 let mut sum = [simd.zero(); R];
                 for (b, words) in words.iter().enumerate().skip(g * a_group).take(*a_group) {
-                    let dots = bytes::<S, 8, R>(simd, words, &x, b, 0, matrix.offset);
+                    let dots = bytes::<S, 8, R>(simd, words, &x, b, 0, |sums| sums.offset_128.0);
                     for r in 0..R {
                         sum[r] = simd.fma(simd.to_f32(dots[r]), simd.splat(x[r].scales[b]), sum[r]);
                     }
@@ -167,9 +179,9 @@ fn band_of_rows<S: Simd, const R: usize>(
             let halves = &halves[band * blocks..][..blocks];
             for (b, d) in halves.iter().enumerate() {
                 let dots = if matrix.nibbles {
-                    nibbles::<S, R>(simd, &words.as_chunks::<4>().0[b], &x, b, matrix.offset)
+                    nibbles::<S, R>(simd, &words.as_chunks::<4>().0[b], &x, b, |sums| sums.offset_8)
                 } else {
-                    bytes::<S, 8, R>(simd, &words.as_chunks::<8>().0[b], &x, b, 0, matrix.offset)
+                    bytes::<S, 8, R>(simd, &words.as_chunks::<8>().0[b], &x, b, 0, |sums| sums.offset_128.0)
                 };
                 let d = simd.load_f16(d);
                 for r in 0..R {
@@ -184,15 +196,15 @@ fn band_of_rows<S: Simd, const R: usize>(
                 let (mut sum, mut minimum) = ([simd.zero(); R], [simd.zero(); R]);
                 for (b, [factor, min]) in factors.iter().enumerate().skip(index * SUPER).take(SUPER) {
                     let dots = if matrix.nibbles {
-                        nibbles::<S, R>(simd, &words.as_chunks::<4>().0[b], &x, b, 0)
+                        nibbles::<S, R>(simd, &words.as_chunks::<4>().0[b], &x, b, |_| 0)
                     } else {
-                        bytes::<S, 8, R>(simd, &words.as_chunks::<8>().0[b], &x, b, 0, 0)
+                        bytes::<S, 8, R>(simd, &words.as_chunks::<8>().0[b], &x, b, 0, |_| 0)
                     };
                     let (factor, min) = (simd.load_u8(factor), simd.load_u8(min));
                     for r in 0..R {
                         let scale = x[r].scales[b];
                         sum[r] = simd.fma(simd.to_f32(dots[r]), simd.mul(factor, simd.splat(scale)), sum[r]);
-                        let inputs = scale * (x[r].sums[b][0] + x[r].sums[b][1]) as f32;
+                        let inputs = scale * x[r].sums[b].all as f32;
                         minimum[r] = simd.fma(min, simd.splat(-inputs), minimum[r]);
                     }
                 }
@@ -210,7 +222,7 @@ fn band_of_rows<S: Simd, const R: usize>(
                 let mut sum = [simd.zero(); R];
                 for (b, factors) in factors.iter().enumerate().skip(index * SUPER).take(SUPER) {
                     for (half, (words, factor)) in words[b].as_chunks::<4>().0.iter().zip(factors).enumerate() {
-                        let dots = bytes::<S, 4, R>(simd, words, &x, b, half, matrix.offset);
+                        let dots = bytes::<S, 4, R>(simd, words, &x, b, half, |sums| sums.offset_128.1[half]);
                         let factor = simd.load_i8(factor);
                         for r in 0..R {
                             let factor = simd.mul(factor, simd.splat(x[r].scales[b]));
@@ -228,7 +240,7 @@ fn band_of_rows<S: Simd, const R: usize>(
     total
 }
 
-/// Sums of `4 N` inputs of block `b`, from its `half` on, with weights that are bytes.
+/// Sums of `4 N` inputs of block `b`, from its `half` on, with weights that are bytes; `start` is what is added to them.
 #[inline(always)]
 fn bytes<S: Simd, const N: usize, const R: usize>(
     simd: S,
@@ -236,12 +248,11 @@ fn bytes<S: Simd, const N: usize, const R: usize>(
     x: &[QuantisedRow<'_>; R],
     b: usize,
     half: usize,
-    offset: i32,
+    start: impl Fn(&Sums) -> i32,
 ) -> [S::I; R] {
     let mut sums = [simd.splat_i32(0); R];
     for r in 0..R {
-        let inputs = if N == 8 { x[r].sums[b][0] + x[r].sums[b][1] } else { x[r].sums[b][half] };
-        sums[r] = simd.splat_i32(-offset * inputs);
+        sums[r] = simd.splat_i32(start(&x[r].sums[b]));
     }
     for (k, word) in words.iter().enumerate() {
         simd.prefetch(word, AHEAD);
@@ -252,18 +263,18 @@ fn bytes<S: Simd, const N: usize, const R: usize>(
     sums
 }
 
-/// Sums of block `b` with weights of half a byte.
+/// Sums of block `b` with weights of half a byte; `start` is what is added to them.
 #[inline(always)]
 fn nibbles<S: Simd, const R: usize>(
     simd: S,
     words: &[Word; 4],
     x: &[QuantisedRow<'_>; R],
     b: usize,
-    offset: i32,
+    start: impl Fn(&Sums) -> i32,
 ) -> [S::I; R] {
     let mut sums = [simd.splat_i32(0); R];
     for r in 0..R {
-        sums[r] = simd.splat_i32(-offset * (x[r].sums[b][0] + x[r].sums[b][1]));
+        sums[r] = simd.splat_i32(start(&x[r].sums[b]));
     }
     for (k, word) in words.iter().enumerate() {
         simd.prefetch(word, AHEAD);

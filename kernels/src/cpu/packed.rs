@@ -23,7 +23,7 @@ const PIECE_BYTES: usize = 4 << 20;
 /// Sixteen halves, one an output.
 type Halves = [u16; LANES];
 
-/// What a weight is worth.
+/// What a weight is worth. Stored weights `q` are unsigned: too large by 128, with nibbles by 8, with minima by nothing.
 pub(super) enum Scaling {
     /// `q * scale`: an f32 for all blocks of a group, `[bands, groups]`.
     Groups { scales: Vec<[f32; LANES]>, blocks: usize },
@@ -45,28 +45,17 @@ pub(crate) struct Packed {
     pub(super) words: Vec<Word>,
     /// Two weights a byte: the low halves are inputs 0 to 15 of a block.
     pub(super) nibbles: bool,
-    /// What the stored weights are too large by.
-    pub(super) offset: i32,
     pub(super) scaling: Scaling,
 }
 
-/// How a format is unpacked.
-struct Plan {
-    nibbles: bool,
-    offset: i32,
-}
-
-/// The plan for a format that can be packed.
-fn plan(kind: BlockType) -> Option<Plan> {
-    let (nibbles, offset) = match kind {
-        BlockType::Q4_0 => (true, 8),
-        BlockType::Q4K => (true, 0),
-        BlockType::Q5K => (false, 0),
-        BlockType::Q8_0 | BlockType::Q5_0 | BlockType::Iq4Nl => (false, 128),
-        BlockType::Q6K | BlockType::Q3K | BlockType::Iq4Xs => (false, 128),
-        BlockType::F16 | BlockType::Bf16 | BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q2K => return None,
-    };
-    Some(Plan { nibbles, offset })
+/// Whether a format that can be packed has two weights a byte.
+fn has_nibbles(kind: BlockType) -> Option<bool> {
+    match kind {
+        BlockType::Q4_0 | BlockType::Q4K => Some(true),
+        BlockType::Q8_0 | BlockType::Q5_0 | BlockType::Iq4Nl => Some(false),
+        BlockType::Q5K | BlockType::Q6K | BlockType::Q3K | BlockType::Iq4Xs => Some(false),
+        BlockType::F16 | BlockType::Bf16 | BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q2K => None,
+    }
 }
 
 impl Packed {
@@ -99,7 +88,7 @@ impl Packed {
             }
         }
         let scaling = Scaling::Groups { scales: by_band, blocks: blocks / groups };
-        Self { blocks, bands, words, nibbles: false, offset: 128, scaling }
+        Self { blocks, bands, words, nibbles: false, scaling }
     }
 
     /// Reads and packs blocks; `None` when this format or shape is not packed.
@@ -111,7 +100,7 @@ impl Packed {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Option<Self>, KernelError> {
         let MatrixSpec { inputs, outputs, experts, ref name, format, .. } = *source.spec();
-        let (Some(Plan { nibbles, offset }), Some(row_bytes)) = (plan(kind), format.row_bytes(inputs)) else {
+        let (Some(nibbles), Some(row_bytes)) = (has_nibbles(kind), format.row_bytes(inputs)) else {
             return Ok(None);
         };
         let (blocks, bands) = (inputs / BLOCK, outputs.div_ceil(LANES));
@@ -151,7 +140,7 @@ impl Packed {
                 progress(stored.len() as u64);
             }
         }
-        Ok(Some(Self { blocks, bands, words, nibbles, offset, scaling }))
+        Ok(Some(Self { blocks, bands, words, nibbles, scaling }))
     }
 }
 
