@@ -3,11 +3,9 @@
 //! A configuration that exists has been checked: every size is in range, divides what it must divide, and no product of sizes
 //! overflows. What the sizes are used for is decided elsewhere.
 
-use std::path::Path;
-
 use serde_json::{Map, Value};
 
-use crate::{ModelError, hugging_face};
+use crate::ModelError;
 
 /// Everything about the architecture that may differ between models. All sizes were checked when it was made.
 ///
@@ -116,39 +114,16 @@ impl ModelConfig {
         }
     }
 
-    /// Reads a `config.json`.
+    /// Reads the text of a `config.json` with xAI's keys; `place` is for messages.
     ///
     /// # Errors
     /// [`ModelError::Invalid`] naming the key, what was expected and what was found.
-    pub fn open(path: &Path) -> Result<Self, ModelError> {
-        /// No configuration is near this; a file that is was named by mistake.
-        const MOST: u64 = 1 << 20;
-        let io = |source| ModelError::Io { path: path.to_owned(), source };
-        let metadata = std::fs::metadata(path).map_err(io)?;
-        let (length, place) = (metadata.len(), path.display().to_string());
-        // A pipe would hang the reader and a device feed it for ever; both have length 0.
-        if !metadata.is_file() {
-            return Err(ModelError::invalid(place, "a file", "a folder, a pipe or a device"));
-        }
-        if length > MOST {
-            return Err(ModelError::invalid(place, format!("at most {MOST} bytes"), format!("{length}")));
-        }
-        Self::from_json(&std::fs::read_to_string(path).map_err(io)?, &place)
-    }
-
-    /// Reads the text of a `config.json`; `place` is for messages.
-    ///
-    /// # Errors
-    /// As [`ModelConfig::open`].
     pub fn from_json(text: &str, place: &str) -> Result<Self, ModelError> {
         let value: Value = serde_json::from_str(text)
             .map_err(|error| ModelError::invalid(place, "a JSON object", error.to_string()))?;
         let Value::Object(object) = value else {
             return Err(ModelError::invalid(place, "a JSON object", "another value"));
         };
-        if object.contains_key("model_type") {
-            return hugging_face::config(&object, place);
-        }
         let reader = Reader { object: &object, place, foreign: &OWN };
         reader.refuse_unknown_keys()?;
         let config = reader.config()?;

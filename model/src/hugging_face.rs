@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     fn of(text: &str) -> Result<ModelConfig, ModelError> {
-        ModelConfig::from_json(text, "config.json")
+        config(&serde_json::from_str(text).unwrap(), "config.json")
     }
 
     #[test]

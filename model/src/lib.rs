@@ -5,6 +5,7 @@
 
 mod blocks;
 mod config;
+mod config_file;
 mod error;
 mod hugging_face;
 mod source;

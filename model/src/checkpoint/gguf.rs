@@ -5,7 +5,10 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use super::storage::ReadAt;
+use super::{
+    header::{HeaderError, refuse},
+    storage::ReadAt,
+};
 use crate::{BlockType, Format};
 
 const MAGIC: &[u8; 4] = b"GGUF";
@@ -57,27 +60,6 @@ pub struct Entry {
     pub offset: u64,
     /// Its length in bytes.
     pub length: u64,
-}
-
-/// Why a header was refused.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{place}: expected {expected}, found {found}")]
-pub struct HeaderError {
-    /// Byte, key or tensor.
-    pub place: String,
-    /// What it should have been.
-    pub expected: String,
-    /// What it was.
-    pub found: String,
-}
-
-fn refuse<T>(
-    place: impl Into<String>,
-    expected: impl Into<String>,
-    found: impl Into<String>,
-) -> Result<T, HeaderError> {
-    let short = |text: String| text.chars().take(200).map(|c| if c.is_control() { '?' } else { c }).collect();
-    Err(HeaderError { place: short(place.into()), expected: expected.into(), found: short(found.into()) })
 }
 
 /// Reads a header.

@@ -11,11 +11,13 @@ use std::{
 };
 
 use crate::{
-    BlockType, Format, Layout, MatrixSource, MatrixSpec, ModelConfig, ModelError, TensorName, TensorShape, WeightSource,
+    BlockType, Format, Layout, MatrixSource, MatrixSpec, ModelConfig, ModelError, TensorName, TensorShape,
+    WeightSource, config_file,
 };
 
 mod files;
 pub mod gguf;
+pub mod header;
 mod names;
 pub(crate) mod open_gguf;
 pub mod pickle;
@@ -73,7 +75,7 @@ impl Model {
         let storage: Arc<dyn Storage> = Arc::new(Folder(folder.to_owned()));
         match path.file_name().and_then(|name| name.to_str()) {
             Some(file) if file.ends_with(".safetensors") => {
-                let config = ModelConfig::open(&folder.join("config.json"))?;
+                let config = config_file::open(&folder.join("config.json"))?;
                 let files = Files::in_safetensors(&*storage, file, &config)?;
                 Ok(Self { config, storage, folder: folder.to_owned(), files, gguf: None, embedding: OnceLock::new() })
             }
@@ -93,7 +95,7 @@ impl Model {
         let config_path = folder.join("config.json");
         // A link that leads nowhere is a damaged model, not one without a configuration.
         let config = match std::fs::symlink_metadata(&config_path) {
-            Ok(_) => ModelConfig::open(&config_path)?,
+            Ok(_) => config_file::open(&config_path)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => ModelConfig::grok_1(),
             Err(source) => return Err(ModelError::Io { path: config_path, source }),
         };

@@ -9,7 +9,10 @@ use serde::{
     de::{Deserializer, MapAccess, Visitor},
 };
 
-use super::storage::ReadAt;
+use super::{
+    header::{HeaderError, refuse},
+    storage::ReadAt,
+};
 use crate::{BlockType, Format};
 
 /// A tensor of the file.
@@ -23,24 +26,6 @@ pub struct Entry {
     pub offset: u64,
     /// Its length in bytes.
     pub length: u64,
-}
-
-/// Why a header was refused.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{place}: expected {expected}, found {found}")]
-pub struct HeaderError {
-    /// `header`, or the tensor.
-    pub place: String,
-    /// What it should have been.
-    pub expected: String,
-    /// What it was.
-    pub found: String,
-}
-
-fn refuse<T>(place: &str, expected: impl Into<String>, found: impl Into<String>) -> Result<T, HeaderError> {
-    // Names and what a parser quotes of them are somebody else's text, of any length.
-    let short = |text: &str| text.chars().take(200).map(|c| if c.is_control() { '?' } else { c }).collect();
-    Err(HeaderError { place: short(place), expected: expected.into(), found: short(&found.into()) })
 }
 
 /// Longest header: 770 tensors need about 100 KB.

@@ -59,7 +59,7 @@ fn shapes_are_those_that_the_reference_wrote_down() {
     for folder in ["a4", "b64", "c8way"].into_iter().filter_map(golden) {
         let index = std::fs::read_to_string(folder.join("index.json")).unwrap();
         let index: Vec<serde_json::Value> = serde_json::from_str(&index).unwrap();
-        let config = ModelConfig::open(&folder.join("config.json")).unwrap();
+        let config = config_file::open(&folder.join("config.json")).unwrap();
         let names = TensorName::in_file_order(config.num_hidden_layers);
         assert_eq!(names.len(), index.len());
         for (name, entry) in names.iter().zip(&index) {
