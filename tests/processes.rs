@@ -39,8 +39,11 @@ fn ids_text(ids: &[u32]) -> String {
 }
 
 fn has_gpu() -> bool {
-    let found = grokpipe(["logits", "--device", "gpu", "--token-ids", "422", "--out", "/dev/null", "--model"])
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let found = grokpipe(["logits", "--device", "gpu", "--token-ids", "422", "--model"])
         .arg(demo_model())
+        .arg("--out")
+        .arg(folder.path().join("logits.safetensors"))
         .output()
         .expect("grokpipe runs");
     if found.status.success() {

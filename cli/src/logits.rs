@@ -3,7 +3,11 @@
 //! The file has `logits` `[T, vocab]` f32 and with `--trace` also `hidden` `[L, T, d]` f32, `topk_idx` i32 and `topk_prob` f32,
 //! both `[L, T, experts per token]`. Long sequences are computed in chunks; that does not show in the bits.
 
-use std::{error::Error, path::PathBuf, sync::Arc};
+use std::{
+    error::Error,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use grokpipe_kernels::{
     Batch, KV_BLOCK_TOKENS, Precision, Row, StageOptions, StepInput, StepOutput, Trace, select_device,
@@ -123,11 +127,21 @@ impl Found {
             .iter()
             .map(|(name, dtype, shape, bytes)| Ok((*name, TensorView::new(*dtype, shape.clone(), bytes)?)))
             .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
-        safetensors::serialize_to_file(views, None, &args.out).map_err(|error| {
-            CliError::failed("the file could not be written").at(args.out.display().to_string()).because(error)
-        })?;
-        Ok(())
+        Ok(write_file(views, &args.out)?)
     }
+}
+
+/// Writes a file whole or not at all; into a pipe or a device that stands at this path it writes, and leaves it there.
+fn write_file(views: Vec<(&str, TensorView<'_>)>, path: &Path) -> Result<(), CliError> {
+    let is_special = std::fs::metadata(path).is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir());
+    let refuse = |reason: &dyn std::fmt::Display| {
+        CliError::failed("the file could not be written").at(path.display().to_string()).because(reason)
+    };
+    if is_special {
+        let bytes = safetensors::serialize(views, None).map_err(|error| refuse(&error))?;
+        return std::fs::write(path, bytes).map_err(|error| refuse(&error));
+    }
+    safetensors::serialize_to_file(views, None, path).map_err(|error| refuse(&error))
 }
 
 fn floats(values: &[f32]) -> Vec<u8> {
@@ -173,5 +187,25 @@ mod tests {
         assert_eq!((batch.rows[0].position, batch.rows[1].position), (128, 129));
         assert_eq!((batch.rows[0].attended, batch.rows[1].attended), (true, false));
         assert_eq!(batch.block_tables.len(), 9);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_pipe_at_the_path_is_written_into_and_stays() {
+        use std::os::unix::fs::FileTypeExt;
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status().unwrap();
+        assert!(made.success());
+        let reader = std::thread::spawn({
+            let pipe = pipe.clone();
+            move || std::fs::read(pipe).unwrap()
+        });
+        let bytes = floats(&[1.0, 2.0]);
+        let view = TensorView::new(Dtype::F32, vec![2], &bytes).unwrap();
+        write_file(vec![("logits", view)], &pipe).unwrap();
+        let read = reader.join().unwrap();
+        assert!(safetensors::SafeTensors::deserialize(&read).is_ok());
+        assert!(std::fs::symlink_metadata(&pipe).unwrap().file_type().is_fifo());
     }
 }
