@@ -2,6 +2,7 @@
 
 mod backend;
 mod batch;
+mod bench;
 mod check;
 mod cpu;
 mod device;
@@ -15,6 +16,7 @@ mod synthetic;
 
 pub use backend::{AttentionParams, Backend};
 pub use batch::{Batch, KV_BLOCK_TOKENS, Row};
+pub use bench::{ProductShape, ProductTime};
 pub use check::{BatchInvariance, check_batch_invariance};
 pub use cpu::{CpuActivations, CpuBackend, CpuKvPool, CpuMatrix, CpuSelection};
 pub use device::{DeviceInfo, Precision};

@@ -8,8 +8,8 @@ use std::{ops::Range, sync::Arc};
 use grokpipe_model::{ModelConfig, WeightSource};
 
 use crate::{
-    Backend, BatchInvariance, CpuBackend, DeviceInfo, GpuBackend, GpuChoice, KernelError, Precision, Stage, StageModel,
-    StageOptions, TracedStage, check_batch_invariance,
+    Backend, BatchInvariance, CpuBackend, DeviceInfo, GpuBackend, GpuChoice, KernelError, Precision, ProductShape,
+    ProductTime, Stage, StageModel, StageOptions, TracedStage, bench::time_products, check_batch_invariance,
 };
 
 /// A device that was opened and has not loaded anything.
@@ -34,6 +34,17 @@ pub trait Device: Send {
     /// # Errors
     /// As there.
     fn check_batch_invariance(&mut self) -> Result<BatchInvariance, KernelError>;
+
+    /// Times products of so many rows each, `passes` times.
+    ///
+    /// # Errors
+    /// [`KernelError`] when the matrices do not fit or the device fails.
+    fn time_products(
+        &mut self,
+        shape: ProductShape,
+        rows: &[usize],
+        passes: usize,
+    ) -> Result<Vec<ProductTime>, KernelError>;
 
     /// Loads layers; the device belongs to the stage from then on. See [`StageModel::load`].
     ///
@@ -80,6 +91,15 @@ impl<B: Backend> Device for Opened<B> {
 
     fn check_batch_invariance(&mut self) -> Result<BatchInvariance, KernelError> {
         check_batch_invariance(&mut self.0)
+    }
+
+    fn time_products(
+        &mut self,
+        shape: ProductShape,
+        rows: &[usize],
+        passes: usize,
+    ) -> Result<Vec<ProductTime>, KernelError> {
+        time_products(&mut self.0, shape, rows, passes)
     }
 
     fn load(

@@ -6,8 +6,9 @@
 use std::ops::Range;
 
 use grokpipe_model::{
-    Format, LayerTensor, Layout, MatrixSource, MatrixSpec, ModelConfig, ModelError, TensorName, WeightSource,
+    BlockType, Format, LayerTensor, Layout, MatrixSource, MatrixSpec, ModelConfig, ModelError, TensorName, WeightSource,
 };
+use half::{bf16, f16};
 
 /// Standard deviation of a uniform signed byte.
 const BYTE_DEVIATION: f32 = 73.9;
@@ -17,12 +18,31 @@ const BYTE_DEVIATION: f32 = 73.9;
 pub struct SyntheticWeights {
     config: ModelConfig,
     seed: u64,
+    blocks: Option<BlockType>,
 }
 
 impl SyntheticWeights {
     /// Weights of this shape from this seed.
     pub fn new(config: ModelConfig, seed: u64) -> Self {
-        Self { config, seed }
+        Self { config, seed, blocks: None }
+    }
+
+    /// As [`SyntheticWeights::new`], with the matrices of the layers in blocks. The router stays f32.
+    ///
+    /// # Errors
+    /// [`ModelError::Invalid`] when a matrix has no rows of whole blocks.
+    pub fn in_blocks(config: ModelConfig, seed: u64, kind: BlockType) -> Result<Self, ModelError> {
+        let weights = Self { config, seed, blocks: Some(kind) };
+        for tensor in LayerTensor::ALL {
+            let name = TensorName::Layer(0, tensor);
+            if let Some(spec) = weights.spec(&name)
+                && spec.format.row_bytes(spec.inputs).is_none()
+            {
+                let expected = format!("rows of whole blocks of {} for {}", kind.weights(), kind.name());
+                return Err(weights.refuse(&name, &expected, format!("{} inputs", spec.inputs)));
+            }
+        }
+        Ok(weights)
     }
 
     /// The shape.
@@ -52,6 +72,10 @@ impl SyntheticWeights {
                 | LayerTensor::PostMoeNorm => return None,
             },
         };
+        let (format, layout) = match (format, self.blocks) {
+            (Format::Int8 { .. }, Some(kind)) => (Format::Blocks(kind), Layout::OutIn),
+            _ => (format, layout),
+        };
         Some(MatrixSpec { name: name.to_string(), experts, inputs, outputs, format, layout })
     }
 
@@ -74,7 +98,7 @@ impl SyntheticWeights {
 impl WeightSource for SyntheticWeights {
     fn matrix(&self, name: &TensorName) -> Result<Box<dyn MatrixSource>, ModelError> {
         let spec = self.spec(name).ok_or_else(|| self.refuse(name, "a matrix", "a vector".into()))?;
-        Ok(Box::new(SyntheticMatrix { stream: self.stream(name), spec }))
+        Ok(Box::new(SyntheticMatrix::new(self.stream(name), spec)))
     }
 
     fn vector(&self, name: &TensorName) -> Result<Vec<f32>, ModelError> {
@@ -109,12 +133,22 @@ impl WeightSource for SyntheticWeights {
     }
 }
 
-struct SyntheticMatrix {
+/// One generated matrix.
+pub(crate) struct SyntheticMatrix {
     stream: u64,
     spec: MatrixSpec,
+    /// What blocks are multiplied by, for products of about unit variance.
+    block_scale: f32,
 }
 
 impl SyntheticMatrix {
+    /// The matrix of this shape from this number.
+    pub(crate) fn new(stream: u64, spec: MatrixSpec) -> Self {
+        let wanted = 1.0 / (spec.inputs as f32).sqrt();
+        let block_scale = if let Format::Blocks(kind) = spec.format { wanted / deviation(kind) } else { 1.0 };
+        Self { stream, spec, block_scale }
+    }
+
     /// Eight stored bytes: eight int8, or two f32.
     #[inline(always)]
     fn word(&self, index: u64, deviation: f32) -> [u8; 8] {
@@ -128,6 +162,77 @@ impl SyntheticMatrix {
             }
         }
     }
+
+    /// Blocks from the byte `offset` on.
+    fn read_blocks(&self, kind: BlockType, offset: u64, out: &mut [u8]) {
+        let size = kind.bytes();
+        let (mut index, mut skip) = (offset / size as u64, (offset % size as u64) as usize);
+        let mut block = vec![0; size];
+        let mut rest = out;
+        while !rest.is_empty() {
+            fill_block(kind, self.stream, index, self.block_scale, &mut block);
+            let (now, later) = rest.split_at_mut((size - skip).min(rest.len()));
+            now.copy_from_slice(&block[skip..skip + now.len()]);
+            (index, skip, rest) = (index + 1, 0, later);
+        }
+    }
+}
+
+/// Where the halves of a block stand; the second, where there is one, is so many times the first that the mean is 0.
+fn halves(kind: BlockType) -> (usize, Option<(usize, f32)>) {
+    match kind {
+        BlockType::F16 | BlockType::Bf16 | BlockType::Q8_0 | BlockType::Q4_0 | BlockType::Q5_0 => (0, None),
+        BlockType::Iq4Nl | BlockType::Iq4Xs => (0, None),
+        BlockType::Q4_1 => (0, Some((2, -7.5))),
+        BlockType::Q5_1 => (0, Some((2, -15.5))),
+        BlockType::Q4K => (0, Some((2, 7.5))),
+        BlockType::Q5K => (0, Some((2, 15.5))),
+        BlockType::Q2K => (80, Some((82, 1.5))),
+        BlockType::Q3K => (108, None),
+        BlockType::Q6K => (208, None),
+    }
+}
+
+/// Random bytes, but for the halves among them, which are near `scale`.
+pub(crate) fn fill_block(kind: BlockType, stream: u64, index: u64, scale: f32, block: &mut [u8]) {
+    let words = kind.bytes().div_ceil(8) as u64 + 1;
+    let bits = |i: u64| mix(stream.wrapping_add(index * words + i));
+    // Up to a quarter larger or smaller, so that a scale in the wrong place shows.
+    let d = scale * (1.0 + 0.25 / 1.733 * uniform(bits(words - 1) as u32));
+    match kind {
+        BlockType::F16 | BlockType::Bf16 => {
+            let value = scale * uniform((bits(0) >> 8) as u32);
+            let number = if kind == BlockType::F16 {
+                f16::from_f32(value).to_le_bytes()
+            } else {
+                bf16::from_f32(value).to_le_bytes()
+            };
+            block.copy_from_slice(&number);
+        }
+        _ => {
+            for (i, word) in block.chunks_mut(8).enumerate() {
+                word.copy_from_slice(&bits(i as u64).to_le_bytes()[..word.len()]);
+            }
+            let (at, second) = halves(kind);
+            block[at..at + 2].copy_from_slice(&f16::from_f32(d).to_le_bytes());
+            if let Some((at, factor)) = second {
+                block[at..at + 2].copy_from_slice(&f16::from_f32(factor * d).to_le_bytes());
+            }
+        }
+    }
+}
+
+/// Standard deviation of the weights of generated blocks of scale 1.
+fn deviation(kind: BlockType) -> f32 {
+    const BLOCKS: u64 = 64;
+    let (mut block, mut numbers) = (vec![0; kind.bytes()], vec![0.0; kind.weights()]);
+    let mut squares = 0.0;
+    for index in 0..BLOCKS {
+        fill_block(kind, 1, index, 1.0, &mut block);
+        kind.dequantize(&block, &mut numbers);
+        squares += numbers.iter().map(|value| value * value).sum::<f32>();
+    }
+    (squares / (BLOCKS as usize * numbers.len()) as f32).sqrt()
 }
 
 impl MatrixSource for SyntheticMatrix {
@@ -136,6 +241,10 @@ impl MatrixSource for SyntheticMatrix {
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), ModelError> {
+        if let Format::Blocks(kind) = self.spec.format {
+            self.read_blocks(kind, offset, out);
+            return Ok(());
+        }
         // The embedding is multiplied by sqrt(hidden_size) after it is gathered: this gives rows of unit variance then, and the
         // router logits of unit variance.
         let deviation = 1.0 / (self.spec.inputs as f32).sqrt();
@@ -197,6 +306,35 @@ mod tests {
                 assert_eq!(part, whole[start..start + length], "{name} {start} {length}");
             }
         }
+    }
+
+    #[test]
+    fn blocks_of_every_type_are_read_in_any_piece_and_give_unit_variance() {
+        for kind in BlockType::all() {
+            let weights = SyntheticWeights::in_blocks(ModelConfig::grok_1(), 5, kind).unwrap();
+            let matrix = weights.matrix(&TensorName::Layer(3, LayerTensor::MoeDown)).unwrap();
+            let (inputs, row) = (matrix.spec().inputs, matrix.spec().format.row_bytes(matrix.spec().inputs).unwrap());
+            let mut whole = vec![0; 2 * row];
+            matrix.read(row as u64, &mut whole).unwrap();
+            for (start, length) in [(0, 1), (1, 6), (3, 500), (row - 1, 2), (row, 211)] {
+                let mut part = vec![0; length];
+                matrix.read((row + start) as u64, &mut part).unwrap();
+                assert_eq!(part, whole[start..start + length], "{kind:?} {start} {length}");
+            }
+            let mut numbers = vec![0.0; inputs];
+            kind.dequantize(&whole[..row], &mut numbers);
+            let (sum, squares) = numbers.iter().fold((0.0, 0.0), |(s, q), &x| (s + f64::from(x), q + f64::from(x * x)));
+            assert!((0.7..1.4).contains(&squares), "{kind:?}: {squares}");
+            assert!((sum / inputs as f64).powi(2) < 0.02 * squares / inputs as f64, "{kind:?}: mean {sum}");
+        }
+    }
+
+    #[test]
+    fn rows_that_are_no_whole_blocks_are_refused() {
+        let config = ModelConfig { hidden_size: 96, ..ModelConfig::grok_1() };
+        assert!(SyntheticWeights::in_blocks(config.clone(), 1, BlockType::Q8_0).is_ok());
+        let error = SyntheticWeights::in_blocks(config, 1, BlockType::Q4K).unwrap_err().to_string();
+        assert!(error.contains("256") && error.contains("96"), "{error}");
     }
 
     #[test]

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use super::{
     matrix::CpuMatrix,
+    panels::PanelRow,
     simd::{Isa, Kernel, Simd},
-    threads::Threads,
 };
 
 /// The pairs (row, choice) of each expert that anybody chose, experts ascending, pairs ascending.
@@ -31,6 +31,17 @@ impl Groups {
         }
         Self { experts, pairs }
     }
+
+    /// Where each pair's results lie in panels with `outputs` of every pair, expert by expert.
+    pub(super) fn places(&self, outputs: usize) -> Vec<PanelRow> {
+        let mut places = vec![PanelRow::default(); self.pairs.len()];
+        for (_, range) in &self.experts {
+            for (index, &pair) in self.pairs[range.clone()].iter().enumerate() {
+                places[pair] = PanelRow { start: range.start * outputs, rows: range.len(), index };
+            }
+        }
+        places
+    }
 }
 
 /// A part of an expert's product: some outputs of all its pairs.
@@ -39,18 +50,12 @@ pub(super) struct Piece<'a> {
     /// Place of the expert's pairs in [`Groups::pairs`].
     pub(super) pairs: Range<usize>,
     pub(super) outputs: Range<usize>,
-    /// `[outputs, pairs]`.
+    /// `[pairs, outputs]`.
     pub(super) out: &'a mut [f32],
 }
 
-/// Cuts `out`, which holds `[outputs, pairs]` expert by expert, into pieces for the threads.
-pub(super) fn pieces<'a>(
-    groups: &Groups,
-    matrix: &CpuMatrix,
-    threads: &Threads,
-    mut out: &'a mut [f32],
-) -> Vec<Piece<'a>> {
-    let step = threads.outputs_a_piece(matrix.outputs);
+/// Cuts `out`, which holds panels of `step` outputs expert by expert, into pieces for the threads.
+pub(super) fn pieces<'a>(groups: &Groups, matrix: &CpuMatrix, step: usize, mut out: &'a mut [f32]) -> Vec<Piece<'a>> {
     let mut pieces = Vec::new();
     for (expert, pairs) in &groups.experts {
         for start in (0..matrix.outputs).step_by(step) {

@@ -11,8 +11,12 @@ use super::{
     simd::{Kernel, LANES, Simd, Word},
 };
 
-/// Words that are asked for ahead of their use: 4 KiB, since the processor's own prefetching ends with a page.
-const AHEAD: usize = 64;
+/// How far ahead of their use weights are asked for: the processor's own prefetching ends with a page of 4 KiB.
+const AHEAD: usize = 4096;
+/// Blocks ahead of which their scales are asked for.
+const AHEAD_BLOCKS: usize = 16;
+/// Rows of a tile at most.
+const MOST_ROWS: usize = 4;
 
 /// Rows of inputs as 8-bit numbers.
 #[derive(Default)]
@@ -43,6 +47,19 @@ pub(super) struct QuantisedRow<'a> {
 }
 
 impl Quantised {
+    /// Makes room for `x`, rows of `inputs` numbers; what is to be run to fill it, a row each.
+    pub(super) fn parts<'a>(&'a mut self, x: &'a [f32], inputs: usize) -> Vec<Quantise<'a>> {
+        let (x, _) = x.as_chunks::<BLOCK>();
+        self.values.resize(x.len(), [0; BLOCK]);
+        self.scales.resize(x.len(), 0.0);
+        self.sums.resize(x.len(), Sums::default());
+        let blocks = inputs / BLOCK;
+        let places =
+            self.values.chunks_mut(blocks).zip(self.scales.chunks_mut(blocks)).zip(self.sums.chunks_mut(blocks));
+        let parts = x.chunks(blocks).zip(places);
+        parts.map(|(x, ((values, scales), sums))| Quantise { x, values, scales, sums }).collect()
+    }
+
     /// Rows of `inputs` numbers, a whole number of blocks.
     pub(super) fn rows(&self, inputs: usize) -> Vec<QuantisedRow<'_>> {
         let blocks = inputs / BLOCK;
@@ -53,8 +70,10 @@ impl Quantised {
 
 /// Rounds `x`, whole blocks, to 8 bits.
 pub(super) struct Quantise<'a> {
-    pub(super) x: &'a [f32],
-    pub(super) out: &'a mut Quantised,
+    x: &'a [[f32; BLOCK]],
+    values: &'a mut [[i8; BLOCK]],
+    scales: &'a mut [f32],
+    sums: &'a mut [Sums],
 }
 
 impl Kernel for Quantise<'_> {
@@ -62,13 +81,8 @@ impl Kernel for Quantise<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _simd: S) {
-        let Self { x, out } = self;
-        let (blocks, _) = x.as_chunks::<BLOCK>();
-        out.values.resize(blocks.len(), [0; BLOCK]);
-        out.scales.resize(blocks.len(), 0.0);
-        out.sums.resize(blocks.len(), Sums::default());
-        let places = out.values.iter_mut().zip(&mut out.scales).zip(&mut out.sums);
-        for (block, ((values, scale), sums)) in blocks.iter().zip(places) {
+        let places = self.values.iter_mut().zip(self.scales).zip(self.sums);
+        for (block, ((values, scale), sums)) in self.x.iter().zip(places) {
             // Lanes, so that the search for the largest is many at a time; what is no number makes the scale none.
             let mut lanes = [0.0f32; LANES];
             let mut bad = [false; LANES];
@@ -102,7 +116,7 @@ pub(super) struct FastProduct<'a> {
     /// Begins with a band.
     pub(super) outputs: Range<usize>,
     pub(super) rows: &'a [QuantisedRow<'a>],
-    /// `[outputs.len(), rows.len()]`.
+    /// `[rows.len(), outputs.len()]`.
     pub(super) out: &'a mut [f32],
 }
 
@@ -110,180 +124,342 @@ impl Kernel for FastProduct<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Self { matrix, expert, outputs, rows, out } = self;
-        let stride = rows.len();
-        let first_band = expert * matrix.bands + outputs.start / LANES;
-        for (index, out) in out.chunks_mut(LANES * stride).enumerate() {
-            let band = first_band + index;
-            let mut first = 0;
-            while stride - first >= 4 {
-                store(simd, band_of_rows::<S, 4>(simd, matrix, band, rows, first), first, stride, out);
-                first += 4;
+    fn run<S: Simd>(mut self, simd: S) {
+        let first = self.expert * self.matrix.bands + self.outputs.start / LANES;
+        let bands = self.outputs.len().div_ceil(LANES);
+        let mut band = 0;
+        // Many rows with two bands: an input is read once for both, and no sum waits for the one before it. Few rows wait for
+        // memory, which is fastest as one stream.
+        let many = self.rows.len() > MOST_ROWS;
+        while S::MANY_REGISTERS && many && bands - band >= 2 {
+            self.bands::<S, 2, true>(simd, first, band);
+            band += 2;
+        }
+        while band < bands {
+            if many {
+                self.bands::<S, 1, true>(simd, first, band)
+            } else {
+                self.bands::<S, 1, false>(simd, first, band)
             }
-            while stride - first >= 2 {
-                store(simd, band_of_rows::<S, 2>(simd, matrix, band, rows, first), first, stride, out);
-                first += 2;
-            }
-            if stride > first {
-                store(simd, band_of_rows::<S, 1>(simd, matrix, band, rows, first), first, stride, out);
+            band += 1;
+        }
+    }
+}
+
+impl FastProduct<'_> {
+    /// All rows with `G` bands from `band` of the outputs on; these begin with band `first_band` of the matrix. `FAR`: there are more
+    /// rows than a tile has.
+    #[inline(always)]
+    fn bands<S: Simd, const G: usize, const FAR: bool>(&mut self, simd: S, first_band: usize, band: usize) {
+        let mut first = 0;
+        while self.rows.len() - first >= MOST_ROWS {
+            self.tile::<S, G, MOST_ROWS, FAR>(simd, first_band, band, first);
+            first += MOST_ROWS;
+        }
+        while self.rows.len() - first >= 2 {
+            self.tile::<S, G, 2, FAR>(simd, first_band, band, first);
+            first += 2;
+        }
+        if self.rows.len() > first {
+            self.tile::<S, G, 1, FAR>(simd, first_band, band, first);
+        }
+    }
+
+    /// `R` rows from `first` on.
+    #[inline(always)]
+    fn tile<S: Simd, const G: usize, const R: usize, const FAR: bool>(
+        &mut self,
+        simd: S,
+        first_band: usize,
+        band: usize,
+        first: usize,
+    ) {
+        let matrix = self.matrix;
+        let mut x = [QuantisedRow::default(); R];
+        for (x, row) in x.iter_mut().zip(&self.rows[first..first + R]) {
+            let QuantisedRow { values, scales, sums } = row;
+            let blocks = matrix.blocks;
+            *x = QuantisedRow { values: &values[..blocks], scales: &scales[..blocks], sums: &sums[..blocks] };
+        }
+        let far = first * matrix.blocks / self.rows.len()..(first + R) * matrix.blocks / self.rows.len();
+        let tile = Tile::<R, FAR> { matrix, band: first_band + band, x, far };
+        let sums: [[S::V; R]; G] = tile.sums(simd);
+        let width = self.outputs.len();
+        for (g, sums) in sums.into_iter().enumerate() {
+            let start = (band + g) * LANES;
+            let used = LANES.min(width - start);
+            for (r, sums) in sums.into_iter().enumerate() {
+                self.out[(first + r) * width + start..][..used].copy_from_slice(&simd.array(sums)[..used]);
             }
         }
     }
 }
 
-#[inline(always)]
-fn store<S: Simd, const R: usize>(simd: S, sums: [S::V; R], first: usize, stride: usize, out: &mut [f32]) {
-    for (r, sums) in sums.into_iter().enumerate() {
-        let lanes = simd.array(sums);
-        for (output, lane) in out.chunks_mut(stride).zip(lanes) {
-            output[first + r] = lane;
-        }
-    }
-}
-
-/// The sums of one band with rows `first..first + R`.
-#[inline(always)]
-fn band_of_rows<S: Simd, const R: usize>(
-    simd: S,
-    matrix: &Packed,
+/// Some rows with some bands from `band` on.
+///
+/// While it computes it asks memory for what comes next: the only tile with its weights for what it will itself read soon; `FAR`
+/// tiles, of which only the first reads the weights from memory, for a share each of the bands that follow.
+struct Tile<'a, const R: usize, const FAR: bool> {
+    matrix: &'a Packed,
     band: usize,
-    rows: &[QuantisedRow<'_>],
-    first: usize,
-) -> [S::V; R] {
-    let mut x = [QuantisedRow::default(); R];
-    x.copy_from_slice(&rows[first..first + R]);
-    let blocks = matrix.blocks;
-    let per_band = blocks * matrix.words_per_block();
-    let words = &matrix.words[band * per_band..][..per_band];
-    let mut total = [simd.zero(); R];
-    match &matrix.scaling {
-        Scaling::Groups { scales, blocks: a_group } => {
-            let groups = blocks / a_group;
-            let words = words.as_chunks::<8>().0;
-            for (g, scale) in scales[band * groups..][..groups].iter().enumerate() {
-                let mut sum = [simd.zero(); R];
-                for (b, words) in words.iter().enumerate().skip(g * a_group).take(*a_group) {
-                    let dots = bytes::<S, 8, R>(simd, words, &x, b, 0, |sums| sums.offset_128.0);
+    x: [QuantisedRow<'a>; R],
+    /// Blocks of which a far tile asks for those of the next bands.
+    far: Range<usize>,
+}
+
+impl<const R: usize, const FAR: bool> Tile<'_, R, FAR> {
+    /// The sums, band by band.
+    #[inline(always)]
+    fn sums<S: Simd, const G: usize>(&self, simd: S) -> [[S::V; R]; G] {
+        let matrix = self.matrix;
+        match &matrix.scaling {
+            Scaling::Groups { scales, blocks } => self.groups(simd, scales, *blocks),
+            Scaling::Blocks(halves) if matrix.nibbles => {
+                self.blocks(simd, halves, |b, dots| self.nibbles(simd, b, |sums| sums.offset_8, dots))
+            }
+            Scaling::Blocks(halves) => {
+                self.blocks(simd, halves, |b, dots| self.bytes::<S, 8, G>(simd, b, 0, |sums| sums.offset_128.0, dots))
+            }
+            Scaling::Minima { halves, bytes } if matrix.nibbles => {
+                self.minima(simd, halves, bytes, |b, dots| self.nibbles(simd, b, |_| 0, dots))
+            }
+            Scaling::Minima { halves, bytes } => {
+                self.minima(simd, halves, bytes, |b, dots| self.bytes::<S, 8, G>(simd, b, 0, |_| 0, dots))
+            }
+            Scaling::Sixteens { halves, bytes } => self.sixteens(simd, halves, bytes),
+        }
+    }
+
+    #[inline(always)]
+    fn groups<S: Simd, const G: usize>(&self, simd: S, scales: &[[f32; LANES]], a_group: usize) -> [[S::V; R]; G] {
+        let groups = self.matrix.blocks / a_group;
+        let scales: [_; G] = std::array::from_fn(|g| &scales[(self.band + g) * groups..][..groups]);
+        let mut total = [[simd.zero(); R]; G];
+        for group in 0..groups {
+            let mut sum = [[simd.zero(); R]; G];
+            for b in group * a_group..(group + 1) * a_group {
+                let mut dots = [[simd.splat_i32(0); R]; G];
+                self.bytes::<S, 8, G>(simd, b, 0, |sums| sums.offset_128.0, &mut dots);
+                for g in 0..G {
                     for r in 0..R {
-                        sum[r] = simd.fma(simd.to_f32(dots[r]), simd.splat(x[r].scales[b]), sum[r]);
+                        sum[g][r] = simd.fma(simd.to_f32(dots[g][r]), simd.splat(self.x[r].scales[b]), sum[g][r]);
                     }
                 }
-                let scale = simd.load(scale);
+            }
+            for g in 0..G {
+                let scale = simd.load(&scales[g][group]);
                 for r in 0..R {
-                    total[r] = simd.fma(sum[r], scale, total[r]);
+                    total[g][r] = simd.fma(sum[g][r], scale, total[g][r]);
                 }
             }
         }
-        Scaling::Blocks(halves) => {
-            let halves = &halves[band * blocks..][..blocks];
-            for (b, d) in halves.iter().enumerate() {
-                let dots = if matrix.nibbles {
-                    nibbles::<S, R>(simd, &words.as_chunks::<4>().0[b], &x, b, |sums| sums.offset_8)
-                } else {
-                    bytes::<S, 8, R>(simd, &words.as_chunks::<8>().0[b], &x, b, 0, |sums| sums.offset_128.0)
-                };
-                let d = simd.load_f16(d);
+        total
+    }
+
+    #[inline(always)]
+    fn blocks<S: Simd, const G: usize>(
+        &self,
+        simd: S,
+        halves: &[[u16; LANES]],
+        dot: impl Fn(usize, &mut [[S::I; R]; G]),
+    ) -> [[S::V; R]; G] {
+        let blocks = self.matrix.blocks;
+        let halves: [_; G] = std::array::from_fn(|g| &halves[(self.band + g) * blocks..][..blocks]);
+        let mut total = [[simd.zero(); R]; G];
+        for b in 0..blocks {
+            let mut dots = [[simd.splat_i32(0); R]; G];
+            dot(b, &mut dots);
+            for g in 0..G {
+                let half = &halves[g][b];
+                self.ask(simd, b, half, AHEAD_BLOCKS * size_of_val(half), G * size_of_val(halves[g]));
+                let d = simd.load_f16(half);
                 for r in 0..R {
-                    total[r] = simd.fma(simd.to_f32(dots[r]), simd.mul(d, simd.splat(x[r].scales[b])), total[r]);
+                    let scale = simd.mul(d, simd.splat(self.x[r].scales[b]));
+                    total[g][r] = simd.fma(simd.to_f32(dots[g][r]), scale, total[g][r]);
                 }
             }
         }
-        Scaling::Minima { halves, bytes: factors } => {
-            let supers = blocks / SUPER;
-            let factors = &factors[band * blocks..][..blocks];
-            for (index, [d, m]) in halves[band * supers..][..supers].iter().enumerate() {
-                let (mut sum, mut minimum) = ([simd.zero(); R], [simd.zero(); R]);
-                for (b, [factor, min]) in factors.iter().enumerate().skip(index * SUPER).take(SUPER) {
-                    let dots = if matrix.nibbles {
-                        nibbles::<S, R>(simd, &words.as_chunks::<4>().0[b], &x, b, |_| 0)
-                    } else {
-                        bytes::<S, 8, R>(simd, &words.as_chunks::<8>().0[b], &x, b, 0, |_| 0)
-                    };
-                    let (factor, min) = (simd.load_u8(factor), simd.load_u8(min));
+        total
+    }
+
+    #[inline(always)]
+    fn minima<S: Simd, const G: usize>(
+        &self,
+        simd: S,
+        halves: &[[[u16; LANES]; 2]],
+        bytes: &[[[u8; LANES]; 2]],
+        dot: impl Fn(usize, &mut [[S::I; R]; G]),
+    ) -> [[S::V; R]; G] {
+        let (blocks, supers) = (self.matrix.blocks, self.matrix.blocks / SUPER);
+        let halves: [_; G] = std::array::from_fn(|g| &halves[(self.band + g) * supers..][..supers]);
+        let bytes: [_; G] = std::array::from_fn(|g| &bytes[(self.band + g) * blocks..][..blocks]);
+        let mut total = [[simd.zero(); R]; G];
+        for index in 0..supers {
+            let (mut sum, mut minimum) = ([[simd.zero(); R]; G], [[simd.zero(); R]; G]);
+            for b in index * SUPER..(index + 1) * SUPER {
+                let mut dots = [[simd.splat_i32(0); R]; G];
+                dot(b, &mut dots);
+                for g in 0..G {
+                    let factors = &bytes[g][b];
+                    self.ask(simd, b, factors, AHEAD_BLOCKS * size_of_val(factors), G * size_of_val(bytes[g]));
+                    let (factor, min) = (simd.load_u8(&factors[0]), simd.load_u8(&factors[1]));
                     for r in 0..R {
-                        let scale = x[r].scales[b];
-                        sum[r] = simd.fma(simd.to_f32(dots[r]), simd.mul(factor, simd.splat(scale)), sum[r]);
-                        let inputs = scale * x[r].sums[b].all as f32;
-                        minimum[r] = simd.fma(min, simd.splat(-inputs), minimum[r]);
+                        let scale = self.x[r].scales[b];
+                        let factor = simd.mul(factor, simd.splat(scale));
+                        sum[g][r] = simd.fma(simd.to_f32(dots[g][r]), factor, sum[g][r]);
+                        let inputs = scale * self.x[r].sums[b].all as f32;
+                        minimum[g][r] = simd.fma(min, simd.splat(-inputs), minimum[g][r]);
                     }
                 }
-                let (d, m) = (simd.load_f16(d), simd.load_f16(m));
+            }
+            for g in 0..G {
+                let half = &halves[g][index];
+                self.ask(
+                    simd,
+                    index * SUPER,
+                    half,
+                    AHEAD_BLOCKS / SUPER * size_of_val(half),
+                    G * size_of_val(halves[g]),
+                );
+                let (d, m) = (simd.load_f16(&half[0]), simd.load_f16(&half[1]));
                 for r in 0..R {
-                    total[r] = simd.fma(m, minimum[r], simd.fma(d, sum[r], total[r]));
+                    total[g][r] = simd.fma(m, minimum[g][r], simd.fma(d, sum[g][r], total[g][r]));
                 }
             }
         }
-        Scaling::Sixteens { halves, bytes: factors } => {
-            let supers = blocks / SUPER;
-            let words = words.as_chunks::<8>().0;
-            let factors = &factors[band * blocks..][..blocks];
-            for (index, d) in halves[band * supers..][..supers].iter().enumerate() {
-                let mut sum = [simd.zero(); R];
-                for (b, factors) in factors.iter().enumerate().skip(index * SUPER).take(SUPER) {
-                    for (half, (words, factor)) in words[b].as_chunks::<4>().0.iter().zip(factors).enumerate() {
-                        let dots = bytes::<S, 4, R>(simd, words, &x, b, half, |sums| sums.offset_128.1[half]);
-                        let factor = simd.load_i8(factor);
+        total
+    }
+
+    #[inline(always)]
+    fn sixteens<S: Simd, const G: usize>(
+        &self,
+        simd: S,
+        halves: &[[u16; LANES]],
+        bytes: &[[[i8; LANES]; 2]],
+    ) -> [[S::V; R]; G] {
+        let (blocks, supers) = (self.matrix.blocks, self.matrix.blocks / SUPER);
+        let halves: [_; G] = std::array::from_fn(|g| &halves[(self.band + g) * supers..][..supers]);
+        let bytes: [_; G] = std::array::from_fn(|g| &bytes[(self.band + g) * blocks..][..blocks]);
+        let mut total = [[simd.zero(); R]; G];
+        for index in 0..supers {
+            let mut sum = [[simd.zero(); R]; G];
+            for b in index * SUPER..(index + 1) * SUPER {
+                for half in 0..2 {
+                    let mut dots = [[simd.splat_i32(0); R]; G];
+                    self.bytes::<S, 4, G>(simd, b, half, |sums| sums.offset_128.1[half], &mut dots);
+                    for g in 0..G {
+                        let factors = &bytes[g][b];
+                        self.ask(simd, b, factors, AHEAD_BLOCKS * size_of_val(factors), G * size_of_val(bytes[g]));
+                        let factor = simd.load_i8(&factors[half]);
                         for r in 0..R {
-                            let factor = simd.mul(factor, simd.splat(x[r].scales[b]));
-                            sum[r] = simd.fma(simd.to_f32(dots[r]), factor, sum[r]);
+                            let factor = simd.mul(factor, simd.splat(self.x[r].scales[b]));
+                            sum[g][r] = simd.fma(simd.to_f32(dots[g][r]), factor, sum[g][r]);
                         }
                     }
                 }
-                let d = simd.load_f16(d);
+            }
+            for g in 0..G {
+                let half = &halves[g][index];
+                self.ask(
+                    simd,
+                    index * SUPER,
+                    half,
+                    AHEAD_BLOCKS / SUPER * size_of_val(half),
+                    G * size_of_val(halves[g]),
+                );
+                let d = simd.load_f16(half);
                 for r in 0..R {
-                    total[r] = simd.fma(d, sum[r], total[r]);
+                    total[g][r] = simd.fma(d, sum[g][r], total[g][r]);
+                }
+            }
+        }
+        total
+    }
+
+    /// Block `b` of each band.
+    #[inline(always)]
+    fn words<const N: usize, const G: usize>(&self, b: usize) -> [&[Word; N]; G] {
+        let per_band = self.matrix.blocks * N;
+        std::array::from_fn(|g| &self.matrix.words[(self.band + g) * per_band..][..per_band].as_chunks::<N>().0[b])
+    }
+
+    /// Sums of `4 N` inputs of block `b`, from its `half` on, with weights that are bytes; `start` is what is added to them.
+    #[inline(always)]
+    fn bytes<S: Simd, const N: usize, const G: usize>(
+        &self,
+        simd: S,
+        b: usize,
+        half: usize,
+        start: impl Fn(&Sums) -> i32,
+        sums: &mut [[S::I; R]; G],
+    ) {
+        self.start(simd, b, start, sums);
+        let words: [&[Word; 8]; G] = self.words(b);
+        let a_band = self.matrix.blocks * size_of_val(words[0]);
+        for k in N * half..N * (half + 1) {
+            for g in 0..G {
+                self.ask(simd, b, &words[g][k], AHEAD, G * a_band);
+            }
+            for r in 0..R {
+                let quad = quad(&self.x[r].values[b], k);
+                for g in 0..G {
+                    sums[g][r] = simd.dot4(sums[g][r], &words[g][k], quad);
                 }
             }
         }
     }
-    total
-}
 
-/// Sums of `4 N` inputs of block `b`, from its `half` on, with weights that are bytes; `start` is what is added to them.
-#[inline(always)]
-fn bytes<S: Simd, const N: usize, const R: usize>(
-    simd: S,
-    words: &[Word; N],
-    x: &[QuantisedRow<'_>; R],
-    b: usize,
-    half: usize,
-    start: impl Fn(&Sums) -> i32,
-) -> [S::I; R] {
-    let mut sums = [simd.splat_i32(0); R];
-    for r in 0..R {
-        sums[r] = simd.splat_i32(start(&x[r].sums[b]));
-    }
-    for (k, word) in words.iter().enumerate() {
-        simd.prefetch(word, AHEAD);
-        for r in 0..R {
-            sums[r] = simd.dot4(sums[r], word, quad(&x[r].values[b], N * half + k));
+    /// Sums of block `b` with weights of half a byte; `start` is what is added to them.
+    #[inline(always)]
+    fn nibbles<S: Simd, const G: usize>(
+        &self,
+        simd: S,
+        b: usize,
+        start: impl Fn(&Sums) -> i32,
+        sums: &mut [[S::I; R]; G],
+    ) {
+        self.start(simd, b, start, sums);
+        let words: [&[Word; 4]; G] = self.words(b);
+        let a_band = self.matrix.blocks * size_of_val(words[0]);
+        for k in 0..4 {
+            for g in 0..G {
+                self.ask(simd, b, &words[g][k], AHEAD, G * a_band);
+            }
+            for r in 0..R {
+                let block = &self.x[r].values[b];
+                let (low, high) = (quad(block, k), quad(block, 4 + k));
+                for g in 0..G {
+                    sums[g][r] = simd.dot4_nibbles(sums[g][r], &words[g][k], low, high);
+                }
+            }
         }
     }
-    sums
-}
 
-/// Sums of block `b` with weights of half a byte; `start` is what is added to them.
-#[inline(always)]
-fn nibbles<S: Simd, const R: usize>(
-    simd: S,
-    words: &[Word; 4],
-    x: &[QuantisedRow<'_>; R],
-    b: usize,
-    start: impl Fn(&Sums) -> i32,
-) -> [S::I; R] {
-    let mut sums = [simd.splat_i32(0); R];
-    for r in 0..R {
-        sums[r] = simd.splat_i32(start(&x[r].sums[b]));
-    }
-    for (k, word) in words.iter().enumerate() {
-        simd.prefetch(word, AHEAD);
+    #[inline(always)]
+    fn start<S: Simd, const G: usize>(
+        &self,
+        simd: S,
+        b: usize,
+        start: impl Fn(&Sums) -> i32,
+        sums: &mut [[S::I; R]; G],
+    ) {
         for r in 0..R {
-            let block = &x[r].values[b];
-            sums[r] = simd.dot4_nibbles(sums[r], word, quad(block, k), quad(block, 4 + k));
+            let start = simd.splat_i32(start(&self.x[r].sums[b]));
+            for sums in sums.iter_mut() {
+                sums[r] = start;
+            }
         }
     }
-    sums
+
+    /// Asks for what lies behind `place`, which belongs to block `b`: `near` bytes, or `far` where the next bands are.
+    #[inline(always)]
+    fn ask<S: Simd, T>(&self, simd: S, b: usize, place: &T, near: usize, far: usize) {
+        if !FAR {
+            simd.prefetch(place, near);
+        } else if self.far.contains(&b) {
+            simd.prefetch_far(place, far);
+        }
+    }
 }
 
 #[inline(always)]

@@ -14,6 +14,7 @@ mod measure;
 mod memory;
 mod norm;
 mod packed;
+mod panels;
 mod product;
 mod simd;
 #[cfg(test)]
@@ -24,12 +25,13 @@ use grokpipe_model::MatrixSource;
 
 pub use self::matrix::CpuMatrix;
 use self::{
-    attention::{Attention, Keys},
+    attention::{Attention, AttentionRow, Keys},
     experts::{Choose, Gelu, Groups, Piece, pieces},
-    fast::{Quantise, Quantised},
+    fast::Quantised,
     matrix::Values,
     memory::{product as checked_product, zeroed},
     norm::Norm,
+    panels::PanelRow,
     product::{Product, Rows},
     simd::Isa,
     threads::Threads,
@@ -40,7 +42,7 @@ use crate::{
 };
 
 /// Name of the kernels and their version: to be raised with every change that may change a bit.
-const FINGERPRINTS: [&str; 2] = ["cpu-exact/1", "cpu-fast/1"];
+const FINGERPRINTS: [&str; 2] = ["cpu-exact/2", "cpu-fast/2"];
 
 /// Activations in memory.
 pub struct CpuActivations {
@@ -73,6 +75,7 @@ pub struct CpuSelection {
 pub struct CpuKvPool {
     slots: usize,
     width: usize,
+    /// Keys `[blocks, kv_heads, head_dim, 16]` and values `[slots, width]`.
     layers: Vec<(Vec<f32>, Vec<f32>)>,
     attended: Vec<bool>,
 }
@@ -87,8 +90,10 @@ pub struct CpuBackend {
     slots: Vec<usize>,
     /// Cosines and sines of the batch's positions, with the base and head size that they are for.
     angles: Option<(f32, usize, Vec<f32>, Vec<f32>)>,
-    /// Results of a product, output by output.
-    transposed: Vec<f32>,
+    /// A rotated key.
+    key: Vec<f32>,
+    /// Results of a product before its rows are put together.
+    panels: Vec<f32>,
     precision: Precision,
     scratch: RowScratch,
 }
@@ -128,7 +133,8 @@ impl CpuBackend {
             batch: Batch::default(),
             slots: Vec::new(),
             angles: None,
-            transposed: Vec::new(),
+            key: Vec::new(),
+            panels: Vec::new(),
             precision,
             scratch: RowScratch::default(),
         })
@@ -136,21 +142,26 @@ impl CpuBackend {
 
     /// Products of `rows` with one matrix, to `out` times `factor`.
     fn product(&mut self, x: &[f32], w: &CpuMatrix, factor: f32, out: &mut [f32]) {
-        let Self { isa, threads, transposed, scratch, .. } = self;
+        let Self { isa, threads, panels, scratch, .. } = self;
         let (isa, count) = (*isa, x.len() / w.inputs);
-        let rows = scratch.rows(isa, w, x);
+        let rows = scratch.rows(isa, threads, w, x);
         let step = threads.outputs_a_piece(w.outputs);
         if count != 1 {
-            transposed.resize(count * w.outputs, 0.0);
+            panels.resize(count * w.outputs, 0.0);
         }
-        let by_output: &mut [f32] = if count == 1 { &mut *out } else { transposed };
-        let parts: Vec<(usize, &mut [f32])> = by_output.chunks_mut(step * count.max(1)).enumerate().collect();
+        // The panels of a single row are that row.
+        let results: &mut [f32] = if count == 1 { &mut *out } else { panels };
+        let parts: Vec<(usize, &mut [f32])> = results.chunks_mut(step * count.max(1)).enumerate().collect();
         threads.each(parts, count * w.work(), |(part, out)| {
             let outputs = part * step..((part + 1) * step).min(w.outputs);
             Product { matrix: w, expert: 0, outputs, rows: &rows, out }.run_on(isa);
         });
         if count != 1 {
-            transpose(transposed, count, |row, n, value| out[row * w.outputs + n] = value);
+            let rows: Vec<_> = out.chunks_mut(w.outputs).enumerate().collect();
+            threads.each(rows, count * w.outputs, |(index, out)| {
+                let parts = PanelRow { start: 0, rows: count, index }.parts(panels, w.outputs, step);
+                parts.zip(out.chunks_mut(step)).for_each(|(part, out)| out.copy_from_slice(part));
+            });
         }
         if factor != 1.0 {
             out.iter_mut().for_each(|value| *value *= factor);
@@ -169,9 +180,10 @@ impl CpuBackend {
 
 impl RowScratch {
     /// Rows for products with `w`: those of `x`, copies with their groups filled up, or in 8 bits.
-    fn rows<'a>(&'a mut self, isa: Isa, w: &CpuMatrix, x: &'a [f32]) -> Rows<'a> {
+    fn rows<'a>(&'a mut self, isa: Isa, threads: &Threads, w: &CpuMatrix, x: &'a [f32]) -> Rows<'a> {
         if let Values::Packed(_) = w.values {
-            isa.run(Quantise { x, out: &mut self.quantised });
+            let parts = self.quantised.parts(x, w.inputs);
+            threads.each(parts, x.len(), |part| isa.run(part));
             return Rows::Quantised(self.quantised.rows(w.inputs));
         }
         if !w.is_padded() {
@@ -185,20 +197,6 @@ impl RowScratch {
             padded[..from].copy_from_slice(group);
         }
         Rows::Floats(padded.chunks_exact(w.padded_inputs()).collect())
-    }
-}
-
-/// Visits `[outputs, rows]` so that neither side jumps far.
-fn transpose(by_output: &[f32], rows: usize, mut put: impl FnMut(usize, usize, f32)) {
-    const SIDE: usize = 16;
-    for (band, lines) in by_output.chunks(SIDE * rows).enumerate() {
-        for first in (0..rows).step_by(SIDE) {
-            for row in first..(first + SIDE).min(rows) {
-                for (n, line) in lines.chunks_exact(rows).enumerate() {
-                    put(row, band * SIDE + n, line[row]);
-                }
-            }
-        }
     }
 }
 
@@ -229,9 +227,9 @@ impl Backend for CpuBackend {
         let what = format!("activations of {rows} rows");
         let count = checked_product(&[rows, width], &what, &self.info.name)?;
         let data = zeroed(count, &what, &self.info.name)?;
-        // Products of this shape pass through `transposed`: its memory is asked for here, where there may be none.
-        let missing = count.saturating_sub(self.transposed.len());
-        self.transposed.try_reserve_exact(missing).map_err(|_source| KernelError::OutOfMemory {
+        // Products of this shape pass through `panels`: its memory is asked for here, where there may be none.
+        let missing = count.saturating_sub(self.panels.len());
+        self.panels.try_reserve_exact(missing).map_err(|_source| KernelError::OutOfMemory {
             what,
             needed_bytes: 4 * count as u64,
             available_bytes: memory::available_bytes(),
@@ -253,6 +251,7 @@ impl Backend for CpuBackend {
 
     fn kv_pool(&mut self, layers: usize, slots: usize, kv_width: usize) -> Result<CpuKvPool, KernelError> {
         let (what, device) = (format!("the KV pool of {slots} slots in {layers} layers"), self.info.name.clone());
+        let slots = slots.checked_next_multiple_of(KV_BLOCK_TOKENS).unwrap_or(usize::MAX);
         let count = checked_product(&[slots, kv_width], &what, &device)?;
         // Asked for as a whole, so that a pool that cannot fit is refused before any of it is taken.
         let total = checked_product(&[count, layers, 2, size_of::<f32>()], &what, &device)? as u64;
@@ -332,9 +331,14 @@ impl Backend for CpuBackend {
         for (t, &slot) in self.slots.iter().enumerate() {
             let angles = (&cos[t * half..][..half], &sin[t * half..][..half]);
             q.data[t * q.width..][..q.width].chunks_exact_mut(dim).for_each(|head| rotate(head, angles));
-            let key = &mut keys[slot * kv.width..][..kv.width];
-            key.copy_from_slice(&k.data[t * k.width..][..k.width]);
-            key.chunks_exact_mut(dim).for_each(|head| rotate(head, angles));
+            self.key.clear();
+            self.key.extend_from_slice(&k.data[t * k.width..][..k.width]);
+            self.key.chunks_exact_mut(dim).for_each(|head| rotate(head, angles));
+            let (block, lane) = (slot / KV_BLOCK_TOKENS, slot % KV_BLOCK_TOKENS);
+            let block = &mut keys[block * KV_BLOCK_TOKENS * kv.width..][..KV_BLOCK_TOKENS * kv.width];
+            for (lanes, component) in block.chunks_exact_mut(KV_BLOCK_TOKENS).zip(&self.key) {
+                lanes[lane] = *component;
+            }
             values[slot * kv.width..][..kv.width].copy_from_slice(&v.data[t * v.width..][..v.width]);
         }
     }
@@ -350,17 +354,37 @@ impl Backend for CpuBackend {
         let isa = self.isa;
         let (k, v) = &kv.layers[layer];
         let op = attention_op::Params::from(params);
-        let width = params.heads / params.kv_heads * params.head_dim;
-        let parts: Vec<_> = q.used().chunks(width).zip(out.take_rows(q.rows).chunks_mut(width)).enumerate().collect();
-        let batch = &self.batch;
-        let keys: usize = batch.rows.iter().map(|row| row.position as usize + 1).sum();
-        self.threads.each(parts, 2 * keys * params.heads * params.head_dim, |(part, (q, out))| {
-            let row = &batch.rows[part / params.kv_heads];
-            let count = row.position as usize + 1;
-            let table = &batch.block_tables[row.table_offset as usize..][..count.div_ceil(KV_BLOCK_TOKENS)];
-            let keys = Keys { k, v, attended: &kv.attended, table, count };
-            isa.run(Attention { params: op, kv_head: part % params.kv_heads, keys, q, out });
-        });
+        let (dim, a_group) = (params.head_dim, params.heads / params.kv_heads);
+        let tiles = attention::tiles(&self.batch.rows, a_group);
+        // A single row with few key heads: its query heads are shared out.
+        let shares = self.threads.count().div_ceil(tiles.len().max(1) * params.kv_heads);
+        let a_share = a_group.div_ceil(shares);
+        let mut parts = Vec::new();
+        let rows = q.used().chunks(a_group * params.kv_heads * dim);
+        let mut rows =
+            rows.zip(out.take_rows(q.rows).chunks_mut(a_group * params.kv_heads * dim)).zip(&self.batch.rows);
+        let mut work = 0;
+        for tile in tiles {
+            let first = parts.len();
+            for ((q, out), row) in rows.by_ref().take(tile) {
+                let count = row.position as usize + 1;
+                work += 2 * count * params.heads * dim;
+                let groups = q.chunks(a_group * dim).zip(out.chunks_mut(a_group * dim)).enumerate();
+                let shares = groups.flat_map(|(kv_head, (q, out))| {
+                    let shares = q.chunks(a_share * dim).zip(out.chunks_mut(a_share * dim));
+                    shares.map(move |(q, out)| (kv_head, AttentionRow { count, q, out }))
+                });
+                for (index, (kv_head, part)) in shares.enumerate() {
+                    if parts.len() == first + index {
+                        let table = &self.batch.block_tables[row.table_offset as usize..];
+                        let keys = Keys { k, v, attended: &kv.attended, table };
+                        parts.push(Attention { params: op, kv_head, keys, rows: Vec::with_capacity(tile) });
+                    }
+                    parts[first + index].rows.push(part);
+                }
+            }
+        }
+        self.threads.each(parts, work, |part| isa.run(part));
     }
 
     fn route(&mut self, x: &CpuActivations, router: &CpuMatrix, out: &mut CpuSelection) {
@@ -383,12 +407,13 @@ impl Backend for CpuBackend {
         up: &CpuMatrix,
         out: &mut CpuActivations,
     ) {
-        let Self { isa, threads, transposed, scratch, .. } = self;
+        let Self { isa, threads, panels, scratch, .. } = self;
         let (isa, chosen, pairs) = (*isa, selection.chosen, selection.rows * selection.chosen);
         let groups = Groups::new(&selection.ids[..pairs], gate.experts);
-        let rows = scratch.rows(isa, gate, x.used());
-        transposed.resize(pairs * gate.outputs, 0.0);
-        let parts = pieces(&groups, gate, threads, transposed);
+        let rows = scratch.rows(isa, threads, gate, x.used());
+        let step = threads.outputs_a_piece(gate.outputs);
+        panels.resize(pairs * gate.outputs, 0.0);
+        let parts = pieces(&groups, gate, step, panels);
         threads.each(parts, 2 * pairs * gate.work(), |Piece { expert, pairs, outputs, out }| {
             let rows = rows.picked(groups.pairs[pairs].iter().map(|pair| pair / chosen));
             let mut other = vec![0.0; out.len()];
@@ -397,12 +422,11 @@ impl Backend for CpuBackend {
             isa.run(Gelu { gate: out, up: &other });
         });
         let width = out.width;
-        let out = out.take_rows(pairs);
-        for (_, pairs) in &groups.experts {
-            let by_output = &transposed[pairs.start * width..pairs.end * width];
-            let pairs = &groups.pairs[pairs.clone()];
-            transpose(by_output, pairs.len(), |row, n, value| out[pairs[row] * width + n] = value);
-        }
+        let rows: Vec<_> = out.take_rows(pairs).chunks_mut(width).zip(groups.places(width)).collect();
+        threads.each(rows, pairs * width, |(out, place)| {
+            let parts = place.parts(panels, width, step);
+            parts.zip(out.chunks_mut(step)).for_each(|(part, out)| out.copy_from_slice(part));
+        });
     }
 
     fn expert_down(
@@ -412,33 +436,29 @@ impl Backend for CpuBackend {
         down: &CpuMatrix,
         out: &mut CpuActivations,
     ) {
-        let Self { isa, threads, transposed, scratch, .. } = self;
+        let Self { isa, threads, panels, scratch, .. } = self;
         let (isa, chosen, pairs) = (*isa, selection.chosen, selection.rows * selection.chosen);
         let groups = Groups::new(&selection.ids[..pairs], down.experts);
-        let rows = scratch.rows(isa, down, hidden.used());
-        transposed.resize(pairs * down.outputs, 0.0);
-        let parts = pieces(&groups, down, threads, transposed);
+        let rows = scratch.rows(isa, threads, down, hidden.used());
+        let step = threads.outputs_a_piece(down.outputs);
+        panels.resize(pairs * down.outputs, 0.0);
+        let parts = pieces(&groups, down, step, panels);
         threads.each(parts, pairs * down.work(), |Piece { expert, pairs, outputs, out }| {
             let rows = rows.picked(groups.pairs[pairs].iter().copied());
             Product { matrix: down, expert, outputs, rows: &rows, out }.run_on(isa);
         });
-        // Where a pair's results begin, and how far its outputs stand apart.
-        let mut places = vec![(0, 0); pairs];
-        for (_, range) in &groups.experts {
-            for (i, &pair) in groups.pairs[range.clone()].iter().enumerate() {
-                places[pair] = (range.start * down.outputs + i, range.len());
-            }
-        }
         let width = out.width;
-        for (t, out) in out.take_rows(selection.rows).chunks_mut(width).enumerate() {
+        let places = groups.places(width);
+        let choices = places.chunks(chosen).zip(selection.probabilities.chunks(chosen));
+        let rows: Vec<_> = out.take_rows(selection.rows).chunks_mut(width).zip(choices).collect();
+        threads.each(rows, pairs * width, |(out, (places, probabilities))| {
             out.fill(0.0);
-            let pairs = t * chosen..(t + 1) * chosen;
-            for (&(start, stride), p) in places[pairs.clone()].iter().zip(&selection.probabilities[pairs]) {
-                for (n, sum) in out.iter_mut().enumerate() {
-                    *sum += p * transposed[start + n * stride];
+            for (place, p) in places.iter().zip(probabilities) {
+                for (part, out) in place.parts(panels, width, step).zip(out.chunks_mut(step)) {
+                    out.iter_mut().zip(part).for_each(|(sum, value)| *sum += p * value);
                 }
             }
-        }
+        });
     }
 
     fn gather(&mut self, x: &CpuActivations, rows: &[u32], out: &mut CpuActivations) {

@@ -59,11 +59,6 @@ fn has_nibbles(kind: BlockType) -> Option<bool> {
 }
 
 impl Packed {
-    /// Words of a block.
-    pub(super) fn words_per_block(&self) -> usize {
-        if self.nibbles { 4 } else { 8 }
-    }
-
     /// Packs int8 rows that lie output by output, each expert filled up to whole bands, with scales `[experts, outputs, groups]`.
     /// The words are rearranged in place.
     pub(super) fn of_int8(

@@ -38,7 +38,7 @@ pub(super) struct Product<'a> {
     pub(super) expert: usize,
     pub(super) outputs: Range<usize>,
     pub(super) rows: &'a Rows<'a>,
-    /// `[outputs.len(), rows.len()]`: output by output, so that threads own contiguous parts.
+    /// `[rows.len(), outputs.len()]`.
     pub(super) out: &'a mut [f32],
 }
 
@@ -103,22 +103,23 @@ impl Kernel for ExactProduct<'_> {
             }
         };
         let shape = Shape { padded, groups: self.matrix.groups, group: self.matrix.padded_group };
+        let mut out = Out { values: self.out, width: count, first: 0 };
         match &self.matrix.values {
-            Values::F32(w) => shape.all(simd, &w[first * padded..][..count * padded], scales, self.rows, self.out),
-            Values::I8(w) => shape.all(simd, &w[first * padded..][..count * padded], scales, self.rows, self.out),
+            Values::F32(w) => shape.all(simd, &w[first * padded..][..count * padded], scales, self.rows, &mut out),
+            Values::I8(w) => shape.all(simd, &w[first * padded..][..count * padded], scales, self.rows, &mut out),
             Values::Blocks(kind, bytes) => {
                 let inputs = self.matrix.inputs;
                 let row_bytes = inputs / kind.weights() * kind.bytes();
                 let rows = &bytes[first * row_bytes..][..count * row_bytes];
                 // A few outputs at a time become numbers, which stay in the second-level cache until every row has passed.
                 let mut numbers = vec![0.0; BLOCK_OUTPUTS.min(count) * padded];
-                let out = self.out.chunks_mut(BLOCK_OUTPUTS * self.rows.len());
-                for (blocks, out) in rows.chunks(BLOCK_OUTPUTS * row_bytes).zip(out) {
+                for blocks in rows.chunks(BLOCK_OUTPUTS * row_bytes) {
                     for (blocks, numbers) in blocks.chunks(row_bytes).zip(numbers.chunks_mut(padded)) {
                         kind.dequantize(blocks, &mut numbers[..inputs]);
                     }
                     let used = blocks.len() / row_bytes * padded;
-                    shape.all(simd, &numbers[..used], scales, self.rows, out);
+                    shape.all(simd, &numbers[..used], scales, self.rows, &mut out);
+                    out.first += BLOCK_OUTPUTS;
                 }
             }
             Values::Packed(_) => unreachable!("packed weights have products of their own"),
@@ -143,6 +144,20 @@ impl Scales<'_> {
     }
 }
 
+/// Where results go: outputs from `first` on of rows of `width`.
+struct Out<'a> {
+    values: &'a mut [f32],
+    width: usize,
+    first: usize,
+}
+
+impl Out<'_> {
+    #[inline(always)]
+    fn row(&mut self, index: usize) -> &mut [f32] {
+        &mut self.values[index * self.width..][self.first..self.width]
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Shape {
     padded: usize,
@@ -153,7 +168,7 @@ struct Shape {
 impl Shape {
     /// All rows and outputs, rows outermost: a block's inputs stay in the second-level cache while the outputs pass.
     #[inline(always)]
-    fn all<S: Simd, W: Weight>(self, simd: S, w: &[W], scales: Scales<'_>, rows: &[&[f32]], out: &mut [f32]) {
+    fn all<S: Simd, W: Weight>(self, simd: S, w: &[W], scales: Scales<'_>, rows: &[&[f32]], out: &mut Out<'_>) {
         let mut first = 0;
         if S::MANY_REGISTERS {
             while rows.len() - first >= 4 {
@@ -184,23 +199,27 @@ impl Shape {
         scales: Scales<'_>,
         rows: &[&[f32]],
         first: usize,
-        out: &mut [f32],
+        out: &mut Out<'_>,
     ) {
-        let stride = rows.len();
         let mut x: [&[f32]; R] = [&[]; R];
         x.copy_from_slice(&rows[first..first + R]);
         let count = w.len() / self.padded;
         let mut n = 0;
         while count - n >= O {
             let sums = self.tile::<S, W, O, R>(simd, w, n, scales, &x);
-            for (o, sums) in sums.iter().enumerate() {
-                out[(n + o) * stride + first..][..R].copy_from_slice(sums);
+            for r in 0..R {
+                let out = &mut out.row(first + r)[n..n + O];
+                for (out, sums) in out.iter_mut().zip(&sums) {
+                    *out = sums[r];
+                }
             }
             n += O;
         }
         while n < count {
             let sums = self.tile::<S, W, 1, R>(simd, w, n, scales, &x);
-            out[n * stride + first..][..R].copy_from_slice(&sums[0]);
+            for r in 0..R {
+                out.row(first + r)[n] = sums[0][r];
+            }
             n += 1;
         }
     }

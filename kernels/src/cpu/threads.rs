@@ -44,18 +44,26 @@ impl Threads {
         self.count
     }
 
-    /// Calls `f` once for each piece, on any thread, in any order; on this one when all the work is small.
+    /// Calls `f` once for each piece, on any thread, in any order; on this one when all the work is small. Each thread begins with
+    /// a run of neighbours, so that what follows in memory mostly is what it reads next, and helps the others when it is done.
     pub(crate) fn each<T: Send>(&self, pieces: Vec<T>, work: usize, f: impl Fn(T) + Send + Sync) {
         let pool = match &self.pool {
             Some(pool) if work >= INLINE_BELOW_WORK && pieces.len() > 1 => pool,
             _ => return pieces.into_iter().for_each(f),
         };
         let pieces: Vec<Mutex<Option<T>>> = pieces.into_iter().map(|piece| Mutex::new(Some(piece))).collect();
-        let next = AtomicUsize::new(0);
-        pool.run(&|| {
-            while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-                if let Some(piece) = piece.lock().unwrap_or_else(PoisonError::into_inner).take() {
-                    f(piece);
+        let start = |share: usize| share * pieces.len() / self.count;
+        let next: Vec<_> = (0..self.count).map(|share| AtomicUsize::new(start(share))).collect();
+        pool.run(&|thread| {
+            for share in (thread..self.count).chain(0..thread) {
+                loop {
+                    let index = next[share].fetch_add(1, Ordering::Relaxed);
+                    if index >= start(share + 1) {
+                        break;
+                    }
+                    if let Some(piece) = pieces[index].lock().unwrap_or_else(PoisonError::into_inner).take() {
+                        f(piece);
+                    }
                 }
             }
         });
@@ -70,8 +78,8 @@ impl Threads {
     }
 }
 
-/// What all threads are to call.
-type Work<'a> = dyn Fn() + Sync + 'a;
+/// What all threads are to call, each with its number; the caller's is 0.
+type Work<'a> = dyn Fn(usize) + Sync + 'a;
 
 /// Threads that wait for work.
 struct Pool {
@@ -137,7 +145,7 @@ impl Pool {
         shared.busy.store(self.helpers.len(), Ordering::Relaxed);
         shared.number.fetch_add(1, Ordering::SeqCst);
         self.wake();
-        let own = catch_unwind(AssertUnwindSafe(work));
+        let own = catch_unwind(AssertUnwindSafe(|| work(0)));
         let mut looks = 0;
         while shared.busy.load(Ordering::Acquire) != 0 {
             looks += 1;
@@ -172,7 +180,7 @@ impl Shared {
             // SAFETY: the number has changed, so that the work was written before; it stays while `busy` counts this helper.
             let work = unsafe { (*self.work.get()).map(|work| &*work) };
             if let Some(work) = work
-                && catch_unwind(AssertUnwindSafe(work)).is_err()
+                && catch_unwind(AssertUnwindSafe(|| work(index + 1))).is_err()
             {
                 self.panicked.store(true, Ordering::Relaxed);
             }

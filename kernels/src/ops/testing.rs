@@ -4,9 +4,9 @@
 
 use std::fmt::Debug;
 
-use grokpipe_model::{BlockType, Format, Layout, MatrixSource, MatrixSpec, ModelError};
+use grokpipe_model::{Format, Layout, MatrixSource, MatrixSpec, ModelError};
 
-use crate::{Backend, Batch, KV_BLOCK_TOKENS, Row};
+use crate::{Backend, Batch, KV_BLOCK_TOKENS, Row, synthetic::SyntheticMatrix};
 
 /// The seed of a test: `SEED` from the environment, else `default`.
 pub(crate) fn seed(default: u64) -> u64 {
@@ -72,7 +72,12 @@ impl TestMatrix {
                     (0..spec.scale_count()).map(|_| size / 127.0 * (1.0 + 0.5 * random.unit())).collect::<Vec<_>>();
                 (bytes, scales)
             }
-            Format::Blocks(kind) => (blocks(random, kind, count / kind.weights()), Vec::new()),
+            Format::Blocks(kind) => {
+                let (source, mut bytes) =
+                    (SyntheticMatrix::new(random.bits(), spec.clone()), vec![0; spec.weight_bytes() as usize]);
+                source.read(0, &mut bytes).unwrap();
+                (bytes, Vec::new())
+            }
         };
         Self { spec, bytes, scales }
     }
@@ -102,28 +107,6 @@ impl TestMatrix {
             }
         }
     }
-}
-
-/// Random bytes, but for the halves among them, which are small and finite.
-fn blocks(random: &mut Random, kind: BlockType, count: usize) -> Vec<u8> {
-    let halves: &[usize] = match kind {
-        BlockType::F16 | BlockType::Bf16 | BlockType::Q8_0 | BlockType::Q4_0 | BlockType::Q5_0 => &[0],
-        BlockType::Iq4Nl | BlockType::Iq4Xs => &[0],
-        BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q4K | BlockType::Q5K => &[0, 2],
-        BlockType::Q2K => &[80, 82],
-        BlockType::Q3K => &[108],
-        BlockType::Q6K => &[208],
-    };
-    let mut bytes: Vec<u8> = (0..count * kind.bytes()).map(|_| random.below(256) as u8).collect();
-    for block in bytes.chunks_mut(kind.bytes()) {
-        for &at in halves {
-            // Exponents near 2^-8 in either format of 16 bits.
-            let (sign, low) = (0x8000 * random.below(2), random.below(0x400));
-            let half = if kind == BlockType::Bf16 { 0x3b00 + low % 0x100 } else { 0x1c00 + low } as u16 | sign as u16;
-            block[at..at + 2].copy_from_slice(&half.to_le_bytes());
-        }
-    }
-    bytes
 }
 
 impl MatrixSource for TestMatrix {

@@ -51,8 +51,10 @@ pub(crate) trait Simd: Copy {
     /// As floats; exact below 2^24.
     fn to_f32(self, v: Self::I) -> Self::V;
 
-    /// Asks for words that will be read soon, `ahead` words from `word` on; they need not be there. Changes nothing.
-    fn prefetch(self, _word: &Word, _ahead: usize) {}
+    /// Asks for what will be read soon, `ahead` bytes behind `place`; it need not be there. Changes nothing.
+    fn prefetch<T>(self, _place: &T, _ahead: usize) {}
+    /// As [`Simd::prefetch`], into the second-level cache.
+    fn prefetch_far<T>(self, _place: &T, _ahead: usize) {}
 }
 
 /// Four weights of each of sixteen outputs, as one aligned register.

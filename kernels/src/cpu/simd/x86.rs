@@ -108,6 +108,18 @@ impl Simd for Avx2 {
     type I = [__m256i; 2];
 
     #[inline(always)]
+    fn prefetch<T>(self, place: &T, ahead: usize) {
+        // SAFETY: a prefetch reads nothing: an address without memory behind it is passed over.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(place).cast::<i8>().wrapping_add(ahead)) }
+    }
+
+    #[inline(always)]
+    fn prefetch_far<T>(self, place: &T, ahead: usize) {
+        // SAFETY: as in `prefetch`.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(place).cast::<i8>().wrapping_add(ahead)) }
+    }
+
+    #[inline(always)]
     fn splat_i32(self, value: i32) -> Self::I {
         // SAFETY: `self` proves AVX2.
         let v = unsafe { _mm256_set1_epi32(value) };
@@ -245,9 +257,15 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn prefetch(self, word: &Word, ahead: usize) {
+    fn prefetch<T>(self, place: &T, ahead: usize) {
         // SAFETY: a prefetch reads nothing: an address without memory behind it is passed over.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(word).wrapping_add(ahead).cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(place).cast::<i8>().wrapping_add(ahead)) }
+    }
+
+    #[inline(always)]
+    fn prefetch_far<T>(self, place: &T, ahead: usize) {
+        // SAFETY: as in `prefetch`.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(place).cast::<i8>().wrapping_add(ahead)) }
     }
 
     #[inline(always)]

@@ -1,0 +1,84 @@
+//! Times products alone, format by format: what a device makes of its memory and its arithmetic, without a model around them.
+//!
+//! Enough copies of a matrix are multiplied in turn that none is still in a cache when its turn comes again. Decides nothing about
+//! what the times are compared with.
+
+use std::time::Instant;
+
+use grokpipe_model::{Format, Layout, MatrixSpec};
+
+use crate::{Backend, Batch, KV_BLOCK_TOKENS, KernelError, Row, synthetic::SyntheticMatrix};
+
+/// Stored bytes of all copies together, at least: several times the last-level cache of ordinary machines.
+const ALL_BYTES: u64 = 384 << 20;
+
+/// A product to be timed: `rows` times one matrix.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ProductShape {
+    /// How the matrix is stored.
+    pub format: Format,
+    /// Length of a row.
+    pub inputs: usize,
+    /// Outputs.
+    pub outputs: usize,
+}
+
+/// What one product took.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ProductTime {
+    /// Rows that were multiplied.
+    pub rows: usize,
+    /// Stored bytes of the matrix with its scales.
+    pub bytes: u64,
+    /// Seconds of one product: the median of several passes over all copies.
+    pub seconds: f64,
+}
+
+/// Times products of so many rows each, `passes` times.
+///
+/// # Errors
+/// [`KernelError`] when the copies do not fit or the device fails.
+pub(crate) fn time_products<B: Backend>(
+    backend: &mut B,
+    shape: ProductShape,
+    rows: &[usize],
+    passes: usize,
+) -> Result<Vec<ProductTime>, KernelError> {
+    let ProductShape { format, inputs, outputs } = shape;
+    let layout = if matches!(format, Format::Int8 { .. }) { Layout::InOut } else { Layout::OutIn };
+    let name = format!("a matrix of {inputs} by {outputs}");
+    let spec = MatrixSpec { name, experts: 1, inputs, outputs, format, layout };
+    let bytes = spec.weight_bytes() + 4 * spec.scale_count() as u64;
+    let copies = ALL_BYTES.div_ceil(bytes.max(1));
+    let matrices = (0..copies)
+        .map(|copy| backend.load_matrix(&SyntheticMatrix::new(copy, spec.clone()), &mut |_| ()))
+        .collect::<Result<Vec<_>, _>>()?;
+    let largest = rows.iter().copied().max().unwrap_or(1);
+    let mut kv = backend.kv_pool(1, largest * KV_BLOCK_TOKENS, 16)?;
+    let (mut x, mut out) = (backend.activations(largest, inputs)?, backend.activations(largest, outputs)?);
+    let values: Vec<f32> = (0..largest * inputs).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect();
+    let mut times = Vec::new();
+    for &rows in rows {
+        let row = |table_offset| Row { position: 0, table_offset, attended: true };
+        let batch = Batch { rows: (0..rows as u32).map(row).collect(), block_tables: (0..rows as u32).collect() };
+        let mut seconds = Vec::with_capacity(passes);
+        // One pass more than is counted: pages and clocks settle.
+        for _ in 0..=passes {
+            backend.begin(&batch, &mut kv)?;
+            backend.write(&values[..rows * inputs], &mut x)?;
+            backend.finish(&[])?;
+            backend.begin(&batch, &mut kv)?;
+            let started = Instant::now();
+            for matrix in &matrices {
+                backend.matmul(&x, matrix, 1.0, &mut out);
+            }
+            backend.finish(&[])?;
+            seconds.push(started.elapsed().as_secs_f64() / copies as f64);
+        }
+        seconds.remove(0);
+        seconds.sort_by(f64::total_cmp);
+        let seconds = seconds.get(seconds.len() / 2).copied().unwrap_or_default();
+        times.push(ProductTime { rows, bytes, seconds });
+    }
+    Ok(times)
+}
