@@ -15,8 +15,8 @@ fn replay(target: &str, run: fn(&[u8]) -> bool) {
             continue;
         };
         for file in files {
-            let path = file.unwrap().path();
-            let bytes = std::fs::read(&path).unwrap();
+            let path = file.expect("a readable folder").path();
+            let bytes = std::fs::read(&path).expect("a readable file");
             eprintln!("{}, {} bytes", path.display(), bytes.len());
             let accepted = run(&bytes);
             if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("good-")) {

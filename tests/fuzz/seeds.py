@@ -254,7 +254,8 @@ def write_tokenizers():
     save("tokenizer", "other-gguf", gguf([("tokenizer.ggml.model", TEXT, b"gpt2")], []))
 
 
-write_gguf()
-write_safetensors()
-write_pickles()
-write_tokenizers()
+if __name__ == "__main__":
+    write_gguf()
+    write_safetensors()
+    write_pickles()
+    write_tokenizers()

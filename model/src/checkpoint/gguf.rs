@@ -3,7 +3,10 @@
 //! Only the header is read. Counts and lengths in it are somebody else's: nothing is allocated for more than the file can hold,
 //! every tensor must lie within the file, and none may overlap another. What the metadata means is decided elsewhere.
 
-use std::collections::{BTreeMap, HashSet};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fmt,
+};
 
 use super::{
     header::{HeaderError, refuse},
@@ -47,6 +50,21 @@ pub enum Value {
     Floats(Vec<f32>),
     /// Arrays of texts.
     Texts(Vec<String>),
+}
+
+/// For messages: of a list only its length, of a text its first characters.
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Integer(number) => number.fmt(f),
+            Self::Float(number) => number.fmt(f),
+            Self::Bool(value) => value.fmt(f),
+            Self::Text(text) => write!(f, "{:?}", text.chars().take(60).collect::<String>()),
+            Self::Integers(list) => write!(f, "a list of {}", list.len()),
+            Self::Floats(list) => write!(f, "a list of {}", list.len()),
+            Self::Texts(list) => write!(f, "a list of {}", list.len()),
+        }
+    }
 }
 
 /// A tensor of the file.
@@ -96,7 +114,7 @@ pub fn read(file: &dyn ReadAt) -> Result<Header, HeaderError> {
         Some(Value::Integer(alignment)) if (1..=1 << 20).contains(alignment) && alignment.count_ones() == 1 => {
             *alignment as u64
         }
-        Some(other) => return refuse("general.alignment", "a power of two up to 1048576", format!("{other:?}")),
+        Some(other) => return refuse("general.alignment", "a power of two up to 1048576", other.to_string()),
     };
     let begin = cursor.at.next_multiple_of(alignment);
     Ok(Header { metadata, tensors: placed(infos, begin, alignment, file.length())? })

@@ -36,8 +36,7 @@ impl Storage for Files {
             let (parent, file) = name.rsplit_once('/').unwrap_or(("", name));
             (parent == folder).then(|| file.to_owned())
         };
-        let found: Vec<_> =
-            self.0.iter().filter_map(|(name, bytes)| Some((within(name)?, bytes.length()))).collect();
+        let found: Vec<_> = self.0.iter().filter_map(|(name, bytes)| Some((within(name)?, bytes.length()))).collect();
         Ok(if found.is_empty() { None } else { Some(found) })
     }
 

@@ -14,7 +14,7 @@ use grokpipe_model::{
 use super::memory::{Bytes, Files};
 
 /// Numbers are looked at in pieces of this many bytes: enough for every kind of block, and quick.
-const PIECE: u64 = 4096;
+const PIECE: usize = 4096;
 
 /// The folder of `tiny/config.json`, whose sizes the seeds of formats without their own have. Two crates share this code, so that it
 /// is looked for above whichever was compiled.
@@ -36,7 +36,8 @@ pub(super) fn model(folder: &Path, files: Vec<(String, Bytes)>) -> bool {
     };
     let names = TensorName::in_file_order(model.config().num_hidden_layers);
     // Not a short circuit: whatever one tensor is refused for, the others are looked at.
-    let good = names.into_iter().chain([TensorName::Head]).filter(|name| !accepted(tensor(&model, name, stored))).count() == 0;
+    let good =
+        names.into_iter().chain([TensorName::Head]).filter(|name| !accepted(tensor(&model, name, stored))).count() == 0;
     let summed = accepted(model.inspect().map(|summaries| {
         for summary in summaries {
             assert!(summary.bytes <= stored, "{summary:?} in {stored} bytes");
@@ -44,7 +45,8 @@ pub(super) fn model(folder: &Path, files: Vec<(String, Bytes)>) -> bool {
     }));
     assert_eq!(model.digest(), model.digest());
     let last = model.config().vocab_size as u32 - 1;
-    let rows = accepted(model.embedding_rows(&[0, last]).map(|rows| assert_eq!(rows.len(), 2 * model.config().hidden_size)));
+    let rows =
+        accepted(model.embedding_rows(&[0, last]).map(|rows| assert_eq!(rows.len(), 2 * model.config().hidden_size)));
     assert!(model.embedding_rows(&[last + 1]).is_err(), "a row after the last");
     good && summed && rows
 }
@@ -64,7 +66,7 @@ fn tensor(model: &Model, name: &TensorName, stored: u64) -> Result<(), ModelErro
 fn matrix(matrix: &dyn MatrixSource, stored: u64) -> Result<(), ModelError> {
     let (spec, bytes) = (matrix.spec(), matrix.spec().weight_bytes());
     assert!(bytes <= stored, "{spec:?} in {stored} bytes");
-    let mut piece = vec![0; bytes.min(PIECE) as usize];
+    let mut piece = vec![0; bytes.min(PIECE as u64) as usize];
     matrix.read(bytes - piece.len() as u64, &mut piece)?;
     assert!(matrix.read(bytes - piece.len() as u64 + 1, &mut piece).is_err(), "{spec:?}: a byte after the last");
     matrix.read(0, &mut piece)?;
@@ -73,10 +75,10 @@ fn matrix(matrix: &dyn MatrixSource, stored: u64) -> Result<(), ModelError> {
     Ok(())
 }
 
-/// Dequantises the whole blocks of these bytes, in every way that there is.
+/// Dequantises the first of these bytes that are whole blocks, in every way that there is.
 pub(super) fn numbers(format: Format, bytes: &[u8]) {
     let Format::Blocks(kind) = format else { return };
-    let whole = &bytes[..bytes.len() / kind.bytes() * kind.bytes()];
+    let whole = &bytes[..bytes.len().min(PIECE) / kind.bytes() * kind.bytes()];
     let mut out = vec![0.0; whole.len() / kind.bytes() * kind.weights()];
     kind.dequantize(whole, &mut out);
     for block in whole.chunks_exact(kind.bytes()) {
