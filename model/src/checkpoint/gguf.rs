@@ -33,7 +33,7 @@ pub struct Header {
     pub tensors: BTreeMap<String, Entry>,
 }
 
-/// A value of the metadata. Arrays within arrays are passed over.
+/// A value of the metadata. Arrays within arrays, of booleans, and of numbers of one or two bytes are passed over.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
     /// Whole numbers of any width.
@@ -44,7 +44,7 @@ pub enum Value {
     Bool(bool),
     /// UTF-8.
     Text(String),
-    /// Arrays of whole numbers or booleans.
+    /// Arrays of whole numbers.
     Integers(Vec<i64>),
     /// Arrays of floats.
     Floats(Vec<f32>),
@@ -256,6 +256,15 @@ impl Cursor<'_> {
         Ok(&self.piece[start..start + length])
     }
 
+    /// Passes over bytes, without fetching them.
+    fn skip(&mut self, length: u64) -> Result<(), HeaderError> {
+        if length > self.left() {
+            return self.error(format!("{length} more bytes"), format!("{} left", self.left()));
+        }
+        self.at += length;
+        Ok(())
+    }
+
     fn array<const N: usize>(&mut self) -> Result<[u8; N], HeaderError> {
         let mut out = [0; N];
         out.copy_from_slice(self.take(N)?);
@@ -305,7 +314,7 @@ impl Cursor<'_> {
         Ok(Some(value))
     }
 
-    /// A value of this kind; `None` for an array of arrays, which is passed over.
+    /// A value of this kind; `None` for an array that is passed over.
     fn value(&mut self, kind: u32, key: &str) -> Result<Option<Value>, HeaderError> {
         if kind == 9 {
             return self.array_value(key, 0);
@@ -329,6 +338,12 @@ impl Cursor<'_> {
             }
             return Ok(None);
         }
+        if matches!(kind, 0..=3 | 7) {
+            // A table for a normaliser, perhaps. Nobody asks for it, and as numbers it would take up to eight times its room.
+            let width = if matches!(kind, 2 | 3) { 2 } else { 1 };
+            self.skip(count.saturating_mul(width))?;
+            return Ok(None);
+        }
         let (mut integers, mut floats, mut texts) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..count {
             match self.scalar(kind)? {
@@ -336,7 +351,6 @@ impl Cursor<'_> {
                     Ok(value) => integers.push(value),
                     Err(_) => return refuse(key, "whole numbers below 2^63", value.to_string()),
                 },
-                Some(Value::Bool(value)) => integers.push(value.into()),
                 Some(Value::Float(value)) => floats.push(value as f32),
                 Some(Value::Text(value)) => texts.push(value),
                 _ => return refuse(key, "a kind of element from 0 to 12", kind.to_string()),
