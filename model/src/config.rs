@@ -274,7 +274,9 @@ impl Reader<'_> {
 
     fn config(&self) -> Result<ModelConfig, ModelError> {
         let name = self.value("name")?;
-        let name = name.as_str().filter(|name| (1..=128).contains(&name.len()) && !name.chars().any(char::is_control));
+        let name = name
+            .as_str()
+            .filter(|name| (1..=128).contains(&name.chars().count()) && !name.chars().any(char::is_control));
         Ok(ModelConfig {
             name: name.ok_or_else(|| self.bad("name", "a text of 1 to 128 characters", "another value"))?.to_owned(),
             vocab_size: self.size("vocab_size", 1 << 22)?,

@@ -28,8 +28,17 @@ pub enum ModelError {
 }
 
 impl ModelError {
-    /// Shorthand for [`ModelError::Invalid`].
+    /// A [`ModelError::Invalid`] that can be printed: names and values in it are somebody else's text.
     pub(crate) fn invalid(place: impl Into<String>, expected: impl Into<String>, found: impl Into<String>) -> Self {
-        Self::Invalid { place: place.into(), expected: expected.into(), found: found.into() }
+        let found = found.into().chars().take(LONGEST_FOUND).collect();
+        Self::Invalid { place: printable(place.into()), expected: printable(expected.into()), found: printable(found) }
     }
+}
+
+/// Most characters of what was found: two file names and some words.
+const LONGEST_FOUND: usize = 600;
+
+/// The text without control characters, which could take over a terminal.
+pub(crate) fn printable(text: String) -> String {
+    if text.contains(char::is_control) { text.replace(char::is_control, "?") } else { text }
 }

@@ -23,6 +23,8 @@ const INDEX: &str = ".safetensors.index.json";
 const SAFETENSORS: [&str; 2] = ["model.safetensors", "weights.safetensors"];
 /// Longest index: 770 names need about 100 KB.
 const LONGEST_INDEX: u64 = 4 << 20;
+/// Longest name of a file that an index may name, as file systems have it.
+const LONGEST_NAME: usize = 255;
 /// Most files that an index may name.
 const MOST_FILES: usize = 4096;
 
@@ -315,7 +317,10 @@ fn indexed(storage: &dyn Storage, file: &str, config: &ModelConfig) -> Result<Fi
         return Err(ModelError::invalid(place(), format!("at most {MOST_FILES} files"), files.len().to_string()));
     }
     // A name with a folder in it could lead out of the model's.
-    let plain = |name: &str| name.ends_with(".safetensors") && !name.contains(['/', '\\', ':', '\0']);
+    let plain = |name: &str| {
+        let can_be_a_file = name.len() <= LONGEST_NAME && !name.contains(char::is_control);
+        name.ends_with(".safetensors") && can_be_a_file && !name.contains(['/', '\\', ':'])
+    };
     if let Some(name) = files.iter().find(|name| !plain(name)) {
         return Err(ModelError::invalid(
             place(),

@@ -3,7 +3,10 @@
 //! Only the header is read. Counts and lengths in it are somebody else's: nothing is allocated for more than the file can hold,
 //! every tensor must lie within the file, and none may overlap another. What the metadata means is decided elsewhere.
 
-use std::collections::{BTreeMap, HashSet};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fmt,
+};
 
 use super::{
     header::{HeaderError, refuse},
@@ -30,7 +33,7 @@ pub struct Header {
     pub tensors: BTreeMap<String, Entry>,
 }
 
-/// A value of the metadata. Arrays within arrays are passed over.
+/// A value of the metadata. Arrays within arrays, of booleans, and of numbers of one or two bytes are passed over.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
     /// Whole numbers of any width.
@@ -41,12 +44,27 @@ pub enum Value {
     Bool(bool),
     /// UTF-8.
     Text(String),
-    /// Arrays of whole numbers or booleans.
+    /// Arrays of whole numbers.
     Integers(Vec<i64>),
     /// Arrays of floats.
     Floats(Vec<f32>),
     /// Arrays of texts.
     Texts(Vec<String>),
+}
+
+/// For messages: of a list only its length, of a text its first characters.
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Integer(number) => number.fmt(f),
+            Self::Float(number) => number.fmt(f),
+            Self::Bool(value) => value.fmt(f),
+            Self::Text(text) => write!(f, "{:?}", text.chars().take(60).collect::<String>()),
+            Self::Integers(list) => write!(f, "a list of {}", list.len()),
+            Self::Floats(list) => write!(f, "a list of {}", list.len()),
+            Self::Texts(list) => write!(f, "a list of {}", list.len()),
+        }
+    }
 }
 
 /// A tensor of the file.
@@ -96,7 +114,7 @@ pub fn read(file: &dyn ReadAt) -> Result<Header, HeaderError> {
         Some(Value::Integer(alignment)) if (1..=1 << 20).contains(alignment) && alignment.count_ones() == 1 => {
             *alignment as u64
         }
-        Some(other) => return refuse("general.alignment", "a power of two up to 1048576", format!("{other:?}")),
+        Some(other) => return refuse("general.alignment", "a power of two up to 1048576", other.to_string()),
     };
     let begin = cursor.at.next_multiple_of(alignment);
     Ok(Header { metadata, tensors: placed(infos, begin, alignment, file.length())? })
@@ -238,6 +256,15 @@ impl Cursor<'_> {
         Ok(&self.piece[start..start + length])
     }
 
+    /// Passes over bytes, without fetching them.
+    fn skip(&mut self, length: u64) -> Result<(), HeaderError> {
+        if length > self.left() {
+            return self.error(format!("{length} more bytes"), format!("{} left", self.left()));
+        }
+        self.at += length;
+        Ok(())
+    }
+
     fn array<const N: usize>(&mut self) -> Result<[u8; N], HeaderError> {
         let mut out = [0; N];
         out.copy_from_slice(self.take(N)?);
@@ -287,7 +314,7 @@ impl Cursor<'_> {
         Ok(Some(value))
     }
 
-    /// A value of this kind; `None` for an array of arrays, which is passed over.
+    /// A value of this kind; `None` for an array that is passed over.
     fn value(&mut self, kind: u32, key: &str) -> Result<Option<Value>, HeaderError> {
         if kind == 9 {
             return self.array_value(key, 0);
@@ -311,6 +338,12 @@ impl Cursor<'_> {
             }
             return Ok(None);
         }
+        if matches!(kind, 0..=3 | 7) {
+            // A table for a normaliser, perhaps. Nobody asks for it, and as numbers it would take up to eight times its room.
+            let width = if matches!(kind, 2 | 3) { 2 } else { 1 };
+            self.skip(count.saturating_mul(width))?;
+            return Ok(None);
+        }
         let (mut integers, mut floats, mut texts) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..count {
             match self.scalar(kind)? {
@@ -318,7 +351,6 @@ impl Cursor<'_> {
                     Ok(value) => integers.push(value),
                     Err(_) => return refuse(key, "whole numbers below 2^63", value.to_string()),
                 },
-                Some(Value::Bool(value)) => integers.push(value.into()),
                 Some(Value::Float(value)) => floats.push(value as f32),
                 Some(Value::Text(value)) => texts.push(value),
                 _ => return refuse(key, "a kind of element from 0 to 12", kind.to_string()),

@@ -1,5 +1,7 @@
 //! Why the header of a file was refused; the same for every format that has one.
 
+use crate::error::printable;
+
 /// What was wrong with a header.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{place}: expected {expected}, found {found}")]
@@ -18,6 +20,6 @@ pub(super) fn refuse<T>(
     expected: impl Into<String>,
     found: impl Into<String>,
 ) -> Result<T, HeaderError> {
-    let short = |text: String| text.chars().take(200).map(|c| if c.is_control() { '?' } else { c }).collect();
+    let short = |text: String| printable(text.chars().take(200).collect());
     Err(HeaderError { place: short(place.into()), expected: expected.into(), found: short(found.into()) })
 }

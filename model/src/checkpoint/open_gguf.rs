@@ -88,7 +88,7 @@ pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<(ModelConfig, Fi
         Some(Value::Integer(count)) if (1..=i128::from(MOST_PARTS)).contains(count) => *count as u32,
         Some(other) => {
             let expected = format!("1 to {MOST_PARTS} parts");
-            return Err(ModelError::invalid(format!("{place}: split.count"), expected, format!("{other:?}")));
+            return Err(ModelError::invalid(format!("{place}: split.count"), expected, other.to_string()));
         }
     };
     let total = header.metadata.get("split.tensors.count").cloned();
@@ -110,7 +110,12 @@ pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<(ModelConfig, Fi
             if says != (Some(&wanted.0), Some(&wanted.1)) {
                 let place = storage.path(&name).display().to_string();
                 let expected = format!("part {number} of {count}");
-                return Err(ModelError::invalid(place, expected, format!("split.no and split.count {says:?}")));
+                let says = [says.0, says.1].map(|value| value.map_or("none".to_owned(), Value::to_string));
+                return Err(ModelError::invalid(
+                    place,
+                    expected,
+                    format!("split.no and split.count {}", says.join(", ")),
+                ));
             }
             headers.push((name, part.tensors));
         }

@@ -26,7 +26,8 @@ pub(super) fn open(path: &Path) -> Result<Tokenizer, ModelError> {
     of(&header, &folder.path(&first).display().to_string())
 }
 
-fn of(header: &Header, place: &str) -> Result<Tokenizer, ModelError> {
+/// The vocabulary in this header.
+pub(super) fn of(header: &Header, place: &str) -> Result<Tokenizer, ModelError> {
     let metadata = &header.metadata;
     let refuse = |key: &str, expected: &str| {
         let found = if metadata.contains_key(key) { "another value" } else { "none" };

@@ -10,7 +10,7 @@ use std::{
     path::Path,
 };
 
-use crate::ModelError;
+use crate::{ModelError, checkpoint::gguf::Header};
 
 mod decode;
 mod gguf;
@@ -85,6 +85,14 @@ impl Tokenizer {
             return Err(ModelError::invalid(place, *expected, "a model without it"));
         }
         Self::of_pieces(model.pieces, true, place)
+    }
+
+    /// The vocabulary in the metadata of a GGUF file; `place` is for messages.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::open`].
+    pub fn from_gguf(header: &Header, place: &str) -> Result<Self, ModelError> {
+        gguf::of(header, place)
     }
 
     fn of_pieces(pieces: Vec<Piece>, space_in_front: bool, place: &str) -> Result<Self, ModelError> {

@@ -231,6 +231,7 @@ fn models_of_another_kind_are_refused_by_what_differs() {
 
 #[test]
 fn hostile_vocabularies_are_refused() {
+    let alike: Vec<_> = (0..4000).map(|i| piece(format!("{}{i}", "a".repeat(1000)).as_bytes(), 0.0, 4)).collect();
     let many: Vec<_> = (0..5000).map(|i| piece(format!("<{i}>").as_bytes(), 0.0, 4)).collect();
     let cases: &[(&str, Vec<Vec<u8>>)] = &[
         ("each piece once", vec![piece(b"ab", -9.0, 1)]),
@@ -246,6 +247,7 @@ fn hostile_vocabularies_are_refused() {
         ("a text of 1 to 1024 bytes", vec![piece(b"", 0.0, 4)]),
         ("a text of 1 to 1024 bytes", vec![piece(&[b'a'; 1025], -9.0, 1)]),
         ("at most 4096 user-defined pieces", many),
+        ("at most 65536 bytes of user-defined pieces", alike),
         ("a piece in UTF-8", vec![piece(&[0xff], -9.0, 1)]),
         ("a kind of piece from 1 to 6", vec![piece(b"abb", -9.0, 7)]),
     ];

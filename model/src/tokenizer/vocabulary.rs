@@ -9,6 +9,8 @@ use crate::ModelError;
 const LONGEST_PIECE: usize = 1024;
 /// Each place of a text is compared with these; Grok-1 has 65.
 const MOST_USER_DEFINED: usize = 4096;
+/// And all of them together are no longer than this: those that begin alike are compared to their ends.
+const MOST_USER_DEFINED_BYTES: usize = 64 << 10;
 
 /// Pieces by what they do.
 #[derive(Default)]
@@ -18,6 +20,7 @@ pub(super) struct Vocabulary {
     /// User-defined pieces by first byte, longest first.
     pub(super) user_defined: HashMap<u8, Vec<(String, u32)>>,
     user_defined_count: usize,
+    user_defined_bytes: usize,
     bytes: HashMap<u8, u32>,
 }
 
@@ -63,8 +66,12 @@ impl Vocabulary {
             PieceKind::UserDefined if self.user_defined_count == MOST_USER_DEFINED => {
                 return Err(format!("at most {MOST_USER_DEFINED} user-defined pieces"));
             }
+            PieceKind::UserDefined if self.user_defined_bytes + piece.text.len() > MOST_USER_DEFINED_BYTES => {
+                return Err(format!("at most {MOST_USER_DEFINED_BYTES} bytes of user-defined pieces"));
+            }
             PieceKind::UserDefined => {
                 self.user_defined_count += 1;
+                self.user_defined_bytes += piece.text.len();
                 self.user_defined.entry(first).or_default().push((piece.text.clone(), id));
                 None
             }

@@ -145,6 +145,17 @@ fn a_truncated_header_is_refused_at_every_length() {
 }
 
 #[test]
+fn lists_of_bytes_take_no_memory() {
+    let list = |kind: u32, width: usize| array(kind, 1 << 16, &vec![1; width << 16]);
+    let lists = [("u8", 0, 1), ("i8", 1, 1), ("u16", 2, 2), ("i16", 3, 2), ("bool", 7, 1)];
+    let file = lists.iter().fold(Gguf::default(), |file, (key, kind, width)| file.raw(key, 9, &list(*kind, *width)));
+    let header = gguf::read(&Memory(&file.number("after", 7).done())).unwrap();
+    assert_eq!(header.metadata.into_iter().collect::<Vec<_>>(), [("after".to_owned(), gguf::Value::Integer(7))]);
+    let cut = Gguf::default().raw("u16", 9, &array(2, 40, &[0; 60])).done();
+    assert_refused("a list past the end", &gguf::read(&Memory(&cut)).unwrap_err().to_string(), "80 more bytes");
+}
+
+#[test]
 fn no_flipped_bit_makes_a_reader_panic() {
     let file = Gguf::default().number("k", 7).raw("l", 9, &array(5, 2, &[0; 8])).tensor("a", &[32], 8, &[1; 34]).done();
     for bit in 0..8 * file.len() {
