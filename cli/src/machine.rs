@@ -14,6 +14,11 @@ pub(crate) fn available_memory_bytes() -> Option<u64> {
     Some(cgroup_memory_left().map_or(available, |left| left.min(available)))
 }
 
+/// The most memory that this process has had at a time; `None` where the system does not say.
+pub(crate) fn peak_memory_bytes() -> Option<u64> {
+    field_kib(&fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")?.checked_mul(1024)
+}
+
 fn field_kib(meminfo: &str, name: &str) -> Option<u64> {
     let rest = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
     rest.split_whitespace().next()?.parse().ok()

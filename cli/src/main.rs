@@ -123,6 +123,9 @@ mod tests {
             "tokenize --tokenizer t --json --decode",
             "logits --model m --token-ids 1,2,3 --device cpu --threads 2 --out f.safetensors --trace",
             "bench stage --synthetic grok1 --layers 0..1 --device cpu --threads 2 --gen 4 --json",
+            "bench stage --synthetic grok1 --layers 0..1 --type q4_0 --precision fast --prompt 32,128 --batch 1,2,4",
+            "bench precision --model m --tokens t.json --threads 2 --json",
+            "bench kernels --type q8_0,q4_k --inputs 6144 --outputs 32768 --rows 1,64 --threads 1 --precision fast --json",
         ];
         for line in lines {
             let parsed = Cli::try_parse_from(std::iter::once("grokpipe").chain(line.split(' ')));

@@ -8,38 +8,31 @@ use std::{error::Error, ops::Range, path::PathBuf, sync::Arc, time::Instant};
 use grokpipe_kernels::{
     Batch, KV_BLOCK_TOKENS, Precision, Row, Stage, StageOptions, StepInput, SyntheticWeights, select_device,
 };
-use grokpipe_model::{LayerTensor, Model, ModelConfig, TensorName, WeightSource};
+use grokpipe_model::{BlockType, LayerTensor, Model, ModelConfig, TensorName, WeightSource};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
+use super::{parse_type, repeated};
 use crate::{config::parse_precision, error::CliError, machine, text::Table};
 
 /// Steps before the ones that count: caches, clocks and page tables settle.
 const WARM_UP_STEPS: usize = 2;
+/// Seed of weights without a file.
+const SEED: u64 = 1;
 /// Most rows of a prefill step.
 const CHUNK_ROWS: usize = 512;
 
-/// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Debug, clap::Subcommand)]
-enum What {
-    /// Time decode and prefill of some layers
-    Stage(StageArgs),
-}
-
-#[derive(Debug, clap::Args)]
-struct StageArgs {
+pub(super) struct Args {
     /// Model to measure; without one, weights from a seed
     #[arg(long, value_name = "PATH", conflicts_with = "synthetic")]
     model: Option<PathBuf>,
     /// Shape of weights from a seed: grok1
     #[arg(long, value_name = "SHAPE", value_parser = ["grok1"])]
     synthetic: Option<String>,
+    /// How weights from a seed are stored: a type of GGUF files [default: int8, as xAI published them]
+    #[arg(long, value_name = "TYPE", value_parser = parse_type, requires = "synthetic")]
+    r#type: Option<BlockType>,
     /// Layers, the second number not included [default: all of a model, 0..1 of weights from a seed]
     #[arg(long, value_name = "A..B", value_parser = parse_layers)]
     layers: Option<Range<u32>>,
@@ -76,18 +69,24 @@ fn parse_layers(text: &str) -> Result<Range<u32>, String> {
         .ok_or_else(|| format!("expected A..B with A below B, found {text:?}"))
 }
 
-/// Runs `bench`.
+/// Runs `bench stage`.
 ///
 /// # Errors
 /// What the model or the device reports.
-pub(crate) fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let What::Stage(args) = args.what;
+pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let (config, weights): (ModelConfig, Arc<dyn WeightSource>) = match &args.model {
         Some(path) => {
             let model = Model::open(path)?;
             (model.config().clone(), Arc::new(model))
         }
-        None => (ModelConfig::grok_1(), Arc::new(SyntheticWeights::new(ModelConfig::grok_1(), 1))),
+        None => {
+            let config = ModelConfig::grok_1();
+            let weights = match args.r#type {
+                Some(kind) => SyntheticWeights::in_blocks(config.clone(), SEED, kind)?,
+                None => SyntheticWeights::new(config.clone(), SEED),
+            };
+            (config, Arc::new(weights))
+        }
     };
     let all = 0..config.num_hidden_layers;
     let layers = args.layers.clone().unwrap_or(if args.model.is_some() { all.clone() } else { 0..1 });
@@ -138,6 +137,7 @@ pub(crate) fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         layers,
         weights_bytes: stage.weights_bytes(),
         load_seconds,
+        peak_memory: machine::peak_memory_bytes(),
         bandwidth,
         reads,
         results,
@@ -158,13 +158,6 @@ fn progress_bar() -> ProgressBar {
     bar
 }
 
-/// Seconds of each run, ascending.
-fn repeated<E>(times: u32, mut run: impl FnMut() -> Result<f64, E>) -> Result<Vec<f64>, E> {
-    let mut seconds = (0..times).map(|_| run()).collect::<Result<Vec<_>, E>>()?;
-    seconds.sort_by(f64::total_cmp);
-    Ok(seconds)
-}
-
 /// Bytes of weights that steps read.
 struct Reads {
     /// By every step: attention, router, norms, head.
@@ -173,6 +166,8 @@ struct Reads {
     experts: u64,
     num_experts: usize,
     chosen: usize,
+    /// Weights that work on a token, without those of the head.
+    active: f64,
 }
 
 impl Reads {
@@ -182,7 +177,8 @@ impl Reads {
         layers: &Range<u32>,
         has_head: bool,
     ) -> Result<Self, CliError> {
-        let (mut fixed, mut experts) = (0, 0);
+        let (mut fixed, mut experts, mut active) = (0, 0, 0.0);
+        let chosen = config.num_experts_per_tok;
         for layer in layers.clone() {
             for tensor in LayerTensor::ALL {
                 match tensor {
@@ -193,6 +189,8 @@ impl Reads {
                     _ => {
                         let matrix = weights.matrix(&TensorName::Layer(layer, tensor))?;
                         let bytes = matrix.spec().weight_bytes() + 4 * matrix.spec().scale_count() as u64;
+                        let numbers = (matrix.spec().inputs * matrix.spec().outputs) as f64;
+                        active += if matrix.spec().experts == 1 { numbers } else { chosen as f64 * numbers };
                         *(if matrix.spec().experts == 1 { &mut fixed } else { &mut experts }) += bytes;
                     }
                 }
@@ -201,7 +199,7 @@ impl Reads {
         if has_head {
             fixed += weights.matrix(&TensorName::Head)?.spec().weight_bytes();
         }
-        Ok(Self { fixed, experts, num_experts: config.num_experts, chosen: config.num_experts_per_tok })
+        Ok(Self { fixed, experts, num_experts: config.num_experts, chosen, active })
     }
 
     /// Bytes of a step of this many tokens, if each chooses its experts at random.
@@ -299,6 +297,8 @@ struct Report {
     layers: Range<u32>,
     weights_bytes: u64,
     load_seconds: f64,
+    /// Of this process, where the system tells.
+    peak_memory: Option<u64>,
     bandwidth: f64,
     reads: Reads,
     results: Vec<Measured>,
@@ -334,6 +334,7 @@ impl Report {
                     "bytes_per_token": bytes,
                     "gigabytes_per_second": bytes * rate / 1e9,
                     "share_of_bandwidth": bytes * rate / self.bandwidth,
+                    "gigaflops_per_second": 2.0 * self.reads.active * rate / 1e9,
                 })
             })
             .collect();
@@ -348,6 +349,7 @@ impl Report {
             "layers": [self.layers.start, self.layers.end],
             "weights_bytes": self.weights_bytes,
             "load_seconds": self.load_seconds,
+            "peak_memory_bytes": self.peak_memory,
             "load_gigabytes_per_second": self.weights_bytes as f64 / self.load_seconds / 1e9,
             "results": results,
         })
@@ -357,9 +359,12 @@ impl Report {
         let gigabytes = self.weights_bytes as f64 / 1e9;
         let mut text = format!("{}, layers {}..{}, {}\n", self.model, self.layers.start, self.layers.end, self.device);
         let rate = gigabytes / self.load_seconds;
-        text += &format!("loaded {gigabytes:.2} GB in {:.1} s, {rate:.1} GB/s\n", self.load_seconds);
+        let peak =
+            self.peak_memory.map_or(String::new(), |bytes| format!(", peak memory {:.2} GB", bytes as f64 / 1e9));
+        text += &format!("loaded {gigabytes:.2} GB in {:.1} s, {rate:.1} GB/s{peak}\n", self.load_seconds);
         text += &format!("precision {}; memory reads {:.1} GB/s\n\n", self.precision(), self.bandwidth / 1e9);
-        let mut table = Table::new(&["test", "tokens/s", "least", "most", "a token", "reads", "GB/s", "of memory"]);
+        let mut table =
+            Table::new(&["test", "tokens/s", "least", "most", "a token", "reads", "GB/s", "of memory", "GFLOP/s"]);
         for measured in &self.results {
             let rate = measured.rate(measured.median());
             let bytes = self.bytes_a_token(measured);
@@ -376,6 +381,7 @@ impl Report {
                 format!("{:.3} GB", bytes / 1e9),
                 format!("{:.1}", bytes * rate / 1e9),
                 format!("{:.0} %", 100.0 * bytes * rate / self.bandwidth),
+                format!("{:.0}", 2.0 * self.reads.active * rate / 1e9),
             ]);
         }
         text + &table.to_string()
@@ -427,6 +433,7 @@ mod tests {
             layers: 0..2,
             weights_bytes: 1000,
             load_seconds: 1.0,
+            peak_memory: None,
             bandwidth: 1e9,
             reads,
             results: vec![

@@ -1,0 +1,153 @@
+//! `grokpipe bench kernels`: products alone, of every stored type, by how many rows are multiplied at a time.
+//!
+//! Few rows read every weight for little work, so that their share of the memory's bandwidth counts; many rows work on weights
+//! that are already near, so that their arithmetic does.
+
+use std::error::Error;
+
+use grokpipe_kernels::{Precision, ProductShape, ProductTime, select_device};
+use grokpipe_model::{BlockType, Format};
+use serde_json::{Value, json};
+
+use super::parse_type;
+use crate::{config::parse_precision, machine, text::Table};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Stored types [default: all of them]
+    #[arg(long, value_name = "TYPE,TYPE", value_delimiter = ',', value_parser = parse_type)]
+    r#type: Vec<BlockType>,
+    /// Inputs of the matrix; a multiple of 256
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(256..=1 << 20), default_value_t = 6144)]
+    inputs: u32,
+    /// Outputs of the matrix
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 20), default_value_t = 32_768)]
+    outputs: u32,
+    /// Numbers of rows that are multiplied at a time
+    #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=4096), default_value = "1,8,64")]
+    rows: Vec<u32>,
+    /// Device: auto, gpu, gpu:NAME or cpu
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Threads of the CPU backend; all cores if not given
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    threads: Option<u32>,
+    /// exact computes products in f32, fast with 8-bit inputs
+    #[arg(long, value_name = "exact|fast", value_parser = parse_precision, default_value = "fast")]
+    precision: Precision,
+    /// Times that each product is measured
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000), default_value_t = 5)]
+    repeat: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs `bench kernels`.
+///
+/// # Errors
+/// What the device reports.
+pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let threads = args.threads.unwrap_or_else(machine::cores) as usize;
+    let mut device = select_device(&args.device, threads, args.precision)?;
+    let types = if args.r#type.is_empty() { BlockType::all().collect() } else { args.r#type.clone() };
+    let rows: Vec<usize> = args.rows.iter().map(|&rows| rows as usize).collect();
+    let (inputs, outputs) = (args.inputs as usize, args.outputs as usize);
+    let bandwidth = device.measure_read_bandwidth()?;
+    let mut report = Report { device: device.info().name.clone(), bandwidth, inputs, outputs, times: Vec::new() };
+    if !args.json {
+        println!("{}", report.heading());
+    }
+    for kind in types {
+        let shape = ProductShape { format: Format::Blocks(kind), inputs, outputs };
+        let times = device.time_products(shape, &rows, args.repeat as usize)?;
+        report.times.push((kind, times));
+    }
+    if args.json {
+        println!("{}", report.to_json());
+    } else {
+        print!("{}", report.table());
+    }
+    Ok(())
+}
+
+struct Report {
+    device: String,
+    /// Bytes a second.
+    bandwidth: f64,
+    inputs: usize,
+    outputs: usize,
+    times: Vec<(BlockType, Vec<ProductTime>)>,
+}
+
+impl Report {
+    /// Bytes and multiply-adds times two a second.
+    fn rates(&self, time: &ProductTime) -> (f64, f64) {
+        let work = 2.0 * (time.rows * self.inputs * self.outputs) as f64;
+        (time.bytes as f64 / time.seconds, work / time.seconds)
+    }
+
+    fn heading(&self) -> String {
+        let Self { device, bandwidth, inputs, outputs, .. } = self;
+        format!("{inputs} inputs, {outputs} outputs, {device}; memory reads {:.1} GB/s\n", bandwidth / 1e9)
+    }
+
+    fn table(&self) -> String {
+        let mut table = Table::new(&["type", "rows", "a product", "bytes", "GB/s", "of memory", "GFLOP/s"]);
+        for (kind, times) in &self.times {
+            for time in times {
+                let (bytes, work) = self.rates(time);
+                table.row(vec![
+                    kind.name().to_owned(),
+                    time.rows.to_string(),
+                    format!("{:.3} ms", 1e3 * time.seconds),
+                    format!("{:.1} MB", time.bytes as f64 / 1e6),
+                    format!("{:.1}", bytes / 1e9),
+                    format!("{:.0} %", 100.0 * bytes / self.bandwidth),
+                    format!("{:.0}", work / 1e9),
+                ]);
+            }
+        }
+        table.to_string()
+    }
+
+    fn to_json(&self) -> Value {
+        let results = self.times.iter().flat_map(|(kind, times)| {
+            times.iter().map(|time| {
+                let (bytes, work) = self.rates(time);
+                json!({
+                    "type": kind.name(),
+                    "rows": time.rows,
+                    "seconds": time.seconds,
+                    "bytes": time.bytes,
+                    "gigabytes_per_second": bytes / 1e9,
+                    "share_of_bandwidth": bytes / self.bandwidth,
+                    "gigaflops_per_second": work / 1e9,
+                })
+            })
+        });
+        json!({
+            "machine": { "device": self.device, "read_gigabytes_per_second": self.bandwidth / 1e9 },
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "results": results.collect::<Vec<_>>(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_of_bytes_and_of_work() {
+        let time = ProductTime { rows: 8, bytes: 1_000_000, seconds: 1e-3 };
+        let (inputs, outputs) = (1000, 500);
+        let times = vec![(BlockType::Q8_0, vec![time])];
+        let report = Report { device: "cpu".into(), bandwidth: 2e9, inputs, outputs, times };
+        let json = report.to_json();
+        assert_eq!(json["results"][0]["share_of_bandwidth"], 0.5);
+        assert_eq!(json["results"][0]["gigaflops_per_second"], 8.0);
+        assert!(report.table().contains("50 %"), "{}", report.table());
+    }
+}
