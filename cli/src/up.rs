@@ -76,7 +76,7 @@ pub(crate) struct Args {
     /// CPU threads of each worker
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
-    /// exact computes products in f32, fast with 8-bit inputs
+    /// fast multiplies quantised weights by 8-bit inputs, exact by f32 [default: fast]
     #[arg(long, value_name = "exact|fast", value_parser = parse_precision)]
     precision: Option<Precision>,
     /// The tokenizer.model

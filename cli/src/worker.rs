@@ -10,7 +10,7 @@ use std::{
 };
 
 use grokpipe_kernels::{CpuBackend, Device, KernelError, Precision, Stage, StageModel, StageOptions, select_device};
-use grokpipe_model::{Model, ModelConfig, WeightSource};
+use grokpipe_model::{LayerTensor, Model, ModelConfig, TensorName, WeightSource};
 use grokpipe_proto::transport::Tcp;
 use grokpipe_worker::{
     Settings, WorkerError,
@@ -50,7 +50,7 @@ pub(crate) struct Args {
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
-    /// exact computes products in f32, fast with 8-bit inputs [default: exact]
+    /// fast multiplies quantised weights by 8-bit inputs, exact by f32 [default: fast]
     #[arg(long, value_name = "exact|fast", value_parser = parse_precision)]
     precision: Option<Precision>,
     /// Memory that it may fill, as 8GiB [default: what the device has free]
@@ -186,10 +186,12 @@ impl DeviceLoader {
     fn open(args: &Args, described: &WorkerSection, model: Arc<Model>) -> Result<Self, CliError> {
         let device = args.device.clone().unwrap_or_else(|| described.device.clone());
         let threads = args.threads.or(described.threads).unwrap_or_else(machine::cores) as usize;
-        let precision = args.precision.or(described.precision).unwrap_or_default();
+        let precision = args.precision.or(described.precision).unwrap_or(Precision::Fast);
         let mut opened = select_device(&device, threads, precision)?;
         let memory = args.memory.or(described.memory);
         let memory_bytes = memory_offered(memory, args.memory_share, opened.as_ref())?;
+        // Plans count in stored bytes.
+        let memory_bytes = (memory_bytes as f64 / growth(&model, opened.as_ref())?) as u64;
         let invariance = opened.check_batch_invariance()?;
         let notes: Vec<String> = invariance.difference.into_iter().collect();
         for note in &notes {
@@ -205,6 +207,19 @@ impl DeviceLoader {
         };
         Ok(Self { device, threads, precision, digest: model.digest(), model, facts })
     }
+}
+
+/// How many times its stored bytes a model takes on this device; at least 1.
+fn growth(model: &Model, device: &dyn Device) -> Result<f64, CliError> {
+    let (mut stored, mut held) = (0u64, 0u64);
+    for layer in 0..model.config().num_hidden_layers {
+        for tensor in LayerTensor::ALL.into_iter().filter(|tensor| tensor.is_matrix()) {
+            let matrix = model.matrix(&TensorName::Layer(layer, tensor))?;
+            stored += matrix.spec().weight_bytes();
+            held += device.held_bytes(matrix.spec());
+        }
+    }
+    Ok((held as f64 / stored.max(1) as f64).max(1.0))
 }
 
 /// What was said; else what the device has; else, for the CPU and devices that do not tell, this machine's free memory.

@@ -7,7 +7,7 @@
 //! **Batch invariance.** A row of any result depends on that row's inputs and the weights alone: the order of every sum depends
 //! on the shapes of the weights, in attention on absolute key positions, and never on how many rows a call has.
 
-use grokpipe_model::MatrixSource;
+use grokpipe_model::{MatrixSource, MatrixSpec};
 
 use crate::{Batch, DeviceInfo, KernelError};
 
@@ -56,6 +56,9 @@ pub trait Backend: Send + 'static {
         source: &dyn MatrixSource,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self::Matrix, KernelError>;
+
+    /// Bytes that the numbers of a matrix take on the device: more than in the file where blocks are unpacked.
+    fn held_bytes(&self, spec: &MatrixSpec) -> u64;
 
     /// Copies a vector to the device.
     ///

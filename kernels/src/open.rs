@@ -5,7 +5,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use grokpipe_model::{ModelConfig, WeightSource};
+use grokpipe_model::{MatrixSpec, ModelConfig, WeightSource};
 
 use crate::{
     Backend, BatchInvariance, CpuBackend, DeviceInfo, GpuBackend, GpuChoice, KernelError, Precision, ProductShape,
@@ -28,6 +28,9 @@ pub trait Device: Send {
     /// # Errors
     /// As there.
     fn measure_flop_rate(&mut self) -> Result<f64, KernelError>;
+
+    /// See [`Backend::held_bytes`].
+    fn held_bytes(&self, spec: &MatrixSpec) -> u64;
 
     /// See [`check_batch_invariance`].
     ///
@@ -87,6 +90,10 @@ impl<B: Backend> Device for Opened<B> {
 
     fn measure_flop_rate(&mut self) -> Result<f64, KernelError> {
         self.0.measure_flop_rate()
+    }
+
+    fn held_bytes(&self, spec: &MatrixSpec) -> u64 {
+        self.0.held_bytes(spec)
     }
 
     fn check_batch_invariance(&mut self) -> Result<BatchInvariance, KernelError> {

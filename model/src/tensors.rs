@@ -63,6 +63,11 @@ impl LayerTensor {
         Self::Router,
     ];
 
+    /// Whether it is a matrix, or one an expert; else it is a norm's scale.
+    pub fn is_matrix(self) -> bool {
+        !matches!(self, Self::PreAttentionNorm | Self::PostAttentionNorm | Self::PreMoeNorm | Self::PostMoeNorm)
+    }
+
     /// Path below `transformer/decoder_layer_L/`.
     pub fn path(self) -> &'static str {
         match self {

@@ -42,8 +42,8 @@ pub(super) struct Args {
     /// Threads of the CPU backend; all cores if not given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
-    /// exact computes products in f32, fast with 8-bit inputs
-    #[arg(long, value_name = "exact|fast", value_parser = parse_precision, default_value = "exact")]
+    /// fast multiplies quantised weights by 8-bit inputs, exact by f32
+    #[arg(long, value_name = "exact|fast", value_parser = parse_precision, default_value = "fast")]
     precision: Precision,
     /// Lengths of prompts whose prefill is timed
     #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=8192))]
@@ -181,19 +181,15 @@ impl Reads {
         let chosen = config.num_experts_per_tok;
         for layer in layers.clone() {
             for tensor in LayerTensor::ALL {
-                match tensor {
-                    LayerTensor::PreAttentionNorm
-                    | LayerTensor::PostAttentionNorm
-                    | LayerTensor::PreMoeNorm
-                    | LayerTensor::PostMoeNorm => fixed += 4 * config.hidden_size as u64,
-                    _ => {
-                        let matrix = weights.matrix(&TensorName::Layer(layer, tensor))?;
-                        let bytes = matrix.spec().weight_bytes() + 4 * matrix.spec().scale_count() as u64;
-                        let numbers = (matrix.spec().inputs * matrix.spec().outputs) as f64;
-                        active += if matrix.spec().experts == 1 { numbers } else { chosen as f64 * numbers };
-                        *(if matrix.spec().experts == 1 { &mut fixed } else { &mut experts }) += bytes;
-                    }
+                if !tensor.is_matrix() {
+                    fixed += 4 * config.hidden_size as u64;
+                    continue;
                 }
+                let matrix = weights.matrix(&TensorName::Layer(layer, tensor))?;
+                let bytes = matrix.spec().weight_bytes() + 4 * matrix.spec().scale_count() as u64;
+                let numbers = (matrix.spec().inputs * matrix.spec().outputs) as f64;
+                active += if matrix.spec().experts == 1 { numbers } else { chosen as f64 * numbers };
+                *(if matrix.spec().experts == 1 { &mut fixed } else { &mut experts }) += bytes;
             }
         }
         if has_head {

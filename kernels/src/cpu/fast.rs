@@ -12,7 +12,7 @@ use super::{
 };
 
 /// How far ahead of their use weights are asked for: the processor's own prefetching ends with a page of 4 KiB.
-const AHEAD: usize = 4096;
+pub(super) const AHEAD: usize = 4096;
 /// Blocks ahead of which their scales are asked for.
 const AHEAD_BLOCKS: usize = 16;
 /// Rows of a tile at most.

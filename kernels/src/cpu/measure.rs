@@ -4,7 +4,13 @@ use std::time::Instant;
 
 use grokpipe_model::{Format, Layout, MatrixSource, MatrixSpec, ModelError};
 
-use super::{CpuBackend, memory::zeroed, threads::Threads};
+use super::{
+    CpuBackend,
+    fast::AHEAD,
+    memory::zeroed,
+    simd::{Isa, Kernel, Simd, Word},
+    threads::Threads,
+};
 use crate::{Backend, KernelError};
 
 /// Larger than the last-level caches of ordinary machines.
@@ -17,25 +23,36 @@ const SIDE: usize = 1536;
 const ROWS: usize = 64;
 
 /// Bytes a second of all threads reading memory in order.
-pub(super) fn read_bandwidth(threads: &Threads, device: &str) -> Result<f64, KernelError> {
-    let words: Vec<u64> = zeroed(READ_BYTES / 8, "the bandwidth measurement", device)?;
+pub(super) fn read_bandwidth(isa: Isa, threads: &Threads, device: &str) -> Result<f64, KernelError> {
+    let words: Vec<Word> = zeroed(READ_BYTES / size_of::<Word>(), "the bandwidth measurement", device)?;
     let part = words.len().div_ceil(threads.count() * 8);
     let mut best = 0.0f64;
     for _ in 0..PASSES {
         let started = Instant::now();
-        let parts: Vec<&[u64]> = words.chunks(part).collect();
-        threads.each(parts, usize::MAX, |words| {
-            let mut lanes = [0u64; 16];
-            for words in words.as_chunks::<16>().0 {
-                for (lane, word) in lanes.iter_mut().zip(words) {
-                    *lane = lane.wrapping_add(*word);
-                }
-            }
-            std::hint::black_box(lanes);
-        });
+        let parts: Vec<&[Word]> = words.chunks(part).collect();
+        threads.each(parts, usize::MAX, |words| isa.run(Read(words)));
         best = best.max(READ_BYTES as f64 / started.elapsed().as_secs_f64());
     }
     Ok(best)
+}
+
+/// Reads words in the manner of the products: asking for them ahead.
+struct Read<'a>(&'a [Word]);
+
+impl Kernel for Read<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let mut sums = [simd.splat_i32(0); 4];
+        for words in self.0.as_chunks::<4>().0 {
+            for (sum, word) in sums.iter_mut().zip(words) {
+                simd.prefetch(word, AHEAD);
+                *sum = simd.dot4(*sum, word, [1; 4]);
+            }
+        }
+        std::hint::black_box(sums.map(|sum| simd.array(simd.to_f32(sum))));
+    }
 }
 
 /// Twice the multiply-adds a second of an int8 product of 64 rows.

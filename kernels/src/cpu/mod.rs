@@ -21,7 +21,7 @@ mod simd;
 pub(crate) mod tests;
 mod threads;
 
-use grokpipe_model::MatrixSource;
+use grokpipe_model::{Format, MatrixSource, MatrixSpec};
 
 pub use self::matrix::CpuMatrix;
 use self::{
@@ -217,6 +217,13 @@ impl Backend for CpuBackend {
         progress: &mut dyn FnMut(u64),
     ) -> Result<CpuMatrix, KernelError> {
         CpuMatrix::load(source, self.precision, &self.threads, &self.info.name, progress)
+    }
+
+    fn held_bytes(&self, spec: &MatrixSpec) -> u64 {
+        match spec.format {
+            Format::Blocks(kind) if self.precision == Precision::Fast => packed::held_bytes(spec, kind),
+            _ => spec.weight_bytes(),
+        }
     }
 
     fn load_vector(&mut self, values: &[f32]) -> Result<Vec<f32>, KernelError> {
@@ -480,7 +487,7 @@ impl Backend for CpuBackend {
     }
 
     fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {
-        measure::read_bandwidth(&self.threads, &self.info.name)
+        measure::read_bandwidth(self.isa, &self.threads, &self.info.name)
     }
 
     fn measure_flop_rate(&mut self) -> Result<f64, KernelError> {

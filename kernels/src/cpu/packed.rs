@@ -58,6 +58,20 @@ fn has_nibbles(kind: BlockType) -> Option<bool> {
     }
 }
 
+/// Bytes that a matrix of such blocks takes in memory, packed if it can be.
+pub(super) fn held_bytes(spec: &MatrixSpec, kind: BlockType) -> u64 {
+    let Some(nibbles) = has_nibbles(kind) else { return spec.weight_bytes() };
+    let weights = if nibbles { BLOCK / 2 } else { BLOCK };
+    // Of eight blocks: a half each; or one or two for all of them, and two bytes each.
+    let scales = match kind {
+        BlockType::Q4K | BlockType::Q5K => 4 + 2 * SUPER,
+        _ if kind.weights() == BLOCK => 2 * SUPER,
+        _ => 2 + 2 * SUPER,
+    };
+    let rows = (spec.experts * spec.outputs.next_multiple_of(LANES)) as u64;
+    rows * (spec.inputs as u64 / BLOCK as u64) * (SUPER * weights + scales) as u64 / SUPER as u64
+}
+
 impl Packed {
     /// Packs int8 rows that lie output by output, each expert filled up to whole bands, with scales `[experts, outputs, groups]`.
     /// The words are rearranged in place.
@@ -215,6 +229,34 @@ fn interleave_nibbles(rows: &[u8], words: &mut [Word]) {
                     word.0[4 * lane + j] = block[4 * k + j] | block[BLOCK / 2 + 4 * k + j] << 4;
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use grokpipe_model::{Format, Layout};
+
+    use super::*;
+    use crate::ops::testing::{Random, TestMatrix};
+
+    #[test]
+    fn what_a_matrix_takes_is_known_before_it_is_packed() {
+        let threads = Threads::new(1).unwrap();
+        for kind in BlockType::all() {
+            let matrix = TestMatrix::random(&mut Random::new(3), (2, 512, 70), Format::Blocks(kind), Layout::OutIn);
+            let Some(packed) = Packed::load(&matrix, kind, &threads, "cpu", &mut |_| ()).unwrap() else {
+                assert_eq!(held_bytes(&matrix.spec, kind), matrix.spec.weight_bytes());
+                continue;
+            };
+            let scales = match &packed.scaling {
+                Scaling::Groups { scales, .. } => size_of_val(scales.as_slice()),
+                Scaling::Blocks(halves) => size_of_val(halves.as_slice()),
+                Scaling::Minima { halves, bytes } => size_of_val(halves.as_slice()) + size_of_val(bytes.as_slice()),
+                Scaling::Sixteens { halves, bytes } => size_of_val(halves.as_slice()) + size_of_val(bytes.as_slice()),
+            };
+            let taken = size_of_val(packed.words.as_slice()) + scales;
+            assert_eq!(held_bytes(&matrix.spec, kind), taken as u64, "{kind:?}");
         }
     }
 }

@@ -23,7 +23,7 @@ mod shaders;
 #[cfg(test)]
 mod tests;
 
-use grokpipe_model::MatrixSource;
+use grokpipe_model::{Format, MatrixSource, MatrixSpec};
 
 use self::{
     batch::StepBatch,
@@ -190,6 +190,14 @@ impl Backend for GpuBackend {
         progress: &mut dyn FnMut(u64),
     ) -> Result<GpuMatrix, KernelError> {
         matrix::load(&mut self.memory, &mut self.recorder, source, progress)
+    }
+
+    fn held_bytes(&self, spec: &MatrixSpec) -> u64 {
+        match spec.format {
+            // Blocks become floats on their way to the device.
+            Format::F32 | Format::Blocks(_) => 4 * (spec.experts * spec.inputs * spec.outputs) as u64,
+            Format::Int8 { .. } => spec.weight_bytes(),
+        }
     }
 
     fn load_vector(&mut self, values: &[f32]) -> Result<GpuVector, KernelError> {
