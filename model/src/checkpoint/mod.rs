@@ -145,6 +145,16 @@ impl Model {
         format!("{hash:032x}")
     }
 
+    /// Whether the files have a head of their own beside the embedding.
+    pub(crate) fn has_own_head(&self) -> bool {
+        self.files.has_head()
+    }
+
+    /// The header with the metadata, of a GGUF model.
+    pub(crate) fn gguf_header(&self) -> Result<Option<gguf::Header>, ModelError> {
+        self.gguf.as_ref().map(|file| open_gguf::read(&*self.storage, file)).transpose()
+    }
+
     /// Opens every tensor, checks it, and says what it is; in the order of the published files, a head of its own last.
     ///
     /// # Errors
@@ -377,6 +387,11 @@ impl MatrixSource for StoredMatrix {
         finite(&scales, &self.located.place)?;
         Ok(scales)
     }
+}
+
+/// What a GGUF file of today calls this tensor, all experts in one.
+pub(crate) fn gguf_name(name: &TensorName) -> String {
+    names::Family::Gguf.names(name).whole.into_iter().next().unwrap_or_default()
 }
 
 fn finite(values: &[f32], place: &str) -> Result<(), ModelError> {
