@@ -25,7 +25,7 @@ pub mod safetensors;
 pub mod storage;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use files::{Files, Part, Placed};
 use storage::{Folder, ReadAt, Storage};

@@ -91,14 +91,22 @@ fn search(normal: &Normal, groups: &[Group], top: f32) -> Result<Block, OutOfRan
     let mut wanted = [Line::default(); 8];
     wanted.iter_mut().zip(groups).for_each(|(line, x)| *line = best_line(x, top));
     let largest = |part: fn(&Line) -> f32| wanted.iter().map(part).fold(0.0, f32::max) / MOST;
-    let units = Line { scale: largest(|line| line.scale), minimum: largest(|line| line.minimum) };
-    let mut best = with_halves(normal, groups, &wanted, units, top)?;
+    let units = [largest(|line| line.scale), largest(|line| line.minimum)];
+    let with = |halves: [f16; 2]| with_halves(normal, groups, &wanted, halves, top);
+    let nearest = |units: [f32; 2]| -> Result<[f16; 2], OutOfRange> {
+        Ok([normal.nearest(units[0])?, normal.nearest(units[1])?])
+    };
+    let mut best = with(nearest(units)?);
+    if let (Ok(d), Ok(m)) = (normal.not_below(units[0]), normal.not_below(units[1])) {
+        best = with([d, m]).better_of(best);
+    }
     for _ in 0..ROUNDS {
-        let next = refitted(groups, &best, top).and_then(|units| with_halves(normal, groups, &wanted, units, top).ok());
-        match next.filter(|next| next.error < best.error) {
-            Some(next) => best = next,
-            None => break,
+        let Some(Ok(halves)) = refitted(groups, &best, top).map(nearest) else { break };
+        let next = with(halves);
+        if next.error >= best.error {
+            break;
         }
+        best = next;
     }
     Ok(best)
 }
@@ -166,18 +174,18 @@ fn least_squares(x: &Group, q: &Group) -> Option<Line> {
     (line.scale > 0.0).then_some(line)
 }
 
-/// The block whose halves are nearest to `units`, its multiples chosen among the neighbours of the wanted ones.
-fn with_halves(
-    normal: &Normal,
-    groups: &[Group],
-    wanted: &[Line; 8],
-    units: Line,
-    top: f32,
-) -> Result<Block, OutOfRange> {
-    let (d, scale) = normal.half(units.scale)?;
-    let (m, minimum) = normal.half(units.minimum)?;
+impl Block {
+    /// The one that errs less; on a tie the other.
+    fn better_of(self, other: Self) -> Self {
+        if self.error < other.error { self } else { other }
+    }
+}
+
+/// The block with these halves, its multiples chosen among the neighbours of the wanted ones.
+fn with_halves(normal: &Normal, groups: &[Group], wanted: &[Line; 8], halves: [f16; 2], top: f32) -> Block {
+    let [scale, minimum] = halves.map(|half| normal.worth(half));
     let units = Line { scale, minimum };
-    let mut block = Block { halves: [d, m], units, lines: [Line::default(); 8], error: 0.0 };
+    let mut block = Block { halves, units, lines: [Line::default(); 8], error: 0.0 };
     let multiple = |part: f32, unit: f32| if unit > 0.0 { rounded((part / unit).min(MOST)) } else { 0.0 };
     for ((x, wanted), line) in groups.iter().zip(wanted).zip(&mut block.lines) {
         let nearest = (multiple(wanted.scale, scale), multiple(wanted.minimum, minimum));
@@ -194,11 +202,11 @@ fn with_halves(
         }
         block.error += least;
     }
-    Ok(block)
+    block
 }
 
 /// What the halves had best be worth, with these codes and multiples; `None` where they do not say.
-fn refitted(groups: &[Group], block: &Block, top: f32) -> Option<Line> {
+fn refitted(groups: &[Group], block: &Block, top: f32) -> Option<[f32; 2]> {
     let (mut uu, mut uv, mut vv, mut ux, mut vx) = (0.0_f64, 0.0_f64, 0.0_f64, 0.0_f64, 0.0_f64);
     for (x, line) in groups.iter().zip(block.lines) {
         let (q, _) = codes(x, line.times(block.units), top);
@@ -217,5 +225,5 @@ fn refitted(groups: &[Group], block: &Block, top: f32) -> Option<Line> {
     } else {
         return None;
     };
-    (scale > 0.0 && minimum >= 0.0).then_some(Line { scale: scale as f32, minimum: minimum as f32 })
+    (scale > 0.0 && minimum >= 0.0).then_some([scale as f32, minimum as f32])
 }

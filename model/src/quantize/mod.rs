@@ -145,10 +145,23 @@ impl Normal {
         numbers.map(|number| number * self.factor)
     }
 
-    /// The half nearest to a scale of the normal block, and what that half is worth there.
-    fn half(&self, scale: f32) -> Result<(f16, f32), OutOfRange> {
-        let half = half_of(scale / self.factor)?;
-        Ok((half, half.to_f32() * self.factor))
+    /// The half nearest to a scale of the normal block.
+    fn nearest(&self, scale: f32) -> Result<f16, OutOfRange> {
+        half_of(scale / self.factor)
+    }
+
+    /// The half next to it that is no smaller. Small halves are far apart, and with one too small the largest multiple of it falls
+    /// short of what it was to be.
+    fn not_below(&self, scale: f32) -> Result<f16, OutOfRange> {
+        let half = self.nearest(scale)?;
+        let is_below = self.worth(half).abs() < scale.abs();
+        let half = if is_below { f16::from_bits(half.to_bits() + 1) } else { half };
+        if half.is_finite() { Ok(half) } else { Err(OutOfRange) }
+    }
+
+    /// What a half is worth in the normal block.
+    fn worth(&self, half: f16) -> f32 {
+        half.to_f32() * self.factor
     }
 }
 

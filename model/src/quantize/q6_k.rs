@@ -30,7 +30,11 @@ pub(super) fn block(x: &[f32; 256], out: &mut [u8; 210]) -> Result<(), OutOfRang
     wanted.iter_mut().zip(groups).for_each(|(scale, x)| *scale = best_scale(x));
     let largest =
         wanted.iter().fold(0.0_f32, |largest, scale| if scale.abs() > largest.abs() { *scale } else { largest });
-    let mut best = with_half(&normal, groups, &wanted, largest / -128.0)?;
+    let d = largest / -128.0;
+    let mut best = with_half(&normal, groups, &wanted, normal.nearest(d)?);
+    if let Ok(d) = normal.not_below(d) {
+        best = with_half(&normal, groups, &wanted, d).better_of(best);
+    }
     for _ in 0..ROUNDS {
         let Some(next) = refitted(&normal, groups, &wanted, &best) else { break };
         best = next;
@@ -70,9 +74,16 @@ fn best_scale(x: &[f32; 16]) -> f32 {
     best.0
 }
 
-/// The block whose half is nearest to `d`, its scales chosen among the neighbours of the wanted ones.
-fn with_half(normal: &Normal, groups: &[[f32; 16]], wanted: &[f32; 16], d: f32) -> Result<Block, OutOfRange> {
-    let (d, unit) = normal.half(d)?;
+impl Block {
+    /// The one that errs less; on a tie the other.
+    fn better_of(self, other: Self) -> Self {
+        if self.error < other.error { self } else { other }
+    }
+}
+
+/// The block with this half, its scales chosen among the neighbours of the wanted ones.
+fn with_half(normal: &Normal, groups: &[[f32; 16]], wanted: &[f32; 16], d: f16) -> Block {
+    let unit = normal.worth(d);
     let inverse = if unit == 0.0 { 0.0 } else { 1.0 / unit };
     let mut block = Block { d, unit, scales: [0; 16], error: 0.0 };
     for ((x, wanted), scale) in groups.iter().zip(wanted).zip(&mut block.scales) {
@@ -87,7 +98,7 @@ fn with_half(normal: &Normal, groups: &[[f32; 16]], wanted: &[f32; 16], d: f32) 
         }
         block.error += least;
     }
-    Ok(block)
+    block
 }
 
 /// The block with the half that suits these codes and scales best, unless it errs no less.
@@ -103,7 +114,8 @@ fn refitted(normal: &Normal, groups: &[[f32; 16]], wanted: &[f32; 16], block: &B
         }
     }
     let d = if squares > 0.0 { products / squares } else { return None };
-    with_half(normal, groups, wanted, d as f32).ok().filter(|next| next.error < block.error)
+    let next = with_half(normal, groups, wanted, normal.nearest(d as f32).ok()?);
+    (next.error < block.error).then_some(next)
 }
 
 fn write(block: &Block, groups: &[[f32; 16]], out: &mut [u8; 210]) {

@@ -31,26 +31,30 @@ fn rms(a: &[f32], b: &[f32]) -> f64 {
 
 #[test]
 fn no_number_is_further_off_than_the_blocks_range_allows() {
-    // Of the range from the least to the greatest number of a block: half a step, and what scales of six or eight bits add.
+    // Of the largest magnitude: half a step, or a whole one where the last code lies on one side only, and what rounded scales and
+    // numbers left out add.
     let bounds = [
         (BlockType::F16, 5e-4),
         (BlockType::Bf16, 4e-3),
-        (BlockType::Q8_0, 0.5 / 127.0 * 1.01),
+        (BlockType::Q8_0, 0.5 / 127.0 + 0.5 / 1024.0),
         (BlockType::Q4_0, 1.01 / 8.0),
-        (BlockType::Q4K, 0.12),
-        (BlockType::Q5K, 0.07),
-        (BlockType::Q6K, 0.04),
+        (BlockType::Q4K, 0.1),
+        (BlockType::Q5K, 0.05),
+        (BlockType::Q6K, 0.022),
     ];
     for (kind, bound) in bounds {
         for (seed, scale) in [(1, 1.0), (2, 1e-3), (3, 700.0)] {
             let numbers: Vec<f32> = noise(seed, 16 * 256).iter().map(|x| x * scale).collect();
             let (_, back) = round_trip(kind, &numbers);
+            let mut most = 0.0_f32;
             for (block, back) in numbers.chunks(kind.weights()).zip(back.chunks(kind.weights())) {
                 let largest = block.iter().fold(0.0_f32, |largest, x| largest.max(x.abs()));
                 let worst = block.iter().zip(back).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                // A half is never nearer than 2^-24.
-                assert!(worst <= 2.0 * bound * largest + 6e-8, "{}: {worst} of {largest}", kind.name());
+                // A half is off by 2^-25 at least, and a scale by that for each step of its code.
+                assert!(worst <= bound * largest + 127.0 * 3e-8, "{}: {worst} of {largest}", kind.name());
+                most = most.max(worst / largest);
             }
+            println!("{}: {most}", kind.name());
         }
     }
 }
@@ -61,11 +65,11 @@ fn errors_on_a_bell_curve_are_as_small_as_they_were() {
     let numbers = noise(5, 64 * 256);
     let size = rms(&numbers, &vec![0.0; numbers.len()]);
     for (kind, most) in [
-        (BlockType::Q8_0, 9.0),
-        (BlockType::Q4_0, 9.0),
-        (BlockType::Q4K, 9.0),
-        (BlockType::Q5K, 9.0),
-        (BlockType::Q6K, 9.0),
+        (BlockType::Q8_0, 0.0053),
+        (BlockType::Q4_0, 0.083),
+        (BlockType::Q4K, 0.0695),
+        (BlockType::Q5K, 0.0343),
+        (BlockType::Q6K, 0.0166),
     ] {
         let found = rms(&numbers, &round_trip(kind, &numbers).1) / size;
         println!("{}: {found:.4}", kind.name());
@@ -222,7 +226,7 @@ fn q8_0_and_q4_0_are_gguf_pys_byte_for_byte() {
 /// hold these very numbers.
 #[test]
 fn blocks_of_llama_cpp_are_found_again_nearly_exactly() {
-    for (file, most) in [("tinyk-Q4_K.gguf", 9.0), ("tinyk-Q6_K.gguf", 9.0)] {
+    for (file, most) in [("tinyk-Q4_K.gguf", 0.024), ("tinyk-Q6_K.gguf", 0.0006)] {
         let Some(matrices) = golden(file) else { return };
         for (name, kind, bytes) in matrices {
             let mut numbers = vec![0.0; bytes.len() / kind.bytes() * kind.weights()];
