@@ -3,6 +3,8 @@
 //! The vocabulary of a GGUF model is copied; any other's is made from `tokenizer.model`. One that has not as many pieces as the
 //! embedding has rows is left out, since llama.cpp refuses such files.
 
+use std::collections::BTreeMap;
+
 use super::{
     header::{Metadata, Value},
     mix::Mix,
@@ -27,10 +29,16 @@ pub(super) fn of(model: &Model, plan: &Plan, mix: Mix) -> Result<(Metadata, Opti
     if !plan.tensors.iter().all(|tensor| is_float(tensor.format)) {
         metadata.add("general.quantization_version", &Value::U32(QUANTIZATION_VERSION));
     }
-    let why_none = vocabulary(&mut metadata, model)?;
-    if why_none.is_some() {
-        metadata.add("tokenizer.ggml.model", &Value::Text("none".to_owned()));
-    }
+    let why_none = match vocabulary(model)? {
+        Ok(vocabulary) => {
+            vocabulary.iter().for_each(|(key, value)| metadata.add(key, value));
+            None
+        }
+        Err(why) => {
+            metadata.add("tokenizer.ggml.model", &Value::Text("none".to_owned()));
+            Some(why)
+        }
+    };
     Ok((metadata, why_none))
 }
 
@@ -67,56 +75,52 @@ fn sizes(metadata: &mut Metadata, config: &ModelConfig) {
     }
 }
 
-/// Adds the vocabulary, or says why there is none.
-fn vocabulary(metadata: &mut Metadata, model: &Model) -> Result<Option<String>, ModelError> {
+/// The keys of a vocabulary, sorted, so that a copy of a copy is the same file.
+type Vocabulary = BTreeMap<String, Value>;
+
+/// The model's vocabulary, or why there is none.
+fn vocabulary(model: &Model) -> Result<Result<Vocabulary, String>, ModelError> {
     let rows = model.config().vocab_size;
     let unequal = |pieces: usize| format!("the tokenizer has {pieces} pieces, the model {rows} rows");
     if let Some(header) = model.gguf_header()? {
         match header.metadata.get("tokenizer.ggml.tokens") {
             Some(gguf::Value::Texts(pieces)) if pieces.len() == rows => {}
-            Some(gguf::Value::Texts(pieces)) => return Ok(Some(unequal(pieces.len()))),
-            _ => return Ok(Some("the model has none".to_owned())),
+            Some(gguf::Value::Texts(pieces)) => return Ok(Err(unequal(pieces.len()))),
+            _ => return Ok(Err("the model has none".to_owned())),
         }
-        for (key, value) in header.metadata.iter().filter(|(key, _)| key.starts_with("tokenizer.")) {
-            metadata.add(key, &copied(key, value)?);
-        }
-        return Ok(None);
+        let own = header.metadata.iter().filter(|(key, _)| key.starts_with("tokenizer."));
+        return own.map(|(key, value)| Ok((key.clone(), copied(key, value)?))).collect::<Result<_, _>>().map(Ok);
     }
     let Some(path) = model.tokenizer_path() else {
-        return Ok(Some("there is no tokenizer.model beside the model".to_owned()));
+        return Ok(Err("there is no tokenizer.model beside the model".to_owned()));
     };
     let tokenizer = Tokenizer::open(&path)?;
     let pieces = tokenizer.pieces();
     if pieces.len() != rows {
-        return Ok(Some(unequal(pieces.len())));
+        return Ok(Err(unequal(pieces.len())));
     }
-    let config = model.config();
-    metadata.add("tokenizer.ggml.model", &Value::Text("llama".to_owned()));
-    metadata.add("tokenizer.ggml.pre", &Value::Text("default".to_owned()));
-    metadata.add("tokenizer.ggml.tokens", &Value::Texts(pieces.iter().map(|piece| piece.text.clone()).collect()));
-    metadata.add("tokenizer.ggml.scores", &Value::F32s(pieces.iter().map(|piece| piece.score).collect()));
-    let kinds = pieces.iter().map(|piece| piece.kind.number()).collect();
-    metadata.add("tokenizer.ggml.token_type", &Value::I32s(kinds));
     let place = |wanted: &dyn Fn(&str, PieceKind) -> bool| {
-        pieces.iter().position(|piece| wanted(&piece.text, piece.kind)).map(|id| id as u32)
+        pieces.iter().position(|piece| wanted(&piece.text, piece.kind)).map(|id| Value::U32(id as u32))
     };
     let begin = place(&|text, kind| kind == PieceKind::Control && matches!(text, "[BOS]" | "<s>"));
     let unknown = place(&|_, kind| kind == PieceKind::Unknown);
-    for (key, id) in [
-        ("bos", begin),
-        ("eos", Some(config.eos_token_id)),
-        ("unknown", unknown),
-        ("padding", Some(config.pad_token_id)),
-    ] {
-        if let Some(id) = id {
-            metadata.add(&format!("tokenizer.ggml.{key}_token_id"), &Value::U32(id));
-        }
-    }
-    // Grok-1 was trained without either at the beginning or the end of a prompt.
-    metadata.add("tokenizer.ggml.add_bos_token", &Value::Bool(false));
-    metadata.add("tokenizer.ggml.add_eos_token", &Value::Bool(false));
-    metadata.add("tokenizer.ggml.add_space_prefix", &Value::Bool(tokenizer.puts_space_in_front()));
-    Ok(None)
+    let texts = pieces.iter().map(|piece| piece.text.clone()).collect();
+    let keys = [
+        ("model", Some(Value::Text("llama".to_owned()))),
+        ("pre", Some(Value::Text("default".to_owned()))),
+        ("tokens", Some(Value::Texts(texts))),
+        ("scores", Some(Value::F32s(pieces.iter().map(|piece| piece.score).collect()))),
+        ("token_type", Some(Value::I32s(pieces.iter().map(|piece| piece.kind.number()).collect()))),
+        ("bos_token_id", begin),
+        ("eos_token_id", Some(Value::U32(model.config().eos_token_id))),
+        ("unknown_token_id", unknown),
+        ("padding_token_id", Some(Value::U32(model.config().pad_token_id))),
+        // Grok-1 was trained without either at the beginning or the end of a prompt.
+        ("add_bos_token", Some(Value::Bool(false))),
+        ("add_eos_token", Some(Value::Bool(false))),
+        ("add_space_prefix", Some(Value::Bool(tokenizer.puts_space_in_front()))),
+    ];
+    Ok(Ok(keys.into_iter().filter_map(|(key, value)| Some((format!("tokenizer.ggml.{key}"), value?))).collect()))
 }
 
 /// A value of another GGUF file, with the widths that llama.cpp writes.

@@ -608,6 +608,9 @@ fn the_vocabulary_goes_with_the_model() {
     assert_eq!(report.no_tokenizer, None);
     // And from there into the next file.
     converted(&first, &second, &options(Mix::Q4_0)).unwrap();
+    let again = target.path().join("again.gguf");
+    converted(&first, &again, &options(Mix::Q8_0)).unwrap();
+    assert!(fs::read(&first).unwrap() == fs::read(&again).unwrap(), "a copy of a copy");
     let original = Tokenizer::open(&demo.join("tokenizer.model")).unwrap();
     for path in [first, second] {
         let copy = Tokenizer::open(&path).unwrap();
