@@ -84,7 +84,8 @@ pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<(ModelConfig, Fi
     let header = read(storage, &first)?;
     let config = config(&header, &place)?;
     let count = match header.metadata.get("split.count") {
-        None => 1,
+        // llama.cpp leaves a count of 0 in a file that it merged.
+        None | Some(Value::Integer(0)) => 1,
         Some(Value::Integer(count)) if (1..=i128::from(MOST_PARTS)).contains(count) => *count as u32,
         Some(other) => {
             let expected = format!("1 to {MOST_PARTS} parts");
