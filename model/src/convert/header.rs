@@ -74,7 +74,7 @@ impl Metadata {
         out
     }
 
-    /// Its length in a header, and what each tensor adds to one.
+    /// Length of a header without tensors.
     pub(super) fn length(&self) -> u64 {
         24 + self.bytes.len() as u64
     }

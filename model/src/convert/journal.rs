@@ -6,7 +6,7 @@
 
 use std::{
     fs::{File, OpenOptions, TryLockError},
-    io::{Read, Seek, Write},
+    io::{self, Read, Seek, Write},
     path::PathBuf,
 };
 
@@ -46,12 +46,16 @@ impl Journal {
         }
         let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let mut file = open.map_err(failed(&path))?;
-        file.try_lock().map_err(|error| match error {
-            TryLockError::WouldBlock => {
-                ModelError::invalid(&*place, "no other conversion to this file", "one that is running")
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let expected = "no other conversion to this file";
+                return Err(ModelError::invalid(place, expected, "one that is running"));
             }
-            TryLockError::Error(source) => failed(&path)(source),
-        })?;
+            // Not every file system has locks.
+            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {}
+            Err(TryLockError::Error(error)) => return Err(failed(&path)(error)),
+        }
         let mut bytes = Vec::new();
         (&mut file).take(LONGEST).read_to_end(&mut bytes).map_err(failed(&path))?;
         let text = String::from_utf8_lossy(&bytes);

@@ -110,7 +110,8 @@ fn fingerprint(model: &Model, parts: &[Part]) -> Result<String, ModelError> {
     let mut sum = Checksum::default();
     sum.add(model.digest().as_bytes());
     for part in parts {
-        sum.add(part.path.as_os_str().as_encoded_bytes());
+        // The name alone: the folder may be called otherwise the next time.
+        sum.add(part.path.file_name().unwrap_or_default().as_encoded_bytes());
         sum.add(&part.header);
     }
     for name in TensorName::in_file_order(model.config().num_hidden_layers) {

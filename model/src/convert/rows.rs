@@ -115,7 +115,9 @@ impl Rows<'_> {
         }
         thread::scope(|scope| {
             let shares = out.chunks_mut(share * row_out).enumerate();
-            let running: Vec<_> = shares.map(|(index, out)| scope.spawn(move || work(index * share, out))).collect();
+            let start = |(index, out)| thread::Builder::new().spawn_scoped(scope, move || work(index * share, out));
+            let failed = |source| ModelError::Io { path: self.matrix.spec().name.as_str().into(), source };
+            let running: Vec<_> = shares.map(start).collect::<Result<_, _>>().map_err(failed)?;
             // All are joined by the scope; the first row that failed is the one that is named.
             running.into_iter().try_for_each(|thread| {
                 let panicked = |_| ModelError::invalid(&*self.matrix.spec().name, "a conversion", "a panic in it");

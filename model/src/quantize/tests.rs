@@ -92,6 +92,8 @@ fn numbers_that_a_block_can_hold_come_back_as_they_were() {
         (0..4).for_each(|j| (k[4 + j], k[8 + j]) = (k[4 + j] & 63 | 0x80, k[8 + j] & 63 | 0x40));
         (16..144).for_each(|i| k[i] = q(i));
         (0..4).for_each(|j| (k[16 + 32 * j], k[17 + 32 * j]) = (0x0f, 0xf0));
+        let high = (0..32).map(|l| [0x55, 0xaa].get(l).copied().unwrap_or(q(l)));
+        blocks.push((BlockType::Q5K, k[..16].iter().copied().chain(high).chain(k[16..].iter().copied()).collect()));
         blocks.push((BlockType::Q4K, k));
         let mut q6 = vec![0; 210];
         (0..192).for_each(|i| q6[i] = q(i));
