@@ -8,6 +8,7 @@ mod bench;
 mod client;
 mod common;
 mod config;
+mod convert;
 mod coordinator;
 mod error;
 mod generate;
@@ -55,6 +56,8 @@ enum Command {
     Status(status::Args),
     /// Show what a model's files hold
     Inspect(inspect::Args),
+    /// Write a model as GGUF, in another format
+    Convert(convert::Args),
     /// Turn lines of text into token ids, or back
     Tokenize(tokenizer::Args),
     /// Compute the logits of token ids in this process, for parity checks
@@ -89,6 +92,7 @@ fn run(command: Command) -> Result<ExitCode, CliError> {
             return Ok(if serving { ExitCode::SUCCESS } else { ExitCode::from(error::Code::Failed as u8) });
         }
         Command::Inspect(args) => inspect::run(&args)?,
+        Command::Convert(args) => convert::run(&args)?,
         Command::Tokenize(args) => tokenizer::run(&args)?,
         Command::Logits(args) => logits::run(args)?,
         Command::Bench(args) => bench::run(args)?,
@@ -120,6 +124,8 @@ mod tests {
             "plan --config c.toml --json",
             "plan --server node:7070",
             "inspect m --json",
+            "convert m out.gguf --type q8_0",
+            "convert m out.gguf --type mixed --split-max-size 40GB",
             "tokenize --tokenizer t --json --decode",
             "logits --model m --token-ids 1,2,3 --device cpu --threads 2 --out f.safetensors --trace",
             "bench stage --synthetic grok1 --layers 0..1 --device cpu --threads 2 --gen 4 --json",
@@ -138,6 +144,10 @@ mod tests {
         let lines = [
             "",
             "convert",
+            "convert m out.gguf",
+            "convert m --type q8_0",
+            "convert m out.gguf --type q5_k",
+            "convert m out.gguf --type q8_0 --split-max-size 0",
             "drain w1",
             "generate",
             "generate PROMPT --token-ids 1",

@@ -66,6 +66,11 @@ impl BlockType {
         TABLE.into_iter().find(|row| row.2 == number).map(|row| row.0)
     }
 
+    /// Its number in GGUF files.
+    pub(crate) fn number(self) -> u32 {
+        self.row().2
+    }
+
     /// Weights in a block.
     pub fn weights(self) -> usize {
         self.row().3

@@ -8,15 +8,18 @@ mod config;
 mod config_file;
 mod error;
 mod hugging_face;
+mod quantize;
 mod source;
 mod tensors;
 
 pub mod checkpoint;
+pub mod convert;
 pub mod tokenizer;
 
 pub use blocks::{BlockType, NotUnpacked, UnpackedScales};
 pub use checkpoint::Model;
 pub use config::ModelConfig;
 pub use error::ModelError;
+pub use quantize::QuantizeError;
 pub use source::{Format, Layout, MatrixSource, MatrixSpec, WeightSource};
 pub use tensors::{LayerTensor, TensorName, TensorShape};

@@ -25,7 +25,7 @@ pub mod safetensors;
 pub mod storage;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use files::{Files, Part, Placed};
 use storage::{Folder, ReadAt, Storage};
@@ -143,6 +143,16 @@ impl Model {
             hash = (hash ^ u128::from(byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b);
         }
         format!("{hash:032x}")
+    }
+
+    /// Whether the files have a head of their own beside the embedding.
+    pub(crate) fn has_own_head(&self) -> bool {
+        self.files.has_head()
+    }
+
+    /// The header with the metadata, of a GGUF model.
+    pub(crate) fn gguf_header(&self) -> Result<Option<gguf::Header>, ModelError> {
+        self.gguf.as_ref().map(|file| open_gguf::read(&*self.storage, file)).transpose()
     }
 
     /// Opens every tensor, checks it, and says what it is; in the order of the published files, a head of its own last.
@@ -377,6 +387,11 @@ impl MatrixSource for StoredMatrix {
         finite(&scales, &self.located.place)?;
         Ok(scales)
     }
+}
+
+/// What a GGUF file of today calls this tensor, all experts in one.
+pub(crate) fn gguf_name(name: &TensorName) -> String {
+    names::Family::Gguf.names(name).whole.into_iter().next().unwrap_or_default()
 }
 
 fn finite(values: &[f32], place: &str) -> Result<(), ModelError> {

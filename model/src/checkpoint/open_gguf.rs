@@ -11,9 +11,9 @@ use super::{
 };
 use crate::{ModelConfig, ModelError, config::Foreign};
 
-const EXTENSION: &str = ".gguf";
+pub(crate) const EXTENSION: &str = ".gguf";
 /// Most parts of a split file.
-const MOST_PARTS: u32 = 4096;
+pub(crate) const MOST_PARTS: u32 = 4096;
 
 /// The keys of the metadata by xAI's names, and what holds where the file does not say: the published model's values. Older files
 /// lack the multipliers.
@@ -61,7 +61,7 @@ pub(super) fn only_model_of(storage: &dyn Storage, folder: &Path) -> Result<Opti
 }
 
 /// Prefix, number and count of a part's name: `PREFIX-00001-of-00009.gguf`.
-fn part_of(name: &str) -> Option<(&str, u32, u32)> {
+pub(crate) fn part_of(name: &str) -> Option<(&str, u32, u32)> {
     let (rest, count) = name.strip_suffix(EXTENSION)?.rsplit_once("-of-")?;
     let (prefix, number) = rest.rsplit_once('-')?;
     let digits = |text: &str| if text.len() == 5 { text.parse().ok() } else { None };
@@ -84,7 +84,8 @@ pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<(ModelConfig, Fi
     let header = read(storage, &first)?;
     let config = config(&header, &place)?;
     let count = match header.metadata.get("split.count") {
-        None => 1,
+        // llama.cpp leaves a count of 0 in a file that it merged.
+        None | Some(Value::Integer(0)) => 1,
         Some(Value::Integer(count)) if (1..=i128::from(MOST_PARTS)).contains(count) => *count as u32,
         Some(other) => {
             let expected = format!("1 to {MOST_PARTS} parts");
@@ -130,7 +131,8 @@ pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<(ModelConfig, Fi
     Ok((config, files))
 }
 
-fn part_name(prefix: &str, number: u32, count: u32) -> String {
+/// The name of a part.
+pub(crate) fn part_name(prefix: &str, number: u32, count: u32) -> String {
     format!("{prefix}-{number:05}-of-{count:05}{EXTENSION}")
 }
 

@@ -18,7 +18,8 @@ mod proto;
 mod vocabulary;
 
 pub use decode::StreamDecoder;
-use proto::{Piece, PieceKind};
+use proto::Piece;
+pub(crate) use proto::PieceKind;
 use vocabulary::Vocabulary;
 
 /// Stands for a space inside pieces.
@@ -105,6 +106,16 @@ impl Tokenizer {
     /// Number of pieces.
     pub fn vocab_size(&self) -> usize {
         self.pieces.len()
+    }
+
+    /// The pieces, in the order of their ids.
+    pub(crate) fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+
+    /// Whether a space is put in front of a text.
+    pub(crate) fn puts_space_in_front(&self) -> bool {
+        self.space_in_front
     }
 
     /// Token ids of a text. No BOS, no EOS.

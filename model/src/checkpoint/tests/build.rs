@@ -2,31 +2,31 @@
 
 /// A pickle being written. The methods append what pickle's instructions of the same names are made of.
 #[derive(Clone, Default)]
-pub(super) struct Pickle(pub(super) Vec<u8>);
+pub(crate) struct Pickle(pub(crate) Vec<u8>);
 
 /// An array to be written.
 #[derive(Clone)]
-pub(super) struct ArraySpec {
-    pub(super) code: &'static str,
-    pub(super) order: &'static str,
-    pub(super) shape: Vec<i32>,
-    pub(super) fortran: bool,
-    pub(super) bytes: Vec<u8>,
+pub(crate) struct ArraySpec {
+    pub(crate) code: &'static str,
+    pub(crate) order: &'static str,
+    pub(crate) shape: Vec<i32>,
+    pub(crate) fortran: bool,
+    pub(crate) bytes: Vec<u8>,
 }
 
 impl ArraySpec {
-    pub(super) fn f32(shape: &[i32], values: &[f32]) -> Self {
+    pub(crate) fn f32(shape: &[i32], values: &[f32]) -> Self {
         let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         Self { code: "f4", order: "<", shape: shape.to_vec(), fortran: false, bytes }
     }
 
-    pub(super) fn i8(shape: &[i32], values: &[i8]) -> Self {
+    pub(crate) fn i8(shape: &[i32], values: &[i8]) -> Self {
         let bytes = values.iter().map(|value| *value as u8).collect();
         Self { code: "i1", order: "|", shape: shape.to_vec(), fortran: false, bytes }
     }
 
     /// Scales are given as f32 and cut to their upper halves.
-    pub(super) fn bf16(shape: &[i32], values: &[f32]) -> Self {
+    pub(crate) fn bf16(shape: &[i32], values: &[f32]) -> Self {
         let bytes = values.iter().flat_map(|value| ((value.to_bits() >> 16) as u16).to_le_bytes()).collect();
         Self { code: "bfloat16", order: "<", shape: shape.to_vec(), fortran: false, bytes }
     }
@@ -34,63 +34,63 @@ impl ArraySpec {
 
 impl Pickle {
     /// Protocol 4 and nothing else.
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(vec![0x80, 4])
     }
 
-    pub(super) fn op(mut self, opcode: u8) -> Self {
+    pub(crate) fn op(mut self, opcode: u8) -> Self {
         self.0.push(opcode);
         self
     }
 
-    pub(super) fn raw(mut self, bytes: &[u8]) -> Self {
+    pub(crate) fn raw(mut self, bytes: &[u8]) -> Self {
         self.0.extend_from_slice(bytes);
         self
     }
 
     /// The same piece so many times.
-    pub(super) fn repeat(mut self, times: usize, bytes: &[u8]) -> Self {
+    pub(crate) fn repeat(mut self, times: usize, bytes: &[u8]) -> Self {
         for _ in 0..times {
             self.0.extend_from_slice(bytes);
         }
         self
     }
 
-    pub(super) fn text(self, text: &str) -> Self {
+    pub(crate) fn text(self, text: &str) -> Self {
         let length = u8::try_from(text.len()).expect("a short text");
         self.raw(&[0x8c, length]).raw(text.as_bytes())
     }
 
-    pub(super) fn global(self, module: &str, name: &str) -> Self {
+    pub(crate) fn global(self, module: &str, name: &str) -> Self {
         self.text(module).text(name).op(0x93)
     }
 
-    pub(super) fn int(self, value: i32) -> Self {
+    pub(crate) fn int(self, value: i32) -> Self {
         self.op(b'J').raw(&value.to_le_bytes())
     }
 
-    pub(super) fn bytes(self, bytes: &[u8]) -> Self {
+    pub(crate) fn bytes(self, bytes: &[u8]) -> Self {
         let length = u32::try_from(bytes.len()).expect("less than 4 GiB");
         self.op(b'B').raw(&length.to_le_bytes()).raw(bytes)
     }
 
     /// The dtype before its byte order is given.
-    pub(super) fn bare_dtype(self, code: &str) -> Self {
+    pub(crate) fn bare_dtype(self, code: &str) -> Self {
         let dtype = self.global("numpy", "dtype");
         let code = if code == "bfloat16" { dtype.global("ml_dtypes", code) } else { dtype.text(code) };
         code.raw(&[0x89, 0x88, 0x87, b'R'])
     }
 
-    pub(super) fn dtype(self, code: &str, order: &str) -> Self {
+    pub(crate) fn dtype(self, code: &str, order: &str) -> Self {
         self.bare_dtype(code).op(b'(').int(3).text(order).raw(b"NNN").int(-1).int(-1).int(0).raw(b"tb")
     }
 
-    pub(super) fn shape(self, sizes: &[i32]) -> Self {
+    pub(crate) fn shape(self, sizes: &[i32]) -> Self {
         sizes.iter().fold(self.op(b'('), |pickle, size| pickle.int(*size)).op(b't')
     }
 
     /// `_reconstruct(ndarray, (0,), b"b")`.
-    pub(super) fn bare_array(self) -> Self {
+    pub(crate) fn bare_array(self) -> Self {
         self.global("numpy.core.multiarray", "_reconstruct")
             .global("numpy", "ndarray")
             .int(0)
@@ -99,7 +99,7 @@ impl Pickle {
             .raw(&[0x87, b'R'])
     }
 
-    pub(super) fn array(self, array: &ArraySpec) -> Self {
+    pub(crate) fn array(self, array: &ArraySpec) -> Self {
         self.bare_array()
             .op(b'(')
             .int(1)
@@ -111,17 +111,17 @@ impl Pickle {
     }
 
     /// `QuantizedWeight8bit()` before its state is given.
-    pub(super) fn bare_quantised(self) -> Self {
+    pub(crate) fn bare_quantised(self) -> Self {
         self.global("__main__", "QuantizedWeight8bit").raw(&[b')', 0x81])
     }
 
-    pub(super) fn quantised(self, state: &[(&str, &ArraySpec)]) -> Self {
+    pub(crate) fn quantised(self, state: &[(&str, &ArraySpec)]) -> Self {
         let begun = self.bare_quantised().raw(b"}(");
         state.iter().fold(begun, |pickle, (key, array)| pickle.text(key).array(array)).raw(b"ub")
     }
 
     /// With STOP: the finished file.
-    pub(super) fn done(self) -> Vec<u8> {
+    pub(crate) fn done(self) -> Vec<u8> {
         self.op(b'.').0
     }
 }

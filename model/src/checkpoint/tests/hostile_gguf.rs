@@ -265,6 +265,15 @@ fn merged_apart_and_split_files_are_the_same_model() {
 }
 
 #[test]
+fn a_file_that_llama_cpp_merged_is_one_part() {
+    let all = tensors(true);
+    let merged = metadata().raw("split.no", 2, &[0; 2]).raw("split.count", 2, &[0; 2]);
+    let merged = merged.raw("split.tensors.count", 5, &(all.len() as u32).to_le_bytes());
+    let folder = folder_of(&[("m.gguf", with_tensors(merged, &all, &mut 0).done())]);
+    assert_eq!(Model::open(folder.path()).unwrap().inspect().unwrap().len(), 14);
+}
+
+#[test]
 fn a_head_of_its_own_is_used_and_another_dtype_too() {
     let mut first = 0;
     let file = with_tensors(metadata(), &tensors(true), &mut first);

@@ -98,6 +98,11 @@ fn numbers(model: &Model, name: &TensorName) -> Vec<f32> {
     values
 }
 
+/// A folder with the copy of this family.
+pub(crate) fn copy(family: &str) -> tempfile::TempDir {
+    folder_of(&[("model.safetensors", &file(&tensors(family)))])
+}
+
 #[test]
 fn both_families_of_names_are_read_in_one_file_or_by_index() {
     for family in ["hpcai", "keyfan"] {

@@ -7,14 +7,14 @@ use std::{
 
 use super::*;
 
-mod build;
+pub(crate) mod build;
 mod goldens;
 mod hostile_files;
 mod hostile_gguf;
 mod hostile_pickles;
 mod hostile_programs;
 mod hostile_safetensors;
-mod hugging_face;
+pub(crate) mod hugging_face;
 mod mutations;
 mod published;
 mod reads;

@@ -1,0 +1,126 @@
+//! Writes any model that can be opened as a GGUF file, or as the parts of a split one.
+//!
+//! Tensors are written one after the other in the order of the layers, each in pieces, so that memory does not depend on the
+//! model's size. All is written under temporary names, which become the real ones when everything is there. A small journal beside
+//! them holds the checksum up to each finished tensor: a conversion that was interrupted, however, verifies what it finds and goes
+//! on behind the last tensor that is whole. Which format a tensor gets is decided in `mix.rs`, what becomes of its numbers in
+//! `rows.rs`; this file knows the order of things only.
+
+mod header;
+mod journal;
+mod metadata;
+mod mix;
+mod output;
+mod parts;
+mod plan;
+mod rows;
+
+use std::path::{Path, PathBuf};
+
+pub use mix::Mix;
+pub use plan::{Note, Reason};
+
+use crate::{Model, ModelError, TensorName, TensorShape, WeightSource};
+use journal::Journal;
+use output::{Checksum, Output};
+use parts::Part;
+use plan::Plan;
+
+/// How to convert.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The formats.
+    pub mix: Mix,
+    /// No file is to be longer than this.
+    pub split_max_bytes: Option<u64>,
+    /// Threads that compute.
+    pub threads: usize,
+}
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// The files, with length and SHA-256 in hex.
+    pub files: Vec<(PathBuf, u64, String)>,
+    /// The file with these checksums, as `sha256sum -c` reads them.
+    pub checksums: PathBuf,
+    /// Bytes that an earlier, interrupted conversion had written.
+    pub resumed_bytes: u64,
+    /// Tensors that could not be carried over as asked.
+    pub notes: Vec<Note>,
+    /// Why the file has no tokenizer, if it has none.
+    pub no_tokenizer: Option<String>,
+}
+
+/// Converts `model` to `out`, or to parts named after it. `progress` is told bytes done and bytes in all.
+///
+/// # Errors
+/// [`ModelError`] when the model is damaged or holds a number that the format cannot, when `out` exists or is no name of a GGUF
+/// file, when a tensor alone is longer than a part may be, and when a file cannot be written. What was finished by then is kept, and
+/// the same call goes on from there.
+pub fn convert(
+    model: &Model,
+    out: &Path,
+    options: &Options,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Report, ModelError> {
+    parts::check_name(out)?;
+    let plan = Plan::of(model, options.mix)?;
+    let (metadata, no_tokenizer) = metadata::of(model, &plan, options.mix)?;
+    let parts = parts::cut(&metadata, &plan.tensors, out, options.split_max_bytes)?;
+    let output = Output::new(out);
+    let mut journal = Journal::open(&output, &fingerprint(model, &parts)?, &parts)?;
+    let total = parts.iter().map(Part::length).sum();
+    let mut done = 0;
+    let mut report =
+        Report { files: Vec::new(), checksums: output.checksums(), resumed_bytes: 0, notes: plan.notes, no_tokenizer };
+    for (index, part) in parts.iter().enumerate() {
+        let mut file = output.resume(part, journal.records(index), &mut |bytes| progress(done + bytes, total))?;
+        journal.keep(index, file.finished())?;
+        report.resumed_bytes += file.written();
+        if file.finished() == 0 {
+            file.write(&part.header)?;
+            journal.record(index, file.finish_one())?;
+        }
+        while let Some(tensor) = part.tensors.get(file.finished() - 1) {
+            rows::write(model, tensor, options.threads, &mut |bytes| {
+                file.write(bytes)?;
+                progress(done + file.written(), total);
+                Ok(())
+            })?;
+            file.pad()?;
+            journal.record(index, file.finish_one())?;
+        }
+        done += file.written();
+        report.files.push((part.path.clone(), file.written(), file.close()?));
+    }
+    output.publish(&parts, &report.files)?;
+    journal.remove()?;
+    Ok(report)
+}
+
+/// Whether a conversion to `out` was begun and can be continued.
+pub fn is_unfinished(out: &Path) -> bool {
+    Output::new(out).journal().is_file()
+}
+
+/// Tells one conversion from another: what the files are to begin with, and the numbers of all norms, which training moves in every
+/// layer. To hash all the weights would mean to read them twice.
+fn fingerprint(model: &Model, parts: &[Part]) -> Result<String, ModelError> {
+    let mut sum = Checksum::default();
+    sum.add(model.digest().as_bytes());
+    for part in parts {
+        // The name alone: the folder may be called otherwise the next time.
+        sum.add(part.path.file_name().unwrap_or_default().as_encoded_bytes());
+        sum.add(&part.header);
+    }
+    for name in TensorName::in_file_order(model.config().num_hidden_layers) {
+        if let TensorShape::Vector(_) = name.shape(model.config()) {
+            model.vector(&name)?.iter().for_each(|number| sum.add(&number.to_le_bytes()));
+        }
+    }
+    Ok(sum.hex())
+}
+
+#[cfg(test)]
+mod tests;
