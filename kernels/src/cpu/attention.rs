@@ -4,6 +4,7 @@
 //! Keys lie in blocks of sixteen, component by component, so that a block's sixteen logits are sixteen lanes: each is one sum over
 //! ascending components. Key position `s` always goes to lane `s % 16` of the softmax's total, and values are added by ascending
 //! position. So neither the slots nor the rows that are computed beside a row matter.
+#![expect(clippy::needless_range_loop, reason = "tiles of registers are indexed by band, row and lane together")]
 
 use super::{
     math::{exp, tanh},

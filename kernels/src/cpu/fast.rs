@@ -3,6 +3,7 @@
 //! A row of inputs is cut into blocks of 32, each with one f32 scale; weights times inputs are summed exactly as integers within a
 //! block (or half of one) and scaled in f32, blocks ascending. So a result depends on its row and its output alone, and is the same
 //! on every CPU, for any rows beside it and any number of threads.
+#![expect(clippy::needless_range_loop, reason = "tiles of registers are indexed by band, row and lane together")]
 
 use std::ops::Range;
 
@@ -12,7 +13,7 @@ use super::{
 };
 
 /// How far ahead of their use weights are asked for: the processor's own prefetching ends with a page of 4 KiB.
-pub(super) const AHEAD: usize = 4096;
+pub(super) const AHEAD: usize = 6144;
 /// Blocks ahead of which their scales are asked for.
 const AHEAD_BLOCKS: usize = 16;
 /// Rows of a tile at most.

@@ -4,6 +4,7 @@
 //! the group's scale added to the total; at last the fixed tree of [`reduce`]. Blocks of outputs and rows only decide which
 //! sums are computed side by side, so that a weight is read and converted once for several rows and a row's inputs are read once for
 //! several outputs.
+#![expect(clippy::needless_range_loop, reason = "tiles of registers are indexed by band, row and lane together")]
 
 use std::ops::Range;
 
