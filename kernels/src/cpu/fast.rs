@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::{
     packed::{BLOCK, Packed, SUPER, Scaling},
-    simd::{Kernel, LANES, Simd, Word},
+    simd::{Dots, Kernel, LANES, Simd, Word},
 };
 
 /// How far ahead of their use weights are asked for: the processor's own prefetching ends with a page of 4 KiB.
@@ -125,56 +125,60 @@ impl Kernel for FastProduct<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) {
-        let first = self.expert * self.matrix.bands + self.outputs.start / LANES;
-        let bands = self.outputs.len().div_ceil(LANES);
-        let mut band = 0;
-        // Many rows with two bands: an input is read once for both, and no sum waits for the one before it. Few rows wait for
-        // memory, which is fastest as one stream.
-        let many = self.rows.len() > MOST_ROWS;
-        while S::MANY_REGISTERS && many && bands - band >= 2 {
-            self.bands::<S, 2, true>(simd, first, band);
-            band += 2;
-        }
-        while band < bands {
-            if many {
-                self.bands::<S, 1, true>(simd, first, band)
-            } else {
-                self.bands::<S, 1, false>(simd, first, band)
-            }
-            band += 1;
-        }
+    fn run<S: Simd>(self, simd: S) {
+        self.columns(simd.dots());
     }
 }
 
 impl FastProduct<'_> {
-    /// All rows with `G` bands from `band` of the outputs on; these begin with band `first_band` of the matrix. `FAR`: there are more
-    /// rows than a tile has.
+    /// All columns: registers of outputs.
     #[inline(always)]
-    fn bands<S: Simd, const G: usize, const FAR: bool>(&mut self, simd: S, first_band: usize, band: usize) {
+    fn columns<D: Dots>(mut self, dots: D) {
+        let columns = self.outputs.len().div_ceil(LANES / D::PARTS);
+        let mut column = 0;
+        if self.rows.len() <= MOST_ROWS {
+            // Few rows wait for memory, which is fastest as one stream: whole bands.
+            while column < columns {
+                match D::PARTS {
+                    1 => self.rows_with::<D, 1, false>(dots, column),
+                    2 => self.rows_with::<D, 2, false>(dots, column),
+                    _ => self.rows_with::<D, 4, false>(dots, column),
+                }
+                column += D::PARTS;
+            }
+            return;
+        }
+        // With two columns an input is read once for both, and no sum waits for the one before it.
+        while D::MANY_REGISTERS && columns - column >= 2 {
+            self.rows_with::<D, 2, true>(dots, column);
+            column += 2;
+        }
+        while column < columns {
+            self.rows_with::<D, 1, true>(dots, column);
+            column += 1;
+        }
+    }
+
+    /// All rows with `G` columns from `column` of the outputs on. `FAR`: there are more rows than a tile has.
+    #[inline(always)]
+    fn rows_with<D: Dots, const G: usize, const FAR: bool>(&mut self, dots: D, column: usize) {
         let mut first = 0;
         while self.rows.len() - first >= MOST_ROWS {
-            self.tile::<S, G, MOST_ROWS, FAR>(simd, first_band, band, first);
+            self.tile::<D, G, MOST_ROWS, FAR>(dots, column, first);
             first += MOST_ROWS;
         }
         while self.rows.len() - first >= 2 {
-            self.tile::<S, G, 2, FAR>(simd, first_band, band, first);
+            self.tile::<D, G, 2, FAR>(dots, column, first);
             first += 2;
         }
         if self.rows.len() > first {
-            self.tile::<S, G, 1, FAR>(simd, first_band, band, first);
+            self.tile::<D, G, 1, FAR>(dots, column, first);
         }
     }
 
     /// `R` rows from `first` on.
     #[inline(always)]
-    fn tile<S: Simd, const G: usize, const R: usize, const FAR: bool>(
-        &mut self,
-        simd: S,
-        first_band: usize,
-        band: usize,
-        first: usize,
-    ) {
+    fn tile<D: Dots, const G: usize, const R: usize, const FAR: bool>(&mut self, dots: D, column: usize, first: usize) {
         let matrix = self.matrix;
         let mut x = [QuantisedRow::default(); R];
         for (x, row) in x.iter_mut().zip(&self.rows[first..first + R]) {
@@ -183,74 +187,92 @@ impl FastProduct<'_> {
             *x = QuantisedRow { values: &values[..blocks], scales: &scales[..blocks], sums: &sums[..blocks] };
         }
         let far = first * matrix.blocks / self.rows.len()..(first + R) * matrix.blocks / self.rows.len();
-        let tile = Tile::<R, FAR> { matrix, band: first_band + band, x, far };
-        let sums: [[S::V; R]; G] = tile.sums(simd);
+        let first_band = self.expert * matrix.bands + self.outputs.start / LANES;
+        let tile = Tile::<D, R, FAR> { dots, matrix, column: first_band * D::PARTS + column, x, far };
+        let sums: [[D::F; R]; G] = tile.sums();
         let width = self.outputs.len();
+        let a_column = LANES / D::PARTS;
         for (g, sums) in sums.into_iter().enumerate() {
-            let start = (band + g) * LANES;
-            let used = LANES.min(width - start);
+            // The last band may have fewer outputs than lanes, and then whole columns without any.
+            let start = ((column + g) * a_column).min(width);
+            let used = a_column.min(width - start);
             for (r, sums) in sums.into_iter().enumerate() {
-                self.out[(first + r) * width + start..][..used].copy_from_slice(&simd.array(sums)[..used]);
+                dots.store(sums, &mut self.out[(first + r) * width + start..][..used]);
             }
         }
     }
 }
 
-/// Some rows with some bands from `band` on.
+/// Some rows with some columns from `column` of the matrix on.
 ///
 /// While it computes it asks memory for what comes next: the only tile with its weights for what it will itself read soon; `FAR`
 /// tiles, of which only the first reads the weights from memory, for a share each of the bands that follow.
-struct Tile<'a, const R: usize, const FAR: bool> {
+struct Tile<'a, D, const R: usize, const FAR: bool> {
+    dots: D,
     matrix: &'a Packed,
-    band: usize,
+    column: usize,
     x: [QuantisedRow<'a>; R],
     /// Blocks of which a far tile asks for those of the next bands.
     far: Range<usize>,
 }
 
-impl<const R: usize, const FAR: bool> Tile<'_, R, FAR> {
-    /// The sums, band by band.
+impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
+    /// The band of the `g`th of `G` columns.
     #[inline(always)]
-    fn sums<S: Simd, const G: usize>(&self, simd: S) -> [[S::V; R]; G] {
+    fn band<const G: usize>(&self, g: usize) -> usize {
+        // Whole bands begin with a band.
+        if G.is_multiple_of(D::PARTS) { self.column / D::PARTS + g / D::PARTS } else { (self.column + g) / D::PARTS }
+    }
+
+    /// The part of its band that the `g`th of `G` columns is.
+    #[inline(always)]
+    fn part<const G: usize>(&self, g: usize) -> usize {
+        if G.is_multiple_of(D::PARTS) { g % D::PARTS } else { (self.column + g) % D::PARTS }
+    }
+
+    /// `values` has `count` for each band: those of each column's.
+    #[inline(always)]
+    fn of_bands<'v, T, const G: usize>(&self, values: &'v [T], count: usize) -> [&'v [T]; G] {
+        std::array::from_fn(|g| &values[self.band::<G>(g) * count..][..count])
+    }
+
+    /// The sums, column by column.
+    #[inline(always)]
+    fn sums<const G: usize>(&self) -> [[D::F; R]; G] {
         let matrix = self.matrix;
         match &matrix.scaling {
-            Scaling::Groups { scales, blocks } => self.groups(simd, scales, *blocks),
-            Scaling::Blocks(halves) if matrix.nibbles => {
-                self.blocks(simd, halves, |b, dots| self.nibbles(simd, b, |sums| sums.offset_8, dots))
-            }
-            Scaling::Blocks(halves) => {
-                self.blocks(simd, halves, |b, dots| self.bytes::<S, 8, G>(simd, b, 0, |sums| sums.offset_128.0, dots))
-            }
+            Scaling::Groups { scales, blocks } => self.groups(scales, *blocks),
+            Scaling::Blocks(halves) if matrix.nibbles => self.blocks(halves, |b| self.nibbles(b, |sums| sums.offset_8)),
+            Scaling::Blocks(halves) => self.blocks(halves, |b| self.centred::<8, G>(b, 0, |sums| sums.offset_128.0)),
             Scaling::Minima { halves, bytes } if matrix.nibbles => {
-                self.minima(simd, halves, bytes, |b, dots| self.nibbles(simd, b, |_| 0, dots))
+                self.minima(halves, bytes, |b| self.nibbles(b, |_| 0))
             }
-            Scaling::Minima { halves, bytes } => {
-                self.minima(simd, halves, bytes, |b, dots| self.bytes::<S, 8, G>(simd, b, 0, |_| 0, dots))
-            }
-            Scaling::Sixteens { halves, bytes } => self.sixteens(simd, halves, bytes),
+            Scaling::Minima { halves, bytes } => self.minima(halves, bytes, |b| self.small(b)),
+            Scaling::Sixteens { halves, bytes } => self.sixteens(halves, bytes),
         }
     }
 
     #[inline(always)]
-    fn groups<S: Simd, const G: usize>(&self, simd: S, scales: &[[f32; LANES]], a_group: usize) -> [[S::V; R]; G] {
+    fn groups<const G: usize>(&self, scales: &[[f32; LANES]], a_group: usize) -> [[D::F; R]; G] {
+        let dots = self.dots;
         let groups = self.matrix.blocks / a_group;
-        let scales: [_; G] = std::array::from_fn(|g| &scales[(self.band + g) * groups..][..groups]);
-        let mut total = [[simd.zero(); R]; G];
+        let scales: [_; G] = self.of_bands(scales, groups);
+        let mut total = [[dots.zero(); R]; G];
         for group in 0..groups {
-            let mut sum = [[simd.zero(); R]; G];
+            let mut sum = [[dots.zero(); R]; G];
             for b in group * a_group..(group + 1) * a_group {
-                let mut dots = [[simd.splat_i32(0); R]; G];
-                self.bytes::<S, 8, G>(simd, b, 0, |sums| sums.offset_128.0, &mut dots);
-                for g in 0..G {
-                    for r in 0..R {
-                        sum[g][r] = simd.fma(simd.to_f32(dots[g][r]), simd.splat(self.x[r].scales[b]), sum[g][r]);
+                let products = self.centred::<8, G>(b, 0, |sums| sums.offset_128.0);
+                for r in 0..R {
+                    let scale = dots.splat(self.x[r].scales[b]);
+                    for g in 0..G {
+                        sum[g][r] = dots.fma(dots.to_f32(products[g][r]), scale, sum[g][r]);
                     }
                 }
             }
             for g in 0..G {
-                let scale = simd.load(&scales[g][group]);
+                let scale = dots.load(&scales[g][group], self.part::<G>(g));
                 for r in 0..R {
-                    total[g][r] = simd.fma(sum[g][r], scale, total[g][r]);
+                    total[g][r] = dots.fma(sum[g][r], scale, total[g][r]);
                 }
             }
         }
@@ -258,25 +280,24 @@ impl<const R: usize, const FAR: bool> Tile<'_, R, FAR> {
     }
 
     #[inline(always)]
-    fn blocks<S: Simd, const G: usize>(
+    fn blocks<const G: usize>(
         &self,
-        simd: S,
         halves: &[[u16; LANES]],
-        dot: impl Fn(usize, &mut [[S::I; R]; G]),
-    ) -> [[S::V; R]; G] {
+        products: impl Fn(usize) -> [[D::I; R]; G],
+    ) -> [[D::F; R]; G] {
+        let dots = self.dots;
         let blocks = self.matrix.blocks;
-        let halves: [_; G] = std::array::from_fn(|g| &halves[(self.band + g) * blocks..][..blocks]);
-        let mut total = [[simd.zero(); R]; G];
+        let halves: [_; G] = self.of_bands(halves, blocks);
+        let mut total = [[dots.zero(); R]; G];
         for b in 0..blocks {
-            let mut dots = [[simd.splat_i32(0); R]; G];
-            dot(b, &mut dots);
+            let products = products(b);
             for g in 0..G {
                 let half = &halves[g][b];
-                self.ask(simd, b, half, AHEAD_BLOCKS * size_of_val(half), G * size_of_val(halves[g]));
-                let d = simd.load_f16(half);
+                self.ask::<_, G>(g, b, half, AHEAD_BLOCKS * size_of_val(half), size_of_val(halves[g]));
+                let d = dots.load_f16(half, self.part::<G>(g));
                 for r in 0..R {
-                    let scale = simd.mul(d, simd.splat(self.x[r].scales[b]));
-                    total[g][r] = simd.fma(simd.to_f32(dots[g][r]), scale, total[g][r]);
+                    let scale = dots.mul(d, dots.splat(self.x[r].scales[b]));
+                    total[g][r] = dots.fma(dots.to_f32(products[g][r]), scale, total[g][r]);
                 }
             }
         }
@@ -284,47 +305,41 @@ impl<const R: usize, const FAR: bool> Tile<'_, R, FAR> {
     }
 
     #[inline(always)]
-    fn minima<S: Simd, const G: usize>(
+    fn minima<const G: usize>(
         &self,
-        simd: S,
         halves: &[[[u16; LANES]; 2]],
         bytes: &[[[u8; LANES]; 2]],
-        dot: impl Fn(usize, &mut [[S::I; R]; G]),
-    ) -> [[S::V; R]; G] {
+        products: impl Fn(usize) -> [[D::I; R]; G],
+    ) -> [[D::F; R]; G] {
+        let dots = self.dots;
         let (blocks, supers) = (self.matrix.blocks, self.matrix.blocks / SUPER);
-        let halves: [_; G] = std::array::from_fn(|g| &halves[(self.band + g) * supers..][..supers]);
-        let bytes: [_; G] = std::array::from_fn(|g| &bytes[(self.band + g) * blocks..][..blocks]);
-        let mut total = [[simd.zero(); R]; G];
+        let halves: [_; G] = self.of_bands(halves, supers);
+        let bytes: [_; G] = self.of_bands(bytes, blocks);
+        let mut total = [[dots.zero(); R]; G];
         for index in 0..supers {
-            let (mut sum, mut minimum) = ([[simd.zero(); R]; G], [[simd.zero(); R]; G]);
+            let (mut sum, mut minimum) = ([[dots.zero(); R]; G], [[dots.zero(); R]; G]);
             for b in index * SUPER..(index + 1) * SUPER {
-                let mut dots = [[simd.splat_i32(0); R]; G];
-                dot(b, &mut dots);
+                let products = products(b);
                 for g in 0..G {
-                    let factors = &bytes[g][b];
-                    self.ask(simd, b, factors, AHEAD_BLOCKS * size_of_val(factors), G * size_of_val(bytes[g]));
-                    let (factor, min) = (simd.load_u8(&factors[0]), simd.load_u8(&factors[1]));
+                    let (factors, part) = (&bytes[g][b], self.part::<G>(g));
+                    self.ask::<_, G>(g, b, factors, AHEAD_BLOCKS * size_of_val(factors), size_of_val(bytes[g]));
+                    let (factor, min) = (dots.load_u8(&factors[0], part), dots.load_u8(&factors[1], part));
                     for r in 0..R {
                         let scale = self.x[r].scales[b];
-                        let factor = simd.mul(factor, simd.splat(scale));
-                        sum[g][r] = simd.fma(simd.to_f32(dots[g][r]), factor, sum[g][r]);
+                        let factor = dots.mul(factor, dots.splat(scale));
+                        sum[g][r] = dots.fma(dots.to_f32(products[g][r]), factor, sum[g][r]);
                         let inputs = scale * self.x[r].sums[b].all as f32;
-                        minimum[g][r] = simd.fma(min, simd.splat(-inputs), minimum[g][r]);
+                        minimum[g][r] = dots.fma(min, dots.splat(-inputs), minimum[g][r]);
                     }
                 }
             }
             for g in 0..G {
-                let half = &halves[g][index];
-                self.ask(
-                    simd,
-                    index * SUPER,
-                    half,
-                    AHEAD_BLOCKS / SUPER * size_of_val(half),
-                    G * size_of_val(halves[g]),
-                );
-                let (d, m) = (simd.load_f16(&half[0]), simd.load_f16(&half[1]));
+                let (half, part) = (&halves[g][index], self.part::<G>(g));
+                let ahead = AHEAD_BLOCKS / SUPER * size_of_val(half);
+                self.ask::<_, G>(g, index * SUPER, half, ahead, size_of_val(halves[g]));
+                let (d, m) = (dots.load_f16(&half[0], part), dots.load_f16(&half[1], part));
                 for r in 0..R {
-                    total[g][r] = simd.fma(m, minimum[g][r], simd.fma(d, sum[g][r], total[g][r]));
+                    total[g][r] = dots.fma(m, minimum[g][r], dots.fma(d, sum[g][r], total[g][r]));
                 }
             }
         }
@@ -332,133 +347,128 @@ impl<const R: usize, const FAR: bool> Tile<'_, R, FAR> {
     }
 
     #[inline(always)]
-    fn sixteens<S: Simd, const G: usize>(
-        &self,
-        simd: S,
-        halves: &[[u16; LANES]],
-        bytes: &[[[i8; LANES]; 2]],
-    ) -> [[S::V; R]; G] {
+    fn sixteens<const G: usize>(&self, halves: &[[u16; LANES]], bytes: &[[[i8; LANES]; 2]]) -> [[D::F; R]; G] {
+        let dots = self.dots;
         let (blocks, supers) = (self.matrix.blocks, self.matrix.blocks / SUPER);
-        let halves: [_; G] = std::array::from_fn(|g| &halves[(self.band + g) * supers..][..supers]);
-        let bytes: [_; G] = std::array::from_fn(|g| &bytes[(self.band + g) * blocks..][..blocks]);
-        let mut total = [[simd.zero(); R]; G];
+        let halves: [_; G] = self.of_bands(halves, supers);
+        let bytes: [_; G] = self.of_bands(bytes, blocks);
+        let mut total = [[dots.zero(); R]; G];
         for index in 0..supers {
-            let mut sum = [[simd.zero(); R]; G];
+            let mut sum = [[dots.zero(); R]; G];
             for b in index * SUPER..(index + 1) * SUPER {
                 for half in 0..2 {
-                    let mut dots = [[simd.splat_i32(0); R]; G];
-                    self.bytes::<S, 4, G>(simd, b, half, |sums| sums.offset_128.1[half], &mut dots);
+                    let products = self.centred::<4, G>(b, half, |sums| sums.offset_128.1[half]);
                     for g in 0..G {
                         let factors = &bytes[g][b];
-                        self.ask(simd, b, factors, AHEAD_BLOCKS * size_of_val(factors), G * size_of_val(bytes[g]));
-                        let factor = simd.load_i8(&factors[half]);
+                        self.ask::<_, G>(g, b, factors, AHEAD_BLOCKS * size_of_val(factors), size_of_val(bytes[g]));
+                        let factor = dots.load_i8(&factors[half], self.part::<G>(g));
                         for r in 0..R {
-                            let factor = simd.mul(factor, simd.splat(self.x[r].scales[b]));
-                            sum[g][r] = simd.fma(simd.to_f32(dots[g][r]), factor, sum[g][r]);
+                            let factor = dots.mul(factor, dots.splat(self.x[r].scales[b]));
+                            sum[g][r] = dots.fma(dots.to_f32(products[g][r]), factor, sum[g][r]);
                         }
                     }
                 }
             }
             for g in 0..G {
                 let half = &halves[g][index];
-                self.ask(
-                    simd,
-                    index * SUPER,
-                    half,
-                    AHEAD_BLOCKS / SUPER * size_of_val(half),
-                    G * size_of_val(halves[g]),
-                );
-                let d = simd.load_f16(half);
+                let ahead = AHEAD_BLOCKS / SUPER * size_of_val(half);
+                self.ask::<_, G>(g, index * SUPER, half, ahead, size_of_val(halves[g]));
+                let d = dots.load_f16(half, self.part::<G>(g));
                 for r in 0..R {
-                    total[g][r] = simd.fma(d, sum[g][r], total[g][r]);
+                    total[g][r] = dots.fma(d, sum[g][r], total[g][r]);
                 }
             }
         }
         total
     }
 
-    /// Block `b` of each band.
+    /// Block `b` of each column's band.
     #[inline(always)]
     fn words<const N: usize, const G: usize>(&self, b: usize) -> [&[Word; N]; G] {
-        let per_band = self.matrix.blocks * N;
-        std::array::from_fn(|g| &self.matrix.words[(self.band + g) * per_band..][..per_band].as_chunks::<N>().0[b])
+        let words: [_; G] = self.of_bands(&self.matrix.words, self.matrix.blocks * N);
+        words.map(|words| &words.as_chunks::<N>().0[b])
     }
 
-    /// Sums of `4 N` inputs of block `b`, from its `half` on, with weights that are bytes; `start` is what is added to them.
+    /// Sums of `4 N` inputs of block `b`, from its `half` on, with weights that are 128 too large, by which `offset` is too large.
     #[inline(always)]
-    fn bytes<S: Simd, const N: usize, const G: usize>(
+    fn centred<const N: usize, const G: usize>(
         &self,
-        simd: S,
         b: usize,
         half: usize,
-        start: impl Fn(&Sums) -> i32,
-        sums: &mut [[S::I; R]; G],
-    ) {
-        self.start(simd, b, start, sums);
+        offset: impl Fn(&Sums) -> i32,
+    ) -> [[D::I; R]; G] {
+        let dots = self.dots;
+        let start: [_; R] = std::array::from_fn(|r| dots.centred(offset(&self.x[r].sums[b])));
+        self.bytes(b, N * half..N * (half + 1), start, |sums, word, part, x| dots.add_centred(sums, word, part, x))
+    }
+
+    /// Sums of block `b` with weights below 128.
+    #[inline(always)]
+    fn small<const G: usize>(&self, b: usize) -> [[D::I; R]; G] {
+        let dots = self.dots;
+        self.bytes(b, 0..8, [dots.small(); R], |sums, word, part, x| dots.add_small(sums, word, part, x))
+    }
+
+    /// Sums over the words `range` of block `b`, from `start` on.
+    #[inline(always)]
+    fn bytes<const G: usize>(
+        &self,
+        b: usize,
+        range: Range<usize>,
+        start: [D::I; R],
+        add: impl Fn(D::I, &Word, usize, [i8; 4]) -> D::I,
+    ) -> [[D::I; R]; G] {
         let words: [&[Word; 8]; G] = self.words(b);
         let a_band = self.matrix.blocks * size_of_val(words[0]);
-        for k in N * half..N * (half + 1) {
+        let mut sums = [start; G];
+        for k in range {
             for g in 0..G {
-                self.ask(simd, b, &words[g][k], AHEAD, G * a_band);
+                self.ask::<_, G>(g, b, &words[g][k], AHEAD, a_band);
             }
             for r in 0..R {
                 let quad = quad(&self.x[r].values[b], k);
                 for g in 0..G {
-                    sums[g][r] = simd.dot4(sums[g][r], &words[g][k], quad);
+                    sums[g][r] = add(sums[g][r], &words[g][k], self.part::<G>(g), quad);
                 }
             }
         }
+        sums
     }
 
-    /// Sums of block `b` with weights of half a byte; `start` is what is added to them.
+    /// Sums of block `b` with weights of half a byte, by which `offset` is too large.
     #[inline(always)]
-    fn nibbles<S: Simd, const G: usize>(
-        &self,
-        simd: S,
-        b: usize,
-        start: impl Fn(&Sums) -> i32,
-        sums: &mut [[S::I; R]; G],
-    ) {
-        self.start(simd, b, start, sums);
+    fn nibbles<const G: usize>(&self, b: usize, offset: impl Fn(&Sums) -> i32) -> [[D::I; R]; G] {
+        let dots = self.dots;
+        let offsets: [_; R] = std::array::from_fn(|r| offset(&self.x[r].sums[b]));
         let words: [&[Word; 4]; G] = self.words(b);
         let a_band = self.matrix.blocks * size_of_val(words[0]);
+        let mut sums = [offsets.map(|offset| dots.nibbles(offset)); G];
         for k in 0..4 {
             for g in 0..G {
-                self.ask(simd, b, &words[g][k], AHEAD, G * a_band);
+                self.ask::<_, G>(g, b, &words[g][k], AHEAD, a_band);
             }
             for r in 0..R {
                 let block = &self.x[r].values[b];
                 let (low, high) = (quad(block, k), quad(block, 4 + k));
                 for g in 0..G {
-                    sums[g][r] = simd.dot4_nibbles(sums[g][r], &words[g][k], low, high);
+                    sums[g][r] = dots.add_nibbles(sums[g][r], &words[g][k], self.part::<G>(g), low, high);
                 }
             }
         }
+        sums.map(|sums| std::array::from_fn(|r| dots.sum_nibbles(sums[r], offsets[r])))
     }
 
+    /// Asks for what lies behind `place`, which belongs to block `b` of the `g`th column's band: `near` bytes, or where the bands
+    /// that follow have it, `a_band` bytes a band. Of a band's parts the first one asks for all.
     #[inline(always)]
-    fn start<S: Simd, const G: usize>(
-        &self,
-        simd: S,
-        b: usize,
-        start: impl Fn(&Sums) -> i32,
-        sums: &mut [[S::I; R]; G],
-    ) {
-        for r in 0..R {
-            let start = simd.splat_i32(start(&self.x[r].sums[b]));
-            for sums in sums.iter_mut() {
-                sums[r] = start;
-            }
+    fn ask<T, const G: usize>(&self, g: usize, b: usize, place: &T, near: usize, a_band: usize) {
+        if self.part::<G>(g) != 0 {
+            return;
         }
-    }
-
-    /// Asks for what lies behind `place`, which belongs to block `b`: `near` bytes, or `far` where the next bands are.
-    #[inline(always)]
-    fn ask<S: Simd, T>(&self, simd: S, b: usize, place: &T, near: usize, far: usize) {
         if !FAR {
-            simd.prefetch(place, near);
+            self.dots.prefetch(place, near);
         } else if self.far.contains(&b) {
-            simd.prefetch_far(place, far);
+            self.dots.prefetch_far(place, G.div_ceil(D::PARTS) * a_band);
         }
     }
 }

@@ -6,9 +6,16 @@
 //! no reciprocal and no horizontal addition: [`reduce`] is a fixed tree over plain additions.
 
 #[cfg(target_arch = "x86_64")]
-mod x86;
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod dots;
+mod portable;
 
-use half::f16;
+pub(crate) use self::dots::{Dots, Word};
+use self::portable::Portable;
+#[cfg(target_arch = "x86_64")]
+use self::{avx2::Avx2, avx512::Avx512};
 
 /// Lanes of every sum.
 pub(crate) const LANES: usize = 16;
@@ -30,42 +37,13 @@ pub(crate) trait Simd: Copy {
     fn load_i8(self, values: &[i8; LANES]) -> Self::V;
     /// `a * b + c` with one rounding.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
-    /// `a * b`.
-    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
-    /// Lanes from unsigned bytes, exactly.
-    fn load_u8(self, values: &[u8; LANES]) -> Self::V;
-    /// Lanes from IEEE halves, exactly.
-    fn load_f16(self, values: &[u16; LANES]) -> Self::V;
     /// The lanes.
     fn array(self, v: Self::V) -> [f32; LANES];
 
-    /// Sixteen i32.
-    type I: Copy;
-    /// All lanes `value`.
-    fn splat_i32(self, value: i32) -> Self::I;
-    /// `sum[l] + w[4 l] * x[0] + … + w[4 l + 3] * x[3]`, unsigned weights by signed inputs, exactly. No input is
-    /// -128.
-    fn dot4(self, sum: Self::I, w: &Word, x: [i8; 4]) -> Self::I;
-    /// As `dot4`, of the low halves of the bytes with `low`, and of the high halves with `high`.
-    fn dot4_nibbles(self, sum: Self::I, w: &Word, low: [i8; 4], high: [i8; 4]) -> Self::I;
-    /// As floats; exact below 2^24.
-    fn to_f32(self, v: Self::I) -> Self::V;
-
-    /// Asks for what will be read soon, `ahead` bytes behind `place`; it need not be there. Changes nothing.
-    fn prefetch<T>(self, _place: &T, _ahead: usize) {}
-    /// As [`Simd::prefetch`], into the second-level cache.
-    fn prefetch_far<T>(self, _place: &T, _ahead: usize) {}
-}
-
-/// Four weights of each of sixteen outputs, as one aligned register.
-#[repr(C, align(64))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
-pub(crate) struct Word(pub(crate) [u8; 4 * LANES]);
-
-impl Default for Word {
-    fn default() -> Self {
-        Self([0; 4 * LANES])
-    }
+    /// Products with 8-bit inputs by the same instructions.
+    type Dots: Dots;
+    /// What computes them.
+    fn dots(self) -> Self::Dots;
 }
 
 /// Work to be compiled for every instruction set. `run` must be `#[inline(always)]`, and so must what it calls.
@@ -96,10 +74,10 @@ impl Isa {
         let mut found = vec![Self(Path::Portable)];
         #[cfg(target_arch = "x86_64")]
         {
-            if x86::Avx2::detect().is_some() {
+            if Avx2::detect().is_some() {
                 found.push(Self(Path::Avx2));
             }
-            if x86::Avx512::detect().is_some() {
+            if Avx512::detect().is_some() {
                 found.push(Self(Path::Avx512));
             }
         }
@@ -130,106 +108,16 @@ impl Isa {
             Path::Portable => kernel.run(Portable),
             // A `Path` for x86 is only made after detection; asking again costs a load and keeps this safe without trust.
             #[cfg(target_arch = "x86_64")]
-            Path::Avx2 => match x86::Avx2::detect() {
+            Path::Avx2 => match Avx2::detect() {
                 Some(simd) => simd.run(kernel),
                 None => kernel.run(Portable),
             },
             #[cfg(target_arch = "x86_64")]
-            Path::Avx512 => match x86::Avx512::detect() {
+            Path::Avx512 => match Avx512::detect() {
                 Some(simd) => simd.run(kernel),
                 None => kernel.run(Portable),
             },
         }
-    }
-}
-
-/// Plain Rust. Slow where the target has no multiply-add by default, and right everywhere.
-#[derive(Clone, Copy)]
-pub(crate) struct Portable;
-
-impl Simd for Portable {
-    type V = [f32; LANES];
-    const MANY_REGISTERS: bool = cfg!(target_arch = "aarch64");
-
-    #[inline(always)]
-    fn zero(self) -> Self::V {
-        [0.0; LANES]
-    }
-
-    #[inline(always)]
-    fn splat(self, value: f32) -> Self::V {
-        [value; LANES]
-    }
-
-    #[inline(always)]
-    fn load(self, values: &[f32; LANES]) -> Self::V {
-        *values
-    }
-
-    #[inline(always)]
-    fn load_i8(self, values: &[i8; LANES]) -> Self::V {
-        let mut out = [0.0; LANES];
-        for i in 0..LANES {
-            out[i] = f32::from(values[i]);
-        }
-        out
-    }
-
-    #[inline(always)]
-    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-        let mut out = [0.0; LANES];
-        for i in 0..LANES {
-            out[i] = a[i].mul_add(b[i], c[i]);
-        }
-        out
-    }
-
-    #[inline(always)]
-    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
-        std::array::from_fn(|i| a[i] * b[i])
-    }
-
-    #[inline(always)]
-    fn load_u8(self, values: &[u8; LANES]) -> Self::V {
-        values.map(f32::from)
-    }
-
-    #[inline(always)]
-    fn load_f16(self, values: &[u16; LANES]) -> Self::V {
-        values.map(|bits| f16::from_bits(bits).to_f32())
-    }
-
-    #[inline(always)]
-    fn array(self, v: Self::V) -> [f32; LANES] {
-        v
-    }
-
-    type I = [i32; LANES];
-
-    #[inline(always)]
-    fn splat_i32(self, value: i32) -> Self::I {
-        [value; LANES]
-    }
-
-    #[inline(always)]
-    fn dot4(self, mut sum: Self::I, w: &Word, x: [i8; 4]) -> Self::I {
-        for (sum, w) in sum.iter_mut().zip(w.0.as_chunks::<4>().0) {
-            for j in 0..4 {
-                *sum += i32::from(w[j]) * i32::from(x[j]);
-            }
-        }
-        sum
-    }
-
-    #[inline(always)]
-    fn dot4_nibbles(self, sum: Self::I, w: &Word, low: [i8; 4], high: [i8; 4]) -> Self::I {
-        let sum = self.dot4(sum, &Word(w.0.map(|byte| byte & 15)), low);
-        self.dot4(sum, &Word(w.0.map(|byte| byte >> 4)), high)
-    }
-
-    #[inline(always)]
-    fn to_f32(self, v: Self::I) -> Self::V {
-        v.map(|value| value as f32)
     }
 }
 
@@ -269,21 +157,42 @@ mod tests {
     use super::*;
     use crate::ops::testing::{Random, seed};
 
-    struct Everything<'a>(&'a [f32; LANES], &'a [i8; LANES], &'a [f32; LANES], &'a Word);
+    struct Everything<'a>(&'a [f32; LANES], &'a [i8; LANES], &'a [f32; LANES]);
 
     impl Kernel for Everything<'_> {
         type Output = [f32; LANES];
         #[inline(always)]
         fn run<S: Simd>(self, s: S) -> Self::Output {
-            let sum = s.fma(s.load(self.0), s.load_i8(self.1), s.load(self.2));
-            let bytes = self.1.map(|byte| byte as u8);
+            s.array(s.fma(s.load(self.0), s.load_i8(self.1), s.load(self.2)))
+        }
+    }
+
+    /// All that a part's sums go through, part after part.
+    struct Products<'a>(&'a [f32; LANES], &'a [i8; LANES], &'a Word);
+
+    impl Kernel for Products<'_> {
+        type Output = [f32; LANES];
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Self::Output {
+            let (d, Self(floats, bytes, w)) = (s.dots(), self);
+            let unsigned = bytes.map(|byte| byte as u8);
             // Halves of any exponent but the largest, which stands for what is no number.
-            let halves = std::array::from_fn(|i| u16::from_le_bytes([bytes[i], self.3.0[i]]) & 0xbbff);
-            let x = |i: usize| std::array::from_fn(|j| self.1[i + j]);
-            let dot = s.dot4(s.splat_i32(-7), self.3, x(0));
-            let dot = s.dot4_nibbles(dot, self.3, x(4), x(8));
-            let sum = s.fma(s.mul(s.load_u8(&bytes), s.load_f16(&halves)), s.to_f32(dot), sum);
-            s.array(s.fma(sum, s.splat(0.1), s.zero()))
+            let halves = std::array::from_fn(|i| u16::from_le_bytes([unsigned[i], w.0[i]]) & 0xbbff);
+            let small = Word(w.0.map(|byte| byte & 127));
+            let x = |i: usize| -> [i8; 4] { std::array::from_fn(|j| bytes[i + j]) };
+            let offset = -128 * (0..8).map(|i| i32::from(bytes[i])).sum::<i32>();
+            let mut out = [0.0; LANES];
+            for (part, out) in out.chunks_mut(LANES / S::Dots::PARTS).enumerate() {
+                let centred = d.add_centred(d.add_centred(d.centred(offset), w, part, x(0)), w, part, x(4));
+                let small = d.add_small(d.add_small(d.small(), &small, part, x(8)), &small, part, x(3));
+                let nibbles = (0..4).fold(d.nibbles(-77), |n, i| d.add_nibbles(n, w, part, x(i), x(11 - i)));
+                let nibbles = d.sum_nibbles(nibbles, -77);
+                let sum = d.fma(d.to_f32(centred), d.load(floats, part), d.load_i8(bytes, part));
+                let sum = d.fma(d.to_f32(small), d.load_u8(&unsigned, part), sum);
+                let sum = d.fma(d.mul(d.to_f32(nibbles), d.splat(0.1)), d.load_f16(&halves, part), sum);
+                d.store(sum, out);
+            }
+            out
         }
     }
 
@@ -296,17 +205,22 @@ mod tests {
             let q = std::array::from_fn(|_| (random.bits() as i8).max(-127));
             let c = std::array::from_fn(|_| random.unit());
             let w = Word(std::array::from_fn(|_| random.bits() as u8));
-            let want = Isa::available()[0].run(Everything(&a, &q, &c, &w)).map(f32::to_bits);
+            let bits = |values: [f32; LANES]| values.map(f32::to_bits);
+            let plain = Isa::available()[0];
+            let want = (bits(plain.run(Everything(&a, &q, &c))), bits(plain.run(Products(&a, &q, &w))));
             for isa in Isa::available() {
-                assert_eq!(isa.run(Everything(&a, &q, &c, &w)).map(f32::to_bits), want, "{isa:?}, seed {seed}");
+                let got = (bits(isa.run(Everything(&a, &q, &c))), bits(isa.run(Products(&a, &q, &w))));
+                assert_eq!(got, want, "{isa:?}, seed {seed}");
             }
         }
         // The largest sums that there are.
-        let (w, x) = (Word([255; 64]), [-127; LANES]);
-        for isa in Isa::available() {
-            let got = isa.run(Everything(&[1.0; LANES], &x, &[0.0; LANES], &w)).map(f32::to_bits);
-            let want = Isa::available()[0].run(Everything(&[1.0; LANES], &x, &[0.0; LANES], &w)).map(f32::to_bits);
-            assert_eq!(got, want, "{isa:?}");
+        for (byte, x) in [(255, -127), (0, -127), (255, 127), (0, 127)] {
+            let (w, x) = (Word([byte; 64]), [x; LANES]);
+            for isa in Isa::available() {
+                let got = isa.run(Products(&[1.0; LANES], &x, &w)).map(f32::to_bits);
+                let want = Isa::available()[0].run(Products(&[1.0; LANES], &x, &w)).map(f32::to_bits);
+                assert_eq!(got, want, "{isa:?}");
+            }
         }
     }
 

@@ -1,0 +1,149 @@
+//! Plain Rust. Slow where the target has no multiply-add by default, and right everywhere.
+
+use half::f16;
+
+use super::{Dots, LANES, Simd, Word};
+
+#[derive(Clone, Copy)]
+pub(crate) struct Portable;
+
+impl Simd for Portable {
+    type V = [f32; LANES];
+    const MANY_REGISTERS: bool = cfg!(target_arch = "aarch64");
+
+    #[inline(always)]
+    fn zero(self) -> Self::V {
+        [0.0; LANES]
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::V {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> Self::V {
+        *values
+    }
+
+    #[inline(always)]
+    fn load_i8(self, values: &[i8; LANES]) -> Self::V {
+        values.map(f32::from)
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+
+    #[inline(always)]
+    fn array(self, v: Self::V) -> [f32; LANES] {
+        v
+    }
+
+    type Dots = Self;
+
+    #[inline(always)]
+    fn dots(self) -> Self {
+        self
+    }
+}
+
+impl Dots for Portable {
+    const PARTS: usize = 1;
+    const MANY_REGISTERS: bool = cfg!(target_arch = "aarch64");
+    type F = [f32; LANES];
+    type I = [i32; LANES];
+    type N = [i32; LANES];
+
+    #[inline(always)]
+    fn zero(self) -> Self::F {
+        [0.0; LANES]
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::F {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES], _part: usize) -> Self::F {
+        *values
+    }
+
+    #[inline(always)]
+    fn load_i8(self, values: &[i8; LANES], _part: usize) -> Self::F {
+        values.map(f32::from)
+    }
+
+    #[inline(always)]
+    fn load_u8(self, values: &[u8; LANES], _part: usize) -> Self::F {
+        values.map(f32::from)
+    }
+
+    #[inline(always)]
+    fn load_f16(self, values: &[u16; LANES], _part: usize) -> Self::F {
+        values.map(|bits| f16::from_bits(bits).to_f32())
+    }
+
+    #[inline(always)]
+    fn to_f32(self, sums: Self::I) -> Self::F {
+        sums.map(|value| value as f32)
+    }
+
+    #[inline(always)]
+    fn store(self, sums: Self::F, out: &mut [f32]) {
+        out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum);
+    }
+
+    #[inline(always)]
+    fn centred(self, offset: i32) -> Self::I {
+        [offset; LANES]
+    }
+
+    #[inline(always)]
+    fn add_centred(self, sums: Self::I, w: &Word, part: usize, x: [i8; 4]) -> Self::I {
+        self.add_small(sums, w, part, x)
+    }
+
+    #[inline(always)]
+    fn small(self) -> Self::I {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    fn add_small(self, mut sums: Self::I, w: &Word, _part: usize, x: [i8; 4]) -> Self::I {
+        for (sum, w) in sums.iter_mut().zip(w.0.as_chunks::<4>().0) {
+            for j in 0..4 {
+                *sum += i32::from(w[j]) * i32::from(x[j]);
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn nibbles(self, offset: i32) -> Self::N {
+        [offset; LANES]
+    }
+
+    #[inline(always)]
+    fn add_nibbles(self, sums: Self::N, w: &Word, part: usize, low: [i8; 4], high: [i8; 4]) -> Self::N {
+        let sums = self.add_small(sums, &Word(w.0.map(|byte| byte & 15)), part, low);
+        self.add_small(sums, &Word(w.0.map(|byte| byte >> 4)), part, high)
+    }
+
+    #[inline(always)]
+    fn sum_nibbles(self, sums: Self::N, _offset: i32) -> Self::I {
+        sums
+    }
+}
