@@ -398,7 +398,10 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
         offset: impl Fn(&Sums) -> i32,
     ) -> [[D::I; R]; G] {
         let dots = self.dots;
-        let start: [_; R] = std::array::from_fn(|r| dots.centred(offset(&self.x[r].sums[b])));
+        let mut start = [dots.small(); R];
+        for r in 0..R {
+            start[r] = dots.centred(offset(&self.x[r].sums[b]));
+        }
         self.bytes(b, N * half..N * (half + 1), start, |sums, word, part, x| dots.add_centred(sums, word, part, x))
     }
 
@@ -439,10 +442,15 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
     #[inline(always)]
     fn nibbles<const G: usize>(&self, b: usize, offset: impl Fn(&Sums) -> i32) -> [[D::I; R]; G] {
         let dots = self.dots;
-        let offsets: [_; R] = std::array::from_fn(|r| offset(&self.x[r].sums[b]));
         let words: [&[Word; 4]; G] = self.words(b);
         let a_band = self.matrix.blocks * size_of_val(words[0]);
-        let mut sums = [offsets.map(|offset| dots.nibbles(offset)); G];
+        // Loops and no `map`: its closure would be compiled without the instructions of this path.
+        let mut sums = [[dots.nibbles(0); R]; G];
+        for r in 0..R {
+            for g in 0..G {
+                sums[g][r] = dots.nibbles(offset(&self.x[r].sums[b]));
+            }
+        }
         for k in 0..4 {
             for g in 0..G {
                 self.ask::<_, G>(g, b, &words[g][k], AHEAD, a_band);
@@ -455,7 +463,13 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
                 }
             }
         }
-        sums.map(|sums| std::array::from_fn(|r| dots.sum_nibbles(sums[r], offsets[r])))
+        let mut whole = [[dots.small(); R]; G];
+        for g in 0..G {
+            for r in 0..R {
+                whole[g][r] = dots.sum_nibbles(sums[g][r], offset(&self.x[r].sums[b]));
+            }
+        }
+        whole
     }
 
     /// Asks for what lies behind `place`, which belongs to block `b` of the `g`th column's band: `near` bytes, or where the bands
