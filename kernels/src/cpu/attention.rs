@@ -17,8 +17,10 @@ use crate::{
 
 const _: () = assert!(KV_BLOCK_TOKENS == LANES, "a block's keys are the lanes of a register");
 
-/// Pieces of a value that are summed at a time.
+/// Pieces of a value that are summed at a time, where there are registers for that.
 const PIECES: usize = 8;
+/// The same where there are few.
+const FEW_PIECES: usize = 2;
 
 /// Keys and values of a sequence.
 #[derive(Clone, Copy)]
@@ -88,11 +90,11 @@ impl Kernel for Attention<'_> {
             let marks = &attended[block * LANES..][..LANES];
             let mut logits = Logits { keys, stride, start: index * LANES, out: &mut weights };
             let mut first = 0;
-            while queries.len() - first >= 8 {
+            while S::MANY_REGISTERS && queries.len() - first >= 8 {
                 logits.of::<S, 8>(simd, &queries, first);
                 first += 8;
             }
-            if queries.len() - first >= 6 {
+            while queries.len() - first >= 6 {
                 logits.of::<S, 6>(simd, &queries, first);
                 first += 6;
             }
@@ -196,9 +198,13 @@ impl Values<'_> {
     #[inline(always)]
     fn add_to<S: Simd, const H: usize>(self, simd: S, weights: [&[f32]; H], out: &mut [f32]) {
         let mut first = 0;
-        while self.dim - first >= PIECES * LANES {
+        while S::MANY_REGISTERS && self.dim - first >= PIECES * LANES {
             self.add_pieces::<S, H, PIECES>(simd, weights, out, first);
             first += PIECES * LANES;
+        }
+        while self.dim - first >= FEW_PIECES * LANES {
+            self.add_pieces::<S, H, FEW_PIECES>(simd, weights, out, first);
+            first += FEW_PIECES * LANES;
         }
         while self.dim - first >= LANES {
             self.add_pieces::<S, H, 1>(simd, weights, out, first);

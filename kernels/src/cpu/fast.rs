@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::{
     packed::{BLOCK, Packed, SUPER, Scaling},
-    simd::{Dots, Kernel, LANES, Simd, Word},
+    simd::{Dots, Kernel, LANES, Simd},
 };
 
 /// How far ahead of their use weights are asked for: the processor's own prefetching ends with a page of 4 KiB.
@@ -18,6 +18,9 @@ pub(super) const AHEAD: usize = 6144;
 const AHEAD_BLOCKS: usize = 16;
 /// Rows of a tile at most.
 const MOST_ROWS: usize = 4;
+
+/// Added to a number below 2^22 this rounds it to an integer, to even, and leaves the integer in the low bits.
+const ROUND: f32 = 12_582_912.0;
 
 /// Rows of inputs as 8-bit numbers.
 #[derive(Default)]
@@ -31,12 +34,12 @@ pub(super) struct Quantised {
 /// Sums of a block's numbers.
 #[derive(Clone, Copy, Default)]
 struct Sums {
-    /// Of all.
-    all: i32,
     /// What weights that are 128 too large add too much, negative: of all, and of each half.
     offset_128: (i32, [i32; 2]),
     /// The same for weights that are 8 too large.
     offset_8: i32,
+    /// What the numbers stand for, negative: what a minimum takes.
+    taken: f32,
 }
 
 /// One row.
@@ -84,7 +87,8 @@ impl Kernel for Quantise<'_> {
     fn run<S: Simd>(self, _simd: S) {
         let places = self.values.iter_mut().zip(self.scales).zip(self.sums);
         for (block, ((values, scale), sums)) in self.x.iter().zip(places) {
-            // Lanes, so that the search for the largest is many at a time; what is no number makes the scale none.
+            // Lanes, so that the search for the largest is many at a time; what is no number makes the scale none,
+            // and then it does not matter what the numbers are.
             let mut lanes = [0.0f32; LANES];
             let mut bad = [false; LANES];
             for half in block.as_chunks::<LANES>().0 {
@@ -97,15 +101,20 @@ impl Kernel for Quantise<'_> {
             let largest = lanes.iter().fold(0.0f32, |largest, &lane| if lane > largest { lane } else { largest });
             let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
             *scale = if bad.contains(&true) { f32::NAN } else { largest / 127.0 };
-            for (value, x) in values.iter_mut().zip(block) {
+            // Integers in the low bits of floats: with no instruction for it, a rounding is many.
+            let mut rounded = [0; BLOCK];
+            for (rounded, x) in rounded.iter_mut().zip(block) {
                 // At most 127 in magnitude: the largest times its inverse may round up, and 127.0001 is still 127.
-                *value = (x * inverse).round_ties_even() as i8;
+                *rounded = i32::from((x * inverse + ROUND).to_bits() as i8);
             }
-            let sum = |half: &[i8]| half.iter().map(|&value| i32::from(value)).sum::<i32>();
-            let (low, high) = values.split_at(LANES);
-            let (low, high) = (sum(low), sum(high));
+            for (value, rounded) in values.iter_mut().zip(&rounded) {
+                *value = *rounded as i8;
+            }
+            let (low, high) = rounded.split_at(LANES);
+            let (low, high) = (low.iter().sum::<i32>(), high.iter().sum::<i32>());
             let all = low + high;
-            *sums = Sums { all, offset_128: (-128 * all, [-128 * low, -128 * high]), offset_8: -8 * all };
+            let offset_128 = (-128 * all, [-128 * low, -128 * high]);
+            *sums = Sums { offset_128, offset_8: -8 * all, taken: -(*scale * all as f32) };
         }
     }
 }
@@ -131,30 +140,24 @@ impl Kernel for FastProduct<'_> {
 }
 
 impl FastProduct<'_> {
-    /// All columns: registers of outputs.
+    /// All columns: the outputs of a register each.
     #[inline(always)]
     fn columns<D: Dots>(mut self, dots: D) {
-        let columns = self.outputs.len().div_ceil(LANES / D::PARTS);
+        let columns = self.outputs.len().div_ceil(LANES / D::PACKING.parts);
         let mut column = 0;
-        if self.rows.len() <= MOST_ROWS {
-            // Few rows wait for memory, which is fastest as one stream: whole bands.
-            while column < columns {
-                match D::PARTS {
-                    1 => self.rows_with::<D, 1, false>(dots, column),
-                    2 => self.rows_with::<D, 2, false>(dots, column),
-                    _ => self.rows_with::<D, 4, false>(dots, column),
-                }
-                column += D::PARTS;
-            }
-            return;
-        }
-        // With two columns an input is read once for both, and no sum waits for the one before it.
-        while D::MANY_REGISTERS && columns - column >= 2 {
+        // Many rows with two columns: an input is read once for both, and no sum waits for the one before it. Few rows wait for
+        // memory, which is fastest as one stream.
+        let many = self.rows.len() > MOST_ROWS;
+        while D::MANY_REGISTERS && many && columns - column >= 2 {
             self.rows_with::<D, 2, true>(dots, column);
             column += 2;
         }
         while column < columns {
-            self.rows_with::<D, 1, true>(dots, column);
+            if many {
+                self.rows_with::<D, 1, true>(dots, column)
+            } else {
+                self.rows_with::<D, 1, false>(dots, column)
+            }
             column += 1;
         }
     }
@@ -188,10 +191,11 @@ impl FastProduct<'_> {
         }
         let far = first * matrix.blocks / self.rows.len()..(first + R) * matrix.blocks / self.rows.len();
         let first_band = self.expert * matrix.bands + self.outputs.start / LANES;
-        let tile = Tile::<D, R, FAR> { dots, matrix, column: first_band * D::PARTS + column, x, far };
+        let column_of_all = first_band * D::PACKING.parts + column;
+        let tile = Tile::<D, R, FAR> { dots, matrix, column: column_of_all, x, far };
         let sums: [[D::F; R]; G] = tile.sums();
         let width = self.outputs.len();
-        let a_column = LANES / D::PARTS;
+        let a_column = LANES / D::PACKING.parts;
         for (g, sums) in sums.into_iter().enumerate() {
             // The last band may have fewer outputs than lanes, and then whole columns without any.
             let start = ((column + g) * a_column).min(width);
@@ -217,23 +221,16 @@ struct Tile<'a, D, const R: usize, const FAR: bool> {
 }
 
 impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
-    /// The band of the `g`th of `G` columns.
+    /// The part of its band that the `g`th column is.
     #[inline(always)]
-    fn band<const G: usize>(&self, g: usize) -> usize {
-        // Whole bands begin with a band.
-        if G.is_multiple_of(D::PARTS) { self.column / D::PARTS + g / D::PARTS } else { (self.column + g) / D::PARTS }
-    }
-
-    /// The part of its band that the `g`th of `G` columns is.
-    #[inline(always)]
-    fn part<const G: usize>(&self, g: usize) -> usize {
-        if G.is_multiple_of(D::PARTS) { g % D::PARTS } else { (self.column + g) % D::PARTS }
+    fn part(&self, g: usize) -> usize {
+        (self.column + g) % D::PACKING.parts
     }
 
     /// `values` has `count` for each band: those of each column's.
     #[inline(always)]
     fn of_bands<'v, T, const G: usize>(&self, values: &'v [T], count: usize) -> [&'v [T]; G] {
-        std::array::from_fn(|g| &values[self.band::<G>(g) * count..][..count])
+        std::array::from_fn(|g| &values[(self.column + g) / D::PACKING.parts * count..][..count])
     }
 
     /// The sums, column by column.
@@ -270,7 +267,7 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
                 }
             }
             for g in 0..G {
-                let scale = dots.load(&scales[g][group], self.part::<G>(g));
+                let scale = dots.load(&scales[g][group], self.part(g));
                 for r in 0..R {
                     total[g][r] = dots.fma(sum[g][r], scale, total[g][r]);
                 }
@@ -293,8 +290,8 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
             let products = products(b);
             for g in 0..G {
                 let half = &halves[g][b];
-                self.ask::<_, G>(g, b, half, AHEAD_BLOCKS * size_of_val(half), size_of_val(halves[g]));
-                let d = dots.load_f16(half, self.part::<G>(g));
+                self.ask(b, half, AHEAD_BLOCKS * size_of_val(half), G * size_of_val(halves[g]));
+                let d = dots.load_f16(half, self.part(g));
                 for r in 0..R {
                     let scale = dots.mul(d, dots.splat(self.x[r].scales[b]));
                     total[g][r] = dots.fma(dots.to_f32(products[g][r]), scale, total[g][r]);
@@ -321,22 +318,21 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
             for b in index * SUPER..(index + 1) * SUPER {
                 let products = products(b);
                 for g in 0..G {
-                    let (factors, part) = (&bytes[g][b], self.part::<G>(g));
-                    self.ask::<_, G>(g, b, factors, AHEAD_BLOCKS * size_of_val(factors), size_of_val(bytes[g]));
+                    let (factors, part) = (&bytes[g][b], self.part(g));
+                    self.ask(b, factors, AHEAD_BLOCKS * size_of_val(factors), G * size_of_val(bytes[g]));
                     let (factor, min) = (dots.load_u8(&factors[0], part), dots.load_u8(&factors[1], part));
                     for r in 0..R {
                         let scale = self.x[r].scales[b];
                         let factor = dots.mul(factor, dots.splat(scale));
                         sum[g][r] = dots.fma(dots.to_f32(products[g][r]), factor, sum[g][r]);
-                        let inputs = scale * self.x[r].sums[b].all as f32;
-                        minimum[g][r] = dots.fma(min, dots.splat(-inputs), minimum[g][r]);
+                        minimum[g][r] = dots.fma(min, dots.splat(self.x[r].sums[b].taken), minimum[g][r]);
                     }
                 }
             }
             for g in 0..G {
-                let (half, part) = (&halves[g][index], self.part::<G>(g));
+                let (half, part) = (&halves[g][index], self.part(g));
                 let ahead = AHEAD_BLOCKS / SUPER * size_of_val(half);
-                self.ask::<_, G>(g, index * SUPER, half, ahead, size_of_val(halves[g]));
+                self.ask(index * SUPER, half, ahead, G * size_of_val(halves[g]));
                 let (d, m) = (dots.load_f16(&half[0], part), dots.load_f16(&half[1], part));
                 for r in 0..R {
                     total[g][r] = dots.fma(m, minimum[g][r], dots.fma(d, sum[g][r], total[g][r]));
@@ -360,8 +356,8 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
                     let products = self.centred::<4, G>(b, half, |sums| sums.offset_128.1[half]);
                     for g in 0..G {
                         let factors = &bytes[g][b];
-                        self.ask::<_, G>(g, b, factors, AHEAD_BLOCKS * size_of_val(factors), size_of_val(bytes[g]));
-                        let factor = dots.load_i8(&factors[half], self.part::<G>(g));
+                        self.ask(b, factors, AHEAD_BLOCKS * size_of_val(factors), G * size_of_val(bytes[g]));
+                        let factor = dots.load_i8(&factors[half], self.part(g));
                         for r in 0..R {
                             let factor = dots.mul(factor, dots.splat(self.x[r].scales[b]));
                             sum[g][r] = dots.fma(dots.to_f32(products[g][r]), factor, sum[g][r]);
@@ -372,8 +368,8 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
             for g in 0..G {
                 let half = &halves[g][index];
                 let ahead = AHEAD_BLOCKS / SUPER * size_of_val(half);
-                self.ask::<_, G>(g, index * SUPER, half, ahead, size_of_val(halves[g]));
-                let d = dots.load_f16(half, self.part::<G>(g));
+                self.ask(index * SUPER, half, ahead, G * size_of_val(halves[g]));
+                let d = dots.load_f16(half, self.part(g));
                 for r in 0..R {
                     total[g][r] = dots.fma(d, sum[g][r], total[g][r]);
                 }
@@ -382,11 +378,12 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
         total
     }
 
-    /// Block `b` of each column's band.
+    /// Block `b` of each column.
     #[inline(always)]
-    fn words<const N: usize, const G: usize>(&self, b: usize) -> [&[Word; N]; G] {
-        let words: [_; G] = self.of_bands(&self.matrix.words, self.matrix.blocks * N);
-        words.map(|words| &words.as_chunks::<N>().0[b])
+    fn words<const N: usize, const G: usize>(&self, b: usize) -> [&[D::W; N]; G] {
+        let words: &[D::W] = bytemuck::cast_slice(&self.matrix.words);
+        let a_column = self.matrix.blocks * N;
+        std::array::from_fn(|g| &words[(self.column + g) * a_column..][..a_column].as_chunks::<N>().0[b])
     }
 
     /// Sums of `4 N` inputs of block `b`, from its `half` on, with weights that are 128 too large, by which `offset` is too large.
@@ -402,14 +399,14 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
         for r in 0..R {
             start[r] = dots.centred(offset(&self.x[r].sums[b]));
         }
-        self.bytes(b, N * half..N * (half + 1), start, |sums, word, part, x| dots.add_centred(sums, word, part, x))
+        self.bytes(b, N * half..N * (half + 1), start, |sums, word, x| dots.add_centred(sums, word, x))
     }
 
     /// Sums of block `b` with weights below 128.
     #[inline(always)]
     fn small<const G: usize>(&self, b: usize) -> [[D::I; R]; G] {
         let dots = self.dots;
-        self.bytes(b, 0..8, [dots.small(); R], |sums, word, part, x| dots.add_small(sums, word, part, x))
+        self.bytes(b, 0..8, [dots.small(); R], |sums, word, x| dots.add_small(sums, word, x))
     }
 
     /// Sums over the words `range` of block `b`, from `start` on.
@@ -419,19 +416,20 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
         b: usize,
         range: Range<usize>,
         start: [D::I; R],
-        add: impl Fn(D::I, &Word, usize, [i8; 4]) -> D::I,
+        add: impl Fn(D::I, &D::W, [i8; 4]) -> D::I,
     ) -> [[D::I; R]; G] {
-        let words: [&[Word; 8]; G] = self.words(b);
-        let a_band = self.matrix.blocks * size_of_val(words[0]);
+        let words: [&[D::W; 8]; G] = self.words(b);
+        let far = G * self.matrix.blocks * size_of_val(words[0]);
         let mut sums = [start; G];
         for k in range {
+            // Asked word by word: the branch also keeps the compiler from loading a block's inputs all at once, into memory.
             for g in 0..G {
-                self.ask::<_, G>(g, b, &words[g][k], AHEAD, a_band);
+                self.ask(b, &words[g][k], AHEAD, far);
             }
             for r in 0..R {
                 let quad = quad(&self.x[r].values[b], k);
                 for g in 0..G {
-                    sums[g][r] = add(sums[g][r], &words[g][k], self.part::<G>(g), quad);
+                    sums[g][r] = add(sums[g][r], &words[g][k], quad);
                 }
             }
         }
@@ -442,8 +440,8 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
     #[inline(always)]
     fn nibbles<const G: usize>(&self, b: usize, offset: impl Fn(&Sums) -> i32) -> [[D::I; R]; G] {
         let dots = self.dots;
-        let words: [&[Word; 4]; G] = self.words(b);
-        let a_band = self.matrix.blocks * size_of_val(words[0]);
+        let words: [&[D::W; 4]; G] = self.words(b);
+        let far = G * self.matrix.blocks * size_of_val(words[0]);
         // Loops and no `map`: its closure would be compiled without the instructions of this path.
         let mut sums = [[dots.nibbles(0); R]; G];
         for r in 0..R {
@@ -453,13 +451,13 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
         }
         for k in 0..4 {
             for g in 0..G {
-                self.ask::<_, G>(g, b, &words[g][k], AHEAD, a_band);
+                self.ask(b, &words[g][k], AHEAD, far);
             }
             for r in 0..R {
                 let block = &self.x[r].values[b];
                 let (low, high) = (quad(block, k), quad(block, 4 + k));
                 for g in 0..G {
-                    sums[g][r] = dots.add_nibbles(sums[g][r], &words[g][k], self.part::<G>(g), low, high);
+                    sums[g][r] = dots.add_nibbles(sums[g][r], &words[g][k], low, high);
                 }
             }
         }
@@ -472,17 +470,13 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
         whole
     }
 
-    /// Asks for what lies behind `place`, which belongs to block `b` of the `g`th column's band: `near` bytes, or where the bands
-    /// that follow have it, `a_band` bytes a band. Of a band's parts the first one asks for all.
+    /// Asks for what lies behind `place`, which belongs to block `b`: `near` bytes, or `far` where the next columns are.
     #[inline(always)]
-    fn ask<T, const G: usize>(&self, g: usize, b: usize, place: &T, near: usize, a_band: usize) {
-        if self.part::<G>(g) != 0 {
-            return;
-        }
+    fn ask<T>(&self, b: usize, place: &T, near: usize, far: usize) {
         if !FAR {
             self.dots.prefetch(place, near);
         } else if self.far.contains(&b) {
-            self.dots.prefetch_far(place, G.div_ceil(D::PARTS) * a_band);
+            self.dots.prefetch_far(place, far);
         }
     }
 }

@@ -10,10 +10,10 @@ use grokpipe_model::{BlockType, Format, Layout, MatrixSource, MatrixSpec};
 use super::{
     memory::{product, zeroed},
     packed::{BLOCK, Packed},
-    simd::{LANES, Word},
+    simd::{LANES, Packing, Word},
     threads::Threads,
 };
-use crate::{KernelError, Precision};
+use crate::KernelError;
 
 /// Stored bytes read at a time.
 const PIECE_BYTES: usize = 4 << 20;
@@ -63,20 +63,19 @@ impl CpuMatrix {
         self.padded_inputs() * self.outputs
     }
 
-    /// Reads a matrix; `progress` is told the stored bytes of each piece.
+    /// Reads a matrix, and packs it where it can be and `packing` says how; `progress` is told the stored bytes of each piece.
     pub(super) fn load(
         source: &dyn MatrixSource,
-        precision: Precision,
+        packing: Option<Packing>,
         threads: &Threads,
         device: &str,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self, KernelError> {
         let spec = source.spec();
-        let is_fast = precision == Precision::Fast;
         let groups = match spec.format {
             Format::F32 => None,
             Format::Int8 { groups } => Some(groups),
-            Format::Blocks(kind) => return Self::load_blocks(source, kind, is_fast, threads, device, progress),
+            Format::Blocks(kind) => return Self::load_blocks(source, kind, packing, threads, device, progress),
         };
         let (is_float, groups) = (groups.is_none(), groups.unwrap_or(1));
         if groups == 0 || spec.inputs == 0 || spec.outputs == 0 || !spec.inputs.is_multiple_of(groups) {
@@ -91,7 +90,10 @@ impl CpuMatrix {
         let count = product(&[spec.experts, spec.outputs, groups, padded_group], &spec.name, device)?;
         let shape = Shape { spec, group, padded_group };
         let MatrixSpec { inputs, outputs, experts, .. } = *spec;
-        if is_fast && !is_float && group.is_multiple_of(BLOCK) {
+        if let Some(packing) = packing
+            && !is_float
+            && group.is_multiple_of(BLOCK)
+        {
             // Each expert is filled up to whole bands.
             let stored_outputs = outputs.next_multiple_of(LANES);
             let count = product(&[experts, stored_outputs / LANES, inputs / BLOCK, 8], &spec.name, device)?;
@@ -99,7 +101,7 @@ impl CpuMatrix {
             let rows = bytemuck::cast_slice_mut::<Word, i8>(&mut words);
             shape.fill(source, stored_outputs, rows, threads, progress)?;
             let scales = scales_by_output(source, groups)?;
-            let values = Values::Packed(Packed::of_int8(spec, words, &scales, groups, threads));
+            let values = Values::Packed(Packed::of_int8(spec, words, &scales, groups, packing, threads));
             return Ok(Self { inputs, outputs, experts, groups, group, padded_group, values, scales: vec![1.0] });
         }
         let (values, scales) = if is_float {
@@ -114,11 +116,11 @@ impl CpuMatrix {
         Ok(Self { inputs, outputs, experts, groups, group, padded_group, values, scales })
     }
 
-    /// Blocks are packed where `is_fast` and the format is, else kept as they are in the file.
+    /// Blocks that are not packed are kept as they are in the file.
     fn load_blocks(
         source: &dyn MatrixSource,
         kind: BlockType,
-        is_fast: bool,
+        packing: Option<Packing>,
         threads: &Threads,
         device: &str,
         progress: &mut dyn FnMut(u64),
@@ -133,7 +135,9 @@ impl CpuMatrix {
             });
         };
         let padded_group = inputs.next_multiple_of(LANES);
-        if is_fast && let Some(packed) = Packed::load(source, kind, threads, device, progress)? {
+        if let Some(packing) = packing
+            && let Some(packed) = Packed::load(source, kind, packing, threads, device, progress)?
+        {
             let values = Values::Packed(packed);
             return Ok(Self {
                 inputs,
@@ -347,7 +351,7 @@ mod tests {
         let matrix = TestMatrix::random(&mut Random::new(seed(3)), shape, format, layout);
         let mut bytes = 0;
         let threads = Threads::new(2).unwrap();
-        let loaded = CpuMatrix::load(&matrix, Precision::Exact, &threads, "cpu", &mut |done| bytes += done).unwrap();
+        let loaded = CpuMatrix::load(&matrix, None, &threads, "cpu", &mut |done| bytes += done).unwrap();
         assert_eq!(bytes, matrix.spec.weight_bytes(), "{shape:?} {format:?} {layout:?}");
         let (experts, inputs, outputs) = shape;
         for e in 0..experts {
@@ -385,7 +389,7 @@ mod tests {
     fn groups_that_do_not_divide_the_inputs_are_refused() {
         let mut matrix = TestMatrix::random(&mut Random::new(1), (1, 16, 2), Format::Int8 { groups: 8 }, Layout::InOut);
         matrix.spec.format = Format::Int8 { groups: 3 };
-        let refused = CpuMatrix::load(&matrix, Precision::Exact, &Threads::new(1).unwrap(), "cpu", &mut |_| ());
+        let refused = CpuMatrix::load(&matrix, None, &Threads::new(1).unwrap(), "cpu", &mut |_| ());
         assert!(matches!(refused, Err(KernelError::Shape { .. })));
     }
 }

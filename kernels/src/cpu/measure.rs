@@ -15,8 +15,6 @@ use crate::{Backend, KernelError};
 
 /// Larger than the last-level caches of ordinary machines.
 const READ_BYTES: usize = 256 << 20;
-/// Registers that a word fills at most.
-const MOST_PARTS: usize = 4;
 /// The fastest of this many passes counts: others may have been disturbed.
 const PASSES: usize = 3;
 /// Inputs and outputs of the product that is timed.
@@ -47,22 +45,18 @@ impl Kernel for Read<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let dots = simd.dots();
-        let mut sums = [[dots.small(); MOST_PARTS]; 2];
-        for words in self.0.as_chunks::<2>().0 {
-            for (sums, word) in sums.iter_mut().zip(words) {
+        let mut sums = [dots.small(); 4];
+        for words in bytemuck::cast_slice::<Word, <S::Dots as Dots>::W>(self.0).as_chunks::<4>().0 {
+            for (sum, word) in sums.iter_mut().zip(words) {
                 dots.prefetch(word, AHEAD);
-                for (part, sum) in sums.iter_mut().enumerate().take(S::Dots::PARTS) {
-                    *sum = dots.add_small(*sum, word, part, [1; 4]);
-                }
+                *sum = dots.add_small(*sum, word, [1; 4]);
             }
         }
-        std::hint::black_box(sums.map(|sums| {
-            sums.map(|sum| {
-                let mut out = [0.0; LANES];
-                dots.store(dots.to_f32(sum), &mut out[..LANES / S::Dots::PARTS]);
-                out
-            })
-        }));
+        for sum in sums {
+            let mut out = [0.0; LANES];
+            dots.store(dots.to_f32(sum), &mut out[..LANES / S::Dots::PACKING.parts]);
+            std::hint::black_box(out);
+        }
     }
 }
 

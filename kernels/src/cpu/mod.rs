@@ -216,7 +216,8 @@ impl Backend for CpuBackend {
         source: &dyn MatrixSource,
         progress: &mut dyn FnMut(u64),
     ) -> Result<CpuMatrix, KernelError> {
-        CpuMatrix::load(source, self.precision, &self.threads, &self.info.name, progress)
+        let packing = (self.precision == Precision::Fast).then(|| self.isa.packing());
+        CpuMatrix::load(source, packing, &self.threads, &self.info.name, progress)
     }
 
     fn held_bytes(&self, spec: &MatrixSpec) -> u64 {

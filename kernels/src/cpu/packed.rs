@@ -1,14 +1,14 @@
 //! Quantised weights laid out for products with 8-bit inputs: sixteen outputs side by side, four inputs a register.
 //!
-//! A band is sixteen outputs of one expert; it lies as one stream, block of 32 inputs after block, so that a product reads memory
-//! forward and nothing twice. The numbers are those of the file, rearranged; what the scales of a format mean is in [`Scaling`].
+//! A band is sixteen outputs of one expert, and a column the part of them that fills a register ([`Packing`]). A column lies as one
+//! stream, block of 32 inputs after block, so that a product reads memory forward and nothing twice. The numbers are those of the file, rearranged; what the scales of a format mean is in [`Scaling`].
 //! Formats that are not laid out here (F16, BF16, Q4_1, Q5_1, Q2_K) stay as stored and are multiplied exactly.
 
 use grokpipe_model::{BlockType, MatrixSource, MatrixSpec};
 
 use super::{
     memory::{product, zeroed},
-    simd::{LANES, Word},
+    simd::{LANES, Packing, Word},
     threads::Threads,
 };
 use crate::KernelError;
@@ -41,7 +41,7 @@ pub(crate) struct Packed {
     pub(super) blocks: usize,
     /// Bands of an expert.
     pub(super) bands: usize,
-    /// `[experts, bands, blocks, 8]`, or 4 where a byte holds two weights.
+    /// `[experts, bands, parts, blocks, 8]`, or 4 where a byte holds two weights, each four weights of every output of a part.
     pub(super) words: Vec<Word>,
     /// Two weights a byte: the low halves are inputs 0 to 15 of a block.
     pub(super) nibbles: bool,
@@ -80,13 +80,15 @@ impl Packed {
         mut words: Vec<Word>,
         scales: &[f32],
         groups: usize,
+        packing: Packing,
         threads: &Threads,
     ) -> Self {
         let (blocks, bands) = (spec.inputs / BLOCK, spec.outputs.div_ceil(LANES));
         let work = words.len() * 64;
         threads.each(words.chunks_mut(blocks * 8).collect(), work, |band| {
-            let rows: Vec<u8> = bytemuck::cast_slice::<Word, u8>(band).iter().map(|byte| byte ^ 0x80).collect();
-            interleave(&rows, band);
+            let flip = 0x80 ^ packing.flip;
+            let rows: Vec<u8> = bytemuck::cast_slice::<Word, u8>(band).iter().map(|byte| byte ^ flip).collect();
+            interleave(&rows, packing.parts, band);
         });
         let mut by_band = vec![[0.0; LANES]; spec.experts * bands * groups];
         for (index, scales) in scales.chunks(groups).enumerate() {
@@ -104,6 +106,7 @@ impl Packed {
     pub(super) fn load(
         source: &dyn MatrixSource,
         kind: BlockType,
+        packing: Packing,
         threads: &Threads,
         device: &str,
         progress: &mut dyn FnMut(u64),
@@ -144,7 +147,7 @@ impl Packed {
                     .zip(scaling.bands_mut(band..band + count, blocks))
                     .collect();
                 threads.each(parts, stored.len(), |((stored, words), mut scales)| {
-                    pack_band(kind, stored, row_bytes, words, &mut scales);
+                    pack_band(kind, packing, stored, row_bytes, words, &mut scales);
                 });
                 progress(stored.len() as u64);
             }
@@ -182,7 +185,14 @@ impl Scaling {
 }
 
 /// Packs up to sixteen stored rows.
-fn pack_band(kind: BlockType, stored: &[u8], row_bytes: usize, words: &mut [Word], scales: &mut BandScales<'_>) {
+fn pack_band(
+    kind: BlockType,
+    packing: Packing,
+    stored: &[u8],
+    row_bytes: usize,
+    words: &mut [Word],
+    scales: &mut BandScales<'_>,
+) {
     let count = row_bytes / kind.bytes();
     // Weights of the band, row after row.
     let mut rows = vec![0; LANES * count * kind.weights()];
@@ -206,27 +216,40 @@ fn pack_band(kind: BlockType, stored: &[u8], row_bytes: usize, words: &mut [Word
             }
         }
     }
-    if words.len() * 64 == rows.len() { interleave(&rows, words) } else { interleave_nibbles(&rows, words) }
+    if words.len() * size_of::<Word>() != rows.len() {
+        return interleave_nibbles(&rows, packing.parts, words);
+    }
+    // Weights beside a minimum are not too large.
+    if !matches!(scales, BandScales::Minima(..)) {
+        rows.iter_mut().for_each(|weight| *weight ^= packing.flip);
+    }
+    interleave(&rows, packing.parts, words);
 }
 
-/// Sixteen rows of bytes to words: word `k` of a block has inputs `4 k..4 k + 4` of every row.
-fn interleave(rows: &[u8], words: &mut [Word]) {
-    let inputs = rows.len() / LANES;
-    for (lane, row) in rows.chunks(inputs).enumerate() {
-        for (word, quad) in words.iter_mut().zip(row.as_chunks::<4>().0) {
-            word.0[4 * lane..4 * lane + 4].copy_from_slice(quad);
+/// Sixteen rows of bytes to words: word `k` of a part has inputs `4 k..4 k + 4` of each of its rows.
+fn interleave(rows: &[u8], parts: usize, words: &mut [Word]) {
+    let (inputs, lanes) = (rows.len() / LANES, LANES / parts);
+    let words: &mut [u8] = bytemuck::cast_slice_mut(words);
+    for (rows, words) in rows.chunks(lanes * inputs).zip(words.chunks_mut(lanes * inputs)) {
+        for (lane, row) in rows.chunks(inputs).enumerate() {
+            for (word, quad) in words.chunks_mut(4 * lanes).zip(row.as_chunks::<4>().0) {
+                word[4 * lane..4 * lane + 4].copy_from_slice(quad);
+            }
         }
     }
 }
 
 /// Sixteen rows of bytes below 16 to words of two weights a byte.
-fn interleave_nibbles(rows: &[u8], words: &mut [Word]) {
-    let inputs = rows.len() / LANES;
-    for (lane, row) in rows.chunks(inputs).enumerate() {
-        for (words, block) in words.as_chunks_mut::<4>().0.iter_mut().zip(row.as_chunks::<BLOCK>().0) {
-            for (k, word) in words.iter_mut().enumerate() {
-                for j in 0..4 {
-                    word.0[4 * lane + j] = block[4 * k + j] | block[BLOCK / 2 + 4 * k + j] << 4;
+fn interleave_nibbles(rows: &[u8], parts: usize, words: &mut [Word]) {
+    let (inputs, lanes) = (rows.len() / LANES, LANES / parts);
+    let words: &mut [u8] = bytemuck::cast_slice_mut(words);
+    for (rows, words) in rows.chunks(lanes * inputs).zip(words.chunks_mut(lanes * inputs / 2)) {
+        for (lane, row) in rows.chunks(inputs).enumerate() {
+            for (words, block) in words.chunks_mut(4 * 4 * lanes).zip(row.as_chunks::<BLOCK>().0) {
+                for (k, word) in words.chunks_mut(4 * lanes).enumerate() {
+                    for j in 0..4 {
+                        word[4 * lane + j] = block[4 * k + j] | block[BLOCK / 2 + 4 * k + j] << 4;
+                    }
                 }
             }
         }
@@ -238,14 +261,19 @@ mod tests {
     use grokpipe_model::{Format, Layout};
 
     use super::*;
-    use crate::ops::testing::{Random, TestMatrix};
+    use crate::{
+        cpu::simd::Isa,
+        ops::testing::{Random, TestMatrix},
+    };
 
     #[test]
     fn what_a_matrix_takes_is_known_before_it_is_packed() {
         let threads = Threads::new(1).unwrap();
         for kind in BlockType::all() {
             let matrix = TestMatrix::random(&mut Random::new(3), (2, 512, 70), Format::Blocks(kind), Layout::OutIn);
-            let Some(packed) = Packed::load(&matrix, kind, &threads, "cpu", &mut |_| ()).unwrap() else {
+            let Some(packed) =
+                Packed::load(&matrix, kind, Isa::best().packing(), &threads, "cpu", &mut |_| ()).unwrap()
+            else {
                 assert_eq!(held_bytes(&matrix.spec, kind), matrix.spec.weight_bytes());
                 continue;
             };

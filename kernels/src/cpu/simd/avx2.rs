@@ -8,7 +8,7 @@
 
 use std::{arch::x86_64::*, mem::transmute};
 
-use super::{Dots, Kernel, LANES, Simd, Word};
+use super::{Dots, Kernel, LANES, Packing, Simd};
 
 /// Outputs of a register.
 const PART: usize = LANES / 2;
@@ -36,11 +36,11 @@ impl Avx2 {
         unsafe { inner(self, kernel) }
     }
 
-    /// The weights of a part of a word.
+    /// The weights as a register.
     #[inline(always)]
-    fn weights(self, w: &Word, part: usize) -> __m256i {
+    fn weights(self, w: &[u8; 4 * PART]) -> __m256i {
         // SAFETY: 32 bytes have the size of a register, and any bits are bytes.
-        unsafe { transmute::<[u8; 4 * PART], __m256i>(w.0.as_chunks().0[part % 2]) }
+        unsafe { transmute::<[u8; 4 * PART], __m256i>(*w) }
     }
 
     /// Four inputs, once an output.
@@ -106,8 +106,10 @@ impl Simd for Avx2 {
 }
 
 impl Dots for Avx2 {
-    const PARTS: usize = 2;
+    /// Signed, since a weight's sign is given to its input.
+    const PACKING: Packing = Packing { parts: LANES / PART, flip: 0x80 };
     const MANY_REGISTERS: bool = false;
+    type W = [u8; 4 * PART];
     type F = __m256;
     type I = __m256i;
     /// Two sums of 16 bits an output, of at most 16 products each: 16 * 15 * 127 is less than 2^15.
@@ -184,13 +186,12 @@ impl Dots for Avx2 {
         self.small()
     }
 
-    /// The multiply-add of bytes saturates, so that weights become signed and their signs go to the inputs: no pair then exceeds
-    /// 2 * 128 * 127.
+    /// The multiply-add of bytes saturates, so that the weights' signs go to the inputs: no pair then exceeds 2 * 128 * 127.
     #[inline(always)]
-    fn add_centred(self, sums: Self::I, w: &Word, part: usize, x: [i8; 4]) -> Self::I {
+    fn add_centred(self, sums: Self::I, w: &Self::W, x: [i8; 4]) -> Self::I {
         // SAFETY: `self` proves AVX2.
         unsafe {
-            let w = _mm256_xor_si256(self.weights(w, part), _mm256_set1_epi8(-128));
+            let w = self.weights(w);
             let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(self.inputs(x), w));
             _mm256_add_epi32(sums, self.add_pairs(pairs))
         }
@@ -203,10 +204,10 @@ impl Dots for Avx2 {
     }
 
     #[inline(always)]
-    fn add_small(self, sums: Self::I, w: &Word, part: usize, x: [i8; 4]) -> Self::I {
+    fn add_small(self, sums: Self::I, w: &Self::W, x: [i8; 4]) -> Self::I {
         // SAFETY: `self` proves AVX2.
         unsafe {
-            let pairs = _mm256_maddubs_epi16(self.weights(w, part), self.inputs(x));
+            let pairs = _mm256_maddubs_epi16(self.weights(w), self.inputs(x));
             _mm256_add_epi32(sums, self.add_pairs(pairs))
         }
     }
@@ -217,10 +218,10 @@ impl Dots for Avx2 {
     }
 
     #[inline(always)]
-    fn add_nibbles(self, sums: Self::N, w: &Word, part: usize, low: [i8; 4], high: [i8; 4]) -> Self::N {
+    fn add_nibbles(self, sums: Self::N, w: &Self::W, low: [i8; 4], high: [i8; 4]) -> Self::N {
         // SAFETY: `self` proves AVX2.
         unsafe {
-            let (w, mask) = (self.weights(w, part), _mm256_set1_epi8(15));
+            let (w, mask) = (self.weights(w), _mm256_set1_epi8(15));
             let high_halves = _mm256_and_si256(_mm256_srli_epi16::<4>(w), mask);
             let sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(_mm256_and_si256(w, mask), self.inputs(low)));
             _mm256_add_epi16(sums, _mm256_maddubs_epi16(high_halves, self.inputs(high)))

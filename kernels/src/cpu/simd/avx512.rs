@@ -7,7 +7,7 @@
 
 use std::{arch::x86_64::*, mem::transmute};
 
-use super::{Avx2, Dots, Kernel, LANES, Simd, Word};
+use super::{Avx2, Dots, Kernel, LANES, Packing, Simd, Word};
 
 /// Proof of AVX-512 F, BW and VNNI, and of what [`Avx2`] proves. CPUs with AVX-512 but without VNNI take the AVX2 path.
 #[derive(Clone, Copy)]
@@ -88,8 +88,9 @@ impl Simd for Avx512 {
 }
 
 impl Dots for Avx512 {
-    const PARTS: usize = 1;
+    const PACKING: Packing = Packing { parts: 1, flip: 0 };
     const MANY_REGISTERS: bool = true;
+    type W = Word;
     type F = __m512;
     type I = __m512i;
     type N = __m512i;
@@ -160,8 +161,8 @@ impl Dots for Avx512 {
     }
 
     #[inline(always)]
-    fn add_centred(self, sums: Self::I, w: &Word, part: usize, x: [i8; 4]) -> Self::I {
-        self.add_small(sums, w, part, x)
+    fn add_centred(self, sums: Self::I, w: &Word, x: [i8; 4]) -> Self::I {
+        self.add_small(sums, w, x)
     }
 
     #[inline(always)]
@@ -170,7 +171,7 @@ impl Dots for Avx512 {
     }
 
     #[inline(always)]
-    fn add_small(self, sums: Self::I, w: &Word, _part: usize, x: [i8; 4]) -> Self::I {
+    fn add_small(self, sums: Self::I, w: &Word, x: [i8; 4]) -> Self::I {
         // SAFETY: `self` proves AVX-512 VNNI; a register has the size of a word, and any bits are bytes.
         unsafe { _mm512_dpbusd_epi32(sums, transmute::<Word, __m512i>(*w), self.inputs(x)) }
     }
@@ -181,7 +182,7 @@ impl Dots for Avx512 {
     }
 
     #[inline(always)]
-    fn add_nibbles(self, sums: Self::N, w: &Word, _part: usize, low: [i8; 4], high: [i8; 4]) -> Self::N {
+    fn add_nibbles(self, sums: Self::N, w: &Word, low: [i8; 4], high: [i8; 4]) -> Self::N {
         // SAFETY: as in `add_small`; `self` also proves AVX-512 BW.
         unsafe {
             let (w, mask) = (transmute::<Word, __m512i>(*w), _mm512_set1_epi8(15));

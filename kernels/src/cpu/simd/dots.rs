@@ -1,9 +1,9 @@
-//! Sums of packed weights times 8-bit inputs: a word of weights is four inputs of each of sixteen outputs, and every instruction set
-//! adds it up in whatever steps it is best at. The sums are exact integers, so that these steps cannot show in a result.
+//! Sums of packed weights times 8-bit inputs, in whatever steps an instruction set is best at. The sums are exact integers, so that
+//! these steps cannot show in a result.
 
 use super::LANES;
 
-/// Four weights of each of sixteen outputs, aligned as the widest register.
+/// Four weights of each of sixteen outputs, in whatever order, aligned as the widest register.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub(crate) struct Word(pub(crate) [u8; 4 * LANES]);
@@ -14,16 +14,27 @@ impl Default for Word {
     }
 }
 
+/// How packed weights lie for an instruction set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Packing {
+    /// Registers that sixteen outputs fill, 1 or 2: each has a stretch of memory of its own.
+    pub(crate) parts: usize,
+    /// What weights that are 128 too large are combined with by exclusive or: 0, or 128 where they are to be signed bytes.
+    pub(crate) flip: u8,
+}
+
 /// Registers of outputs, and what can be done with them. As with [`super::Simd`], the value is the proof that the CPU has the
 /// instructions. No input is -128.
 ///
-/// A register holds the outputs of a whole word or of one `part` of it: all methods that read weights or scales take the part, below
-/// [`Dots::PARTS`], and look at its outputs alone.
+/// A register holds all sixteen outputs of a band or one `part` of them: what reads scales takes the part, below [`Dots::PACKING`]'s
+/// number of parts, and looks at its outputs alone.
 pub(crate) trait Dots: Copy {
-    /// Registers that the outputs of a word fill: 1, 2 or 4.
-    const PARTS: usize;
-    /// Whether there are registers for two parts by four rows of sums; otherwise one part at a time is summed.
+    /// How weights must lie.
+    const PACKING: Packing;
+    /// Whether there are registers for sums of two parts by four rows; otherwise one part at a time is summed.
     const MANY_REGISTERS: bool;
+    /// Four weights, or eight halves of bytes, of each output of a register.
+    type W: bytemuck::Pod;
     /// An f32 an output.
     type F: Copy;
     /// An i32 an output.
@@ -56,15 +67,15 @@ pub(crate) trait Dots: Copy {
     /// are 128 too large add too much. A path that makes the weights smaller instead passes it over.
     fn centred(self, offset: i32) -> Self::I;
     /// Adds products of `x` with weights that are stored 128 too large: once all are added, those of the true weights.
-    fn add_centred(self, sums: Self::I, w: &Word, part: usize, x: [i8; 4]) -> Self::I;
+    fn add_centred(self, sums: Self::I, w: &Self::W, x: [i8; 4]) -> Self::I;
     /// What [`Dots::add_small`] adds to.
     fn small(self) -> Self::I;
     /// Adds products of `x` with weights of 0 to 127.
-    fn add_small(self, sums: Self::I, w: &Word, part: usize, x: [i8; 4]) -> Self::I;
+    fn add_small(self, sums: Self::I, w: &Self::W, x: [i8; 4]) -> Self::I;
     /// What [`Dots::add_nibbles`] adds to. Whatever path it is, the `offset` given here and to [`Dots::sum_nibbles`] is added once.
     fn nibbles(self, offset: i32) -> Self::N;
     /// Adds products of `low` with the low halves of the bytes and of `high` with the high halves, each 0 to 15; at most four times.
-    fn add_nibbles(self, sums: Self::N, w: &Word, part: usize, low: [i8; 4], high: [i8; 4]) -> Self::N;
+    fn add_nibbles(self, sums: Self::N, w: &Self::W, low: [i8; 4], high: [i8; 4]) -> Self::N;
     /// The sums with `offset`.
     fn sum_nibbles(self, sums: Self::N, offset: i32) -> Self::I;
 

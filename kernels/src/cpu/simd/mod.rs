@@ -12,7 +12,7 @@ mod avx512;
 mod dots;
 mod portable;
 
-pub(crate) use self::dots::{Dots, Word};
+pub(crate) use self::dots::{Dots, Packing, Word};
 use self::portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use self::{avx2::Avx2, avx512::Avx512};
@@ -87,6 +87,17 @@ impl Isa {
     /// The fastest path that this CPU can take.
     pub(crate) fn best() -> Self {
         Self::available().pop().unwrap_or(Self(Path::Portable))
+    }
+
+    /// How weights lie for products with 8-bit inputs.
+    pub(crate) fn packing(self) -> Packing {
+        match self.0 {
+            Path::Portable => <Portable as Dots>::PACKING,
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx2 => <Avx2 as Dots>::PACKING,
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512 => <Avx512 as Dots>::PACKING,
+        }
     }
 
     /// For people. On 64-bit ARM every CPU has NEON with fused multiply-add, and the portable path compiles to it.
@@ -178,14 +189,21 @@ mod tests {
             let unsigned = bytes.map(|byte| byte as u8);
             // Halves of any exponent but the largest, which stands for what is no number.
             let halves = std::array::from_fn(|i| u16::from_le_bytes([unsigned[i], w.0[i]]) & 0xbbff);
+            let Packing { parts, flip } = S::Dots::PACKING;
+            let flipped = Word(w.0.map(|byte| byte ^ flip));
             let small = Word(w.0.map(|byte| byte & 127));
+            fn of<D: Dots>(word: &Word) -> &[D::W] {
+                bytemuck::cast_slice(&word.0)
+            }
+            let (flipped, small, w) = (of::<S::Dots>(&flipped), of::<S::Dots>(&small), of::<S::Dots>(w));
             let x = |i: usize| -> [i8; 4] { std::array::from_fn(|j| bytes[i + j]) };
             let offset = -128 * (0..8).map(|i| i32::from(bytes[i])).sum::<i32>();
             let mut out = [0.0; LANES];
-            for (part, out) in out.chunks_mut(LANES / S::Dots::PARTS).enumerate() {
-                let centred = d.add_centred(d.add_centred(d.centred(offset), w, part, x(0)), w, part, x(4));
-                let small = d.add_small(d.add_small(d.small(), &small, part, x(8)), &small, part, x(3));
-                let nibbles = (0..4).fold(d.nibbles(-77), |n, i| d.add_nibbles(n, w, part, x(i), x(11 - i)));
+            for (part, out) in out.chunks_mut(LANES / parts).enumerate() {
+                let (flipped, small, w) = (&flipped[part], &small[part], &w[part]);
+                let centred = d.add_centred(d.add_centred(d.centred(offset), flipped, x(0)), flipped, x(4));
+                let small = d.add_small(d.add_small(d.small(), small, x(8)), small, x(3));
+                let nibbles = (0..4).fold(d.nibbles(-77), |n, i| d.add_nibbles(n, w, x(i), x(11 - i)));
                 let nibbles = d.sum_nibbles(nibbles, -77);
                 let sum = d.fma(d.to_f32(centred), d.load(floats, part), d.load_i8(bytes, part));
                 let sum = d.fma(d.to_f32(small), d.load_u8(&unsigned, part), sum);

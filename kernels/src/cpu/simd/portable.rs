@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{Dots, LANES, Simd, Word};
+use super::{Dots, LANES, Packing, Simd, Word};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Portable;
@@ -50,8 +50,9 @@ impl Simd for Portable {
 }
 
 impl Dots for Portable {
-    const PARTS: usize = 1;
+    const PACKING: Packing = Packing { parts: 1, flip: 0 };
     const MANY_REGISTERS: bool = cfg!(target_arch = "aarch64");
+    type W = Word;
     type F = [f32; LANES];
     type I = [i32; LANES];
     type N = [i32; LANES];
@@ -112,8 +113,8 @@ impl Dots for Portable {
     }
 
     #[inline(always)]
-    fn add_centred(self, sums: Self::I, w: &Word, part: usize, x: [i8; 4]) -> Self::I {
-        self.add_small(sums, w, part, x)
+    fn add_centred(self, sums: Self::I, w: &Word, x: [i8; 4]) -> Self::I {
+        self.add_small(sums, w, x)
     }
 
     #[inline(always)]
@@ -122,7 +123,7 @@ impl Dots for Portable {
     }
 
     #[inline(always)]
-    fn add_small(self, mut sums: Self::I, w: &Word, _part: usize, x: [i8; 4]) -> Self::I {
+    fn add_small(self, mut sums: Self::I, w: &Word, x: [i8; 4]) -> Self::I {
         for (sum, w) in sums.iter_mut().zip(w.0.as_chunks::<4>().0) {
             for j in 0..4 {
                 *sum += i32::from(w[j]) * i32::from(x[j]);
@@ -137,9 +138,9 @@ impl Dots for Portable {
     }
 
     #[inline(always)]
-    fn add_nibbles(self, sums: Self::N, w: &Word, part: usize, low: [i8; 4], high: [i8; 4]) -> Self::N {
-        let sums = self.add_small(sums, &Word(w.0.map(|byte| byte & 15)), part, low);
-        self.add_small(sums, &Word(w.0.map(|byte| byte >> 4)), part, high)
+    fn add_nibbles(self, sums: Self::N, w: &Word, low: [i8; 4], high: [i8; 4]) -> Self::N {
+        let sums = self.add_small(sums, &Word(w.0.map(|byte| byte & 15)), low);
+        self.add_small(sums, &Word(w.0.map(|byte| byte >> 4)), high)
     }
 
     #[inline(always)]
