@@ -17,6 +17,7 @@ mod logging;
 mod logits;
 mod machine;
 mod plan;
+mod rates;
 mod status;
 mod text;
 mod tokenizer;

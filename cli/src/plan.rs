@@ -4,7 +4,7 @@
 //! loaded or started; speeds are then assumed, because only a worker that runs can measure them.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fmt::Write as _,
     io::{self, Write},
     ops::Range,
@@ -12,7 +12,7 @@ use std::{
 
 use grokpipe_coordinator::{
     facts::{ModelFacts, PlanWishes},
-    planner::{self, Plan, Refusal, WorkerResources},
+    planner::{self, Overhead, Plan, Refusal, WorkerResources},
 };
 use grokpipe_model::Model;
 use grokpipe_proto::{
@@ -83,7 +83,7 @@ impl PlanView {
 
     /// The plan that the configuration's workers would get.
     fn predicted(config: &Config) -> Result<Self, CliError> {
-        let facts = ModelFacts::of(&Model::open(&config.model.path)?);
+        let facts = ModelFacts::of(&Model::open(&config.model.path)?)?;
         let mut workers = resources(config)?;
         let names: Vec<String> = workers.iter().map(|worker| worker.name.clone()).collect();
         for (worker, pinned) in workers.iter_mut().zip(pins(config, &names, facts.config.num_hidden_layers)) {
@@ -215,6 +215,8 @@ fn resources(config: &Config) -> Result<Vec<WorkerResources>, CliError> {
             memory_bytes: memory,
             read_bandwidth: ASSUMED_BYTES_PER_SECOND / share,
             flop_rate: ASSUMED_FLOPS / share,
+            rates: BTreeMap::new(),
+            overhead: Overhead::default(),
             pinned_layers: None,
             held_layers: None,
         })

@@ -10,7 +10,7 @@ use std::{
 };
 
 use grokpipe_kernels::{CpuBackend, Device, KernelError, Precision, Stage, StageModel, StageOptions, select_device};
-use grokpipe_model::{LayerTensor, ModelConfig, TensorName};
+use grokpipe_model::{MatrixSpec, ModelConfig};
 use grokpipe_proto::transport::Tcp;
 use grokpipe_worker::{
     Settings, WorkerError,
@@ -25,6 +25,7 @@ use crate::{
     config::{self, ByteSize, SecretText, WorkerSection, parse_precision},
     error::CliError,
     machine,
+    rates::{self, Rates},
     weights::{SyntheticArgs, Weights},
 };
 
@@ -194,35 +195,35 @@ impl DeviceLoader {
         let memory = args.memory.or(described.memory);
         let memory_bytes = memory_offered(memory, args.memory_share, opened.as_ref())?;
         // Plans count in stored bytes.
-        let memory_bytes = (memory_bytes as f64 / growth(&weights, opened.as_ref())?) as u64;
+        let specs = rates::all_matrices(&weights)?;
+        let memory_bytes = (memory_bytes as f64 / growth(&specs, opened.as_ref())) as u64;
         let invariance = opened.check_batch_invariance()?;
         let notes: Vec<String> = invariance.difference.into_iter().collect();
         for note in &notes {
             warn!(device = opened.info().name, note, "results depend on the batch: splits may change tokens");
         }
+        let Rates { read_bandwidth, flop_rate, formats: format_rates, overhead, draw_seconds } =
+            Rates::measure(opened.as_mut(), &weights, &specs)?;
         let facts = DeviceFacts {
             name: opened.info().name.clone(),
             fingerprint: opened.info().fingerprint.clone(),
             memory_bytes,
-            read_bandwidth: opened.measure_read_bandwidth()?,
-            flop_rate: opened.measure_flop_rate()?,
+            read_bandwidth,
+            flop_rate,
+            format_rates,
+            overhead,
+            draw_seconds,
             notes,
         };
         Ok(Self { device, threads, precision, weights, facts })
     }
 }
 
-/// How many times its stored bytes a model takes on this device; at least 1.
-fn growth(weights: &Weights, device: &dyn Device) -> Result<f64, CliError> {
-    let (mut stored, mut held) = (0u64, 0u64);
-    for layer in 0..weights.config.num_hidden_layers {
-        for tensor in LayerTensor::ALL.into_iter().filter(|tensor| tensor.is_matrix()) {
-            let matrix = weights.source.matrix(&TensorName::Layer(layer, tensor))?;
-            stored += matrix.spec().weight_bytes();
-            held += device.held_bytes(matrix.spec());
-        }
-    }
-    Ok((held as f64 / stored.max(1) as f64).max(1.0))
+/// How many times their stored bytes matrices take on this device; at least 1.
+fn growth(specs: &[MatrixSpec], device: &dyn Device) -> f64 {
+    let stored: u64 = specs.iter().map(MatrixSpec::weight_bytes).sum();
+    let held: u64 = specs.iter().map(|spec| device.held_bytes(spec)).sum();
+    (held as f64 / stored.max(1) as f64).max(1.0)
 }
 
 /// What was said; else what the device has; else, for the CPU and devices that do not tell, this machine's free memory.

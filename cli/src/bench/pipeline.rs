@@ -11,12 +11,16 @@ mod workload;
 
 use std::{error::Error, ffi::OsString, ops::Range, path::PathBuf};
 
+use grokpipe_coordinator::{
+    facts::{self, ModelFacts, PlanWishes},
+    planner::{self, Objective, Overhead, WorkerResources},
+};
 use grokpipe_kernels::Precision;
 use grokpipe_proto::v1::Frame;
 
 use self::{
     report::{Report, Tested, Timed},
-    stages::{Arrangement, Cluster, Setup},
+    stages::{Arrangement, Cluster, Member, Setup},
     workload::Test,
 };
 use super::{open, parse_layers, progress_bar, reads::Reads};
@@ -115,6 +119,8 @@ fn layers(args: &Args, weights: &Weights) -> Result<Range<u32>, CliError> {
 
 async fn measure(args: &Args, weights: &Weights, layers: Range<u32>) -> Result<Report, CliError> {
     let reads = Reads::of(&weights.config, weights.source.as_ref(), &layers, false)?;
+    let facts = ModelFacts::of_weights(weights.config.clone(), weights.digest.clone(), weights.source.as_ref())?;
+    let facts = facts.part(layers.clone());
     let tests = tests(args);
     let setup = Setup {
         program: std::env::current_exe()
@@ -133,7 +139,10 @@ async fn measure(args: &Args, weights: &Weights, layers: Range<u32>) -> Result<R
             let mut bench = Bench::new(&mut cluster, &arrangements, weights, layers.start == 0);
             let mut tested = Vec::new();
             for &test in &tests {
-                tested.push(bench.test(test, args.repeat).await?);
+                let mut found = bench.test(test, args.repeat).await?;
+                found.alone.predicted = predicted(&facts, &arrangements[0], test)?;
+                found.split.predicted = predicted(&facts, &arrangements[1], test)?;
+                tested.push(found);
             }
             let hello = &arrangements[0].members[0].hello;
             Ok(Report {
@@ -154,6 +163,30 @@ async fn measure(args: &Args, weights: &Weights, layers: Range<u32>) -> Result<R
     };
     cluster.end().await;
     outcome
+}
+
+/// Tokens a second of a decode by the planner's word: one step after the other, since only one is under way at a time.
+fn predicted(facts: &ModelFacts, arrangement: &Arrangement, test: Test) -> Result<Option<f64>, CliError> {
+    if !matches!(test, Test::Decode { .. }) {
+        return Ok(None);
+    }
+    let first = arrangement.members.first().map_or(0, |member| member.layers.start);
+    let worker = |member: &Member| {
+        let told = facts::resources(&member.hello);
+        WorkerResources {
+            // It fits: it has been loaded. No token is drawn.
+            memory_bytes: u64::MAX,
+            overhead: Overhead { draw_seconds: 0.0, ..told.overhead },
+            pinned_layers: Some(member.layers.start - first..member.layers.end - first),
+            ..told
+        }
+    };
+    let wishes =
+        PlanWishes { kv_tokens: 0, max_batch_tokens: 1, batch_tokens: test.batch(), objective: Objective::Latency };
+    let plan = planner::plan(&facts.problem(&wishes, arrangement.members.iter().map(worker).collect(), None));
+    let plan = plan.map_err(|refusal| CliError::failed("no prediction can be made").because(refusal))?;
+    let seconds: f64 = plan.stages.iter().map(|stage| stage.step_seconds).sum();
+    Ok(Some(f64::from(test.batch()) / seconds))
 }
 
 fn precision(args: &Args) -> &'static str {

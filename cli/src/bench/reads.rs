@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use grokpipe_model::{LayerTensor, ModelConfig, TensorName, WeightSource};
+use grokpipe_model::{LayerTensor, ModelConfig, TensorName, WeightSource, layer_matrices};
 
 use crate::error::CliError;
 
@@ -32,16 +32,12 @@ impl Reads {
         let (mut fixed, mut experts, mut active) = (0, 0, 0.0);
         let chosen = config.num_experts_per_tok;
         for layer in layers.clone() {
-            for tensor in LayerTensor::ALL {
-                if !tensor.is_matrix() {
-                    fixed += 4 * config.hidden_size as u64;
-                    continue;
-                }
-                let matrix = weights.matrix(&TensorName::Layer(layer, tensor))?;
-                let bytes = matrix.spec().weight_bytes() + 4 * matrix.spec().scale_count() as u64;
-                let numbers = (matrix.spec().inputs * matrix.spec().outputs) as f64;
-                active += if matrix.spec().experts == 1 { numbers } else { chosen as f64 * numbers };
-                *(if matrix.spec().experts == 1 { &mut fixed } else { &mut experts }) += bytes;
+            let norms = LayerTensor::ALL.into_iter().filter(|tensor| !tensor.is_matrix()).count();
+            fixed += (norms * 4 * config.hidden_size) as u64;
+            for spec in layer_matrices(weights, layer)? {
+                let numbers = (spec.inputs * spec.outputs) as f64;
+                active += if spec.experts == 1 { numbers } else { chosen as f64 * numbers };
+                *(if spec.experts == 1 { &mut fixed } else { &mut experts }) += spec.stored_bytes();
             }
         }
         if has_head {

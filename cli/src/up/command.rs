@@ -25,9 +25,9 @@ pub(crate) struct Launch {
 }
 
 impl Launch {
-    /// A program with these arguments, whose warnings are shown with its name.
+    /// A program with these arguments, whose complaints are shown with its name.
     pub(crate) fn new(program: &Path, args: Vec<OsString>, first_line: Option<String>) -> Self {
-        let environment = environment(true, "warn");
+        let environment = environment(true, "error");
         Self { program: program.into(), args, first_line, relayed: true, environment }
     }
 

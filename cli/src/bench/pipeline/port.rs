@@ -49,7 +49,7 @@ pub(super) enum Event {
         /// Its name.
         worker: String,
         /// What.
-        message: join_request::Message,
+        message: Box<join_request::Message>,
     },
     /// Its stream ended.
     Left {
@@ -129,7 +129,8 @@ impl MembershipService for Service {
             let mut heard = events.send(Event::Joined { hello: Box::new(hello), outbox }).await.is_ok();
             while heard && let Ok(Some(JoinRequest { message })) = messages.message().await {
                 if let Some(message) = message {
-                    heard = events.send(Event::Said { worker: worker.clone(), message }).await.is_ok();
+                    heard =
+                        events.send(Event::Said { worker: worker.clone(), message: Box::new(message) }).await.is_ok();
                 }
             }
             let _ = events.send(Event::Left { worker }).await;

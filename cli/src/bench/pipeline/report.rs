@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use grokpipe_proto::v1::StageTiming;
+use grokpipe_proto::{snapshot::Prediction, v1::StageTiming};
 use serde_json::{Value, json};
 
 use super::{super::reads::Reads, workload::Test};
@@ -30,6 +30,8 @@ pub(super) struct Timed {
     pub(super) runs: Vec<Vec<f64>>,
     /// By worker, in the order of their layers.
     pub(super) stages: Vec<StageTimes>,
+    /// Tokens a second that a plan of these workers predicts; for decodes only.
+    pub(super) predicted: Option<f64>,
 }
 
 impl Timed {
@@ -158,6 +160,8 @@ impl Report {
                 "bytes_per_token": bytes,
                 "gigabytes_per_second": bytes * rates.median / 1e9,
                 "share_of_bandwidth": bytes * rates.median / self.bandwidth,
+                "predicted_tokens_per_second": timed.predicted,
+                "difference_percent": rates.against(timed.predicted).and_then(Prediction::difference_percent),
                 "stages": timed.stages.iter().map(stage).collect::<Vec<_>>(),
             })
         });
@@ -232,6 +236,11 @@ impl Report {
             }
         }
         text += &format!("{table}\n");
+        for (test, workers, timed) in self.rows() {
+            if let Some(prediction) = Rates::of(test, timed).against(timed.predicted) {
+                text += &format!("{test}, {workers}: {prediction}\n");
+            }
+        }
         for tested in &self.tests {
             let HopCost { seconds, share, spread } = tested.hop_cost(self.hops());
             text += &format!(
@@ -263,6 +272,11 @@ impl Rates {
         let rate = |seconds: Option<&f64>| f64::from(test.tokens()) / seconds.copied().unwrap_or(f64::INFINITY);
         Self { median: rate(seconds.get(seconds.len() / 2)), least: rate(seconds.last()), most: rate(seconds.first()) }
     }
+
+    /// Beside what was predicted.
+    fn against(&self, predicted: Option<f64>) -> Option<Prediction> {
+        predicted.map(|predicted| Prediction { predicted, measured: Some(self.median) })
+    }
 }
 
 fn sorted(mut values: Vec<f64>) -> Vec<f64> {
@@ -293,7 +307,7 @@ mod tests {
             wire_us,
             ..StageTiming::default()
         };
-        let mut split = Timed { runs: plus(0.002), stages: Vec::new() };
+        let mut split = Timed { runs: plus(0.002), stages: Vec::new(), predicted: Some(8.0) };
         split.frame(&[timing("w1", 0), timing("w2", 50), timing("w3", 70)]);
         split.frame(&[timing("w1", 60), timing("w2", 50), timing("w3", 70)]);
         let weights = Weights::synthetic(Shape::Tiny, None, None).unwrap();
@@ -308,7 +322,7 @@ mod tests {
             reads: Reads::of(&weights.config, weights.source.as_ref(), &(0..3), false).unwrap(),
             tests: vec![Tested {
                 test: Test::Decode { batch: 1, tokens: 3 },
-                alone: Timed { runs: plus(0.0), stages: Vec::new() },
+                alone: Timed { runs: plus(0.0), stages: Vec::new(), predicted: Some(8.0) },
                 split,
             }],
             compared: 12,
@@ -336,6 +350,12 @@ mod tests {
         assert!((json["hop_cost_percent"].as_f64().unwrap() - 1.0).abs() < 1e-6);
         assert!((json["results"][0]["tokens_per_second"].as_f64().unwrap() - 3.0 / 0.5).abs() < 1e-9);
         assert!(report.render().contains("the same bytes in all 12 frames"), "{}", report.render());
+        assert!((json["results"][0]["difference_percent"].as_f64().unwrap() + 25.0).abs() < 1e-9);
+        assert!(
+            report.render().contains("decode × 1, 1: predicted 8.0 tokens/s, measured 6.0, −25 %"),
+            "{}",
+            report.render()
+        );
         report.difference = Some("here".into());
         assert_eq!(report.to_json()["hidden_states_equal"], false);
         assert!(report.render().contains("hidden states differ: here"));

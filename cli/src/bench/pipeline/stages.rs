@@ -210,12 +210,15 @@ impl Cluster {
         let mut loaded: HashMap<String, (u64, u64)> = HashMap::new();
         let mut deadline = Instant::now() + STALLED_AFTER;
         while waiting > 0 {
-            match self.next(deadline, "the layers to be loaded").await? {
-                Event::Said { message: Message::StageReady(_), .. } => {
+            let Event::Said { worker, message } = self.next(deadline, "the layers to be loaded").await? else {
+                continue;
+            };
+            match *message {
+                Message::StageReady(_) => {
                     waiting -= 1;
                     deadline = Instant::now() + STALLED_AFTER;
                 }
-                Event::Said { worker, message: Message::LoadProgress(now) } => {
+                Message::LoadProgress(now) => {
                     let now = (now.bytes, now.bytes_total);
                     if loaded.insert(worker, now) != Some(now) {
                         deadline = Instant::now() + STALLED_AFTER;
@@ -334,11 +337,12 @@ impl Cluster {
                 },
                 Some(event) = self.port.events.recv() => match event {
                     Event::Left { worker } => format!("worker {worker} has gone"),
-                    Event::Said { worker, message: Message::StageFailed(failed) } => {
-                        format!("worker {worker}: {}", failed.message)
-                    }
-                    Event::Said { message: Message::FrameFailed(failed), .. } => failed.message,
-                    Event::Said { message: Message::Heartbeat(_), .. } => continue,
+                    Event::Said { worker, message } => match *message {
+                        Message::StageFailed(failed) => format!("worker {worker}: {}", failed.message),
+                        Message::FrameFailed(failed) => failed.message,
+                        Message::Heartbeat(_) => continue,
+                        other => return Ok(Event::Said { worker, message: Box::new(other) }),
+                    },
                     event => return Ok(event),
                 },
                 () = time::sleep_until(deadline) => {
