@@ -73,7 +73,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     }
     let model = Model::open(&config.model.path)?;
     let tokenizer = tokenizer::of_model(&config.model, &model)?.map(Arc::new);
-    let facts = ModelFacts::of(&model);
+    let facts = ModelFacts::of(&model)?;
     let settings = settings(&config, args.expect.as_deref(), model.config().num_hidden_layers)?;
     common::serve(THREADS, args.exit_with_stdin, |shutdown| async move {
         let coordinator = Coordinator::bind(settings, facts, tokenizer, Arc::new(Tcp)).await.map_err(explain)?;

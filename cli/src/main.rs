@@ -17,10 +17,12 @@ mod logging;
 mod logits;
 mod machine;
 mod plan;
+mod rates;
 mod status;
 mod text;
 mod tokenizer;
 mod up;
+mod weights;
 mod worker;
 
 use std::{
@@ -130,12 +132,24 @@ mod tests {
             "logits --model m --token-ids 1,2,3 --device cpu --threads 2 --out f.safetensors --trace",
             "bench stage --synthetic grok1 --layers 0..1 --device cpu --threads 2 --gen 4 --json",
             "bench stage --synthetic grok1 --layers 0..1 --type q4_0 --precision fast --prompt 32,128 --batch 1,2,4",
+            "bench pipeline --workers 2 --synthetic grok1 --layers 0..2 --type q4_0 --threads 1 --precision exact --gen 64 --batch 1,8 --prompt 128 --repeat 5 --json",
+            "bench pipeline --model m --workers 3 --device gpu:H200",
+            "worker --coordinator node:7070 --synthetic grok1 --type q8_0 --seed 7",
             "bench precision --model m --tokens t.json --threads 2 --json",
             "bench kernels --type q8_0,q4_k --inputs 6144 --outputs 32768 --rows 1,64 --threads 1 --precision fast --json",
         ];
         for line in lines {
             let parsed = Cli::try_parse_from(std::iter::once("grokpipe").chain(line.split(' ')));
             assert!(parsed.is_ok(), "{line}: {}", parsed.err().map_or_else(String::new, |error| error.to_string()));
+        }
+    }
+
+    #[test]
+    fn the_launch_script_passes_every_subcommand_on() {
+        let script = include_str!("../../launch.sh");
+        let list = script.lines().find(|line| line.contains("--version |")).expect("a list of subcommands");
+        for subcommand in Cli::command().get_subcommands() {
+            assert!(list.split([' ', '|', ')']).any(|word| word == subcommand.get_name()), "{}", subcommand.get_name());
         }
     }
 
@@ -157,6 +171,9 @@ mod tests {
             "worker --name w1",
             "worker --coordinator node",
             "worker --coordinator node:1 --device tpu",
+            "worker --coordinator node:1 --synthetic grok1 --model m",
+            "bench pipeline --workers 1",
+            "bench pipeline --seed 7",
             "worker --coordinator node:1 --memory lots",
             "worker --coordinator node:1 --name Bad_Name!",
             "up --workers 0",

@@ -4,7 +4,7 @@
 //! loaded or started; speeds are then assumed, because only a worker that runs can measure them.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fmt::Write as _,
     io::{self, Write},
     ops::Range,
@@ -12,7 +12,7 @@ use std::{
 
 use grokpipe_coordinator::{
     facts::{ModelFacts, PlanWishes},
-    planner::{self, Plan, Refusal, WorkerResources},
+    planner::{self, Overhead, Plan, Refusal, WorkerResources},
 };
 use grokpipe_model::Model;
 use grokpipe_proto::{
@@ -83,7 +83,7 @@ impl PlanView {
 
     /// The plan that the configuration's workers would get.
     fn predicted(config: &Config) -> Result<Self, CliError> {
-        let facts = ModelFacts::of(&Model::open(&config.model.path)?);
+        let facts = ModelFacts::of(&Model::open(&config.model.path)?)?;
         let mut workers = resources(config)?;
         let names: Vec<String> = workers.iter().map(|worker| worker.name.clone()).collect();
         for (worker, pinned) in workers.iter_mut().zip(pins(config, &names, facts.config.num_hidden_layers)) {
@@ -167,15 +167,21 @@ fn wishes(config: &Config) -> PlanWishes {
 /// The layers that each worker must run: as described for it, or an even share of the model. The shares of workers beyond the
 /// number of layers are none.
 pub(crate) fn pins(config: &Config, names: &[String], layers: u32) -> Vec<Option<Range<u32>>> {
-    let count = u32::try_from(names.len()).unwrap_or(u32::MAX).min(layers).max(1);
-    let share = |index: u32| {
-        let bound = |i: u32| (u64::from(layers) * u64::from(i) / u64::from(count)) as u32;
-        (index < count).then(|| bound(index)..bound(index + 1))
-    };
     match config.plan.split {
         Split::Best => names.iter().map(|name| config.worker(name).layers).collect(),
-        Split::Even => (0..).zip(names).map(|(index, _name)| share(index)).collect(),
+        Split::Even => {
+            let shares = even_shares(0..layers, u32::try_from(names.len()).unwrap_or(u32::MAX));
+            (0..names.len()).map(|index| shares.get(index).cloned()).collect()
+        }
     }
+}
+
+/// The layers cut into `count` runs, or into single layers where there are fewer, as even as can be.
+pub(crate) fn even_shares(layers: Range<u32>, count: u32) -> Vec<Range<u32>> {
+    let length = u64::from(layers.end.saturating_sub(layers.start));
+    let count = u64::from(count).min(length).max(1);
+    let bound = |i: u64| layers.start + (length * i / count) as u32;
+    (0..count).map(|i| bound(i)..bound(i + 1)).collect()
 }
 
 /// The planner's word for an objective.
@@ -209,6 +215,8 @@ fn resources(config: &Config) -> Result<Vec<WorkerResources>, CliError> {
             memory_bytes: memory,
             read_bandwidth: ASSUMED_BYTES_PER_SECOND / share,
             flop_rate: ASSUMED_FLOPS / share,
+            rates: BTreeMap::new(),
+            overhead: Overhead::default(),
             pinned_layers: None,
             held_layers: None,
         })

@@ -1,4 +1,5 @@
-//! `grokpipe status`: the cluster's snapshot as a table, or as the JSON that `/api/v1/cluster` serves.
+//! `grokpipe status`: the cluster's snapshot as a table, or as the JSON that `/api/v1/cluster` serves, and what the plan's predictions
+//! came to.
 //!
 //! Exit code 0 while the cluster serves, 1 while it does not, 3 when it cannot be reached.
 
@@ -7,7 +8,8 @@ use std::{
     io::{self, Write},
 };
 
-use grokpipe_proto::snapshot::{ClusterSnapshot, SnapshotNode};
+use grokpipe_proto::snapshot::{ClusterSnapshot, Prediction, SnapshotNode};
+use serde_json::{Value, json};
 
 use crate::{
     client::{self, Client},
@@ -33,15 +35,21 @@ pub(crate) struct Args {
 /// [`CliError`] with the exit code of the failure.
 pub(crate) fn run(args: &Args) -> Result<bool, CliError> {
     let snapshot = client::block_on(async { Client::connect(&args.server).await?.status().await })?;
-    let text = if args.json {
-        let json = serde_json::to_string_pretty(&snapshot)
-            .map_err(|error| CliError::failed("the snapshot cannot be written as JSON").because(error))?;
-        json + "\n"
-    } else {
-        render(&snapshot)
-    };
+    let text = if args.json { format!("{:#}\n", to_json(&snapshot)?) } else { render(&snapshot) };
     io::stdout().write_all(text.as_bytes()).map_err(|error| output(&error))?;
     Ok(snapshot.verdict.serving)
+}
+
+/// The snapshot as the page's route serves it, and by how much measured figures differ from predicted ones.
+fn to_json(snapshot: &ClusterSnapshot) -> Result<Value, CliError> {
+    let mut json = serde_json::to_value(snapshot)
+        .map_err(|error| CliError::failed("the snapshot cannot be written as JSON").because(error))?;
+    if let Some(plan) = &snapshot.plan {
+        let percent = |prediction: Option<Prediction>| json!(prediction.and_then(Prediction::difference_percent));
+        json["plan"]["difference_percent"] = percent(plan.prediction());
+        json["plan"]["stream_difference_percent"] = percent(plan.stream_prediction());
+    }
+    Ok(json)
 }
 
 /// The snapshot for people.
@@ -50,9 +58,14 @@ fn render(snapshot: &ClusterSnapshot) -> String {
     let _ =
         writeln!(text, "cluster {}, model {}, {} layers", snapshot.cluster, snapshot.model.name, snapshot.model.layers);
     if let Some(plan) = &snapshot.plan {
-        let predicted =
-            plan.predicted_tokens_per_second.map_or_else(String::new, |t| format!(", predicted {t:.1} tokens/s"));
-        let _ = writeln!(text, "plan {}{predicted}", plan.epoch);
+        let _ = writeln!(text, "plan {}", plan.epoch);
+        for (prediction, what) in
+            [(plan.prediction(), "every stage busy"), (plan.stream_prediction(), "one stream alone")]
+        {
+            if let Some(prediction) = prediction {
+                let _ = writeln!(text, "{what}: {prediction}");
+            }
+        }
     }
     let _ = writeln!(text, "requests: {} running, {} waiting\n", snapshot.requests.running, snapshot.requests.waiting);
     let mut table = Table::new(&[
@@ -90,4 +103,54 @@ fn row(node: &SnapshotNode) -> Vec<String> {
 
 fn unknown() -> String {
     "-".to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use grokpipe_proto::snapshot::{SnapshotModel, SnapshotPlan, SnapshotRequests, Verdict, VerdictPhase};
+
+    use super::*;
+
+    fn snapshot(measured: Option<f64>) -> ClusterSnapshot {
+        let verdict =
+            Verdict { serving: true, phase: VerdictPhase::Serving, text: "Serving".into(), missing_layers: Vec::new() };
+        let plan = SnapshotPlan {
+            epoch: 3,
+            predicted_tokens_per_second: Some(800.0),
+            measured_tokens_per_second: measured,
+            predicted_stream_tokens_per_second: Some(500.0),
+            measured_stream_tokens_per_second: measured.map(|measured| measured / 2.0),
+            stages: Vec::new(),
+        };
+        ClusterSnapshot {
+            cluster: "demo".into(),
+            verdict,
+            model: SnapshotModel { name: "m".into(), layers: 64 },
+            plan: Some(plan),
+            nodes: Vec::new(),
+            requests: SnapshotRequests::default(),
+            events: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_prediction_is_shown_with_what_it_came_to() {
+        let text = render(&snapshot(Some(760.0)));
+        for line in [
+            "every stage busy: predicted 800.0 tokens/s, measured 760.0, −5 %\n",
+            "one stream alone: predicted 500.0 tokens/s, measured 380.0, −24 %\n",
+        ] {
+            assert!(text.contains(line), "{text}");
+        }
+        let plan = &to_json(&snapshot(Some(760.0))).unwrap()["plan"];
+        assert!((plan["difference_percent"].as_f64().unwrap() + 5.0).abs() < 1e-9, "{plan}");
+        assert_eq!(plan["measured_tokens_per_second"], 760.0);
+    }
+
+    #[test]
+    fn nothing_is_said_of_what_was_not_measured() {
+        let text = render(&snapshot(None));
+        assert!(text.contains("every stage busy: predicted 800.0 tokens/s\n") && !text.contains("measured"), "{text}");
+        assert_eq!(to_json(&snapshot(None)).unwrap()["plan"]["difference_percent"], Value::Null);
+    }
 }

@@ -3,10 +3,10 @@
 //!
 //! Decides which processes there are and how they find each other. What a process does is its own subcommand's.
 
-mod child;
-mod command;
+pub(crate) mod child;
+pub(crate) mod command;
 mod reach;
-mod screen;
+pub(crate) mod screen;
 
 use std::{
     future::Future,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use grokpipe_kernels::{CpuBackend, Device, KernelError, Precision, Stage, StageModel, StageOptions, select_device};
-use grokpipe_model::{LayerTensor, Model, ModelConfig, TensorName, WeightSource};
+use grokpipe_model::{MatrixSpec, ModelConfig};
 use grokpipe_proto::transport::Tcp;
 use grokpipe_worker::{
     Settings, WorkerError,
@@ -25,6 +25,8 @@ use crate::{
     config::{self, ByteSize, SecretText, WorkerSection, parse_precision},
     error::CliError,
     machine,
+    rates::{self, Rates},
+    weights::{SyntheticArgs, Weights},
 };
 
 /// Longest secret that is read from a pipe, with its line end.
@@ -44,6 +46,8 @@ pub(crate) struct Args {
     /// Folder or file of the model
     #[arg(long, value_name = "PATH")]
     model: Option<PathBuf>,
+    #[command(flatten)]
+    synthetic: SyntheticArgs,
     /// auto, cpu, gpu or gpu:PART OF ITS NAME
     #[arg(long, value_name = "D", value_parser = parse_device)]
     device: Option<String>,
@@ -104,10 +108,11 @@ pub(crate) fn run(args: Args) -> Result<(), CliError> {
     let described = config.worker(&name);
     let listen = args.listen.or(described.listen).unwrap_or_else(|| own_address(&args.coordinator));
     config.check_exposure("the worker's address", &listen, args.insecure)?;
-    let model_path =
-        args.model.clone().or_else(|| described.model.clone()).unwrap_or_else(|| config.model.path.clone());
-    let model = Arc::new(Model::open(&model_path)?);
-    let loader = DeviceLoader::open(&args, &described, model)?;
+    let weights = match args.synthetic.weights()? {
+        Some(weights) => weights,
+        None => Weights::of_model(args.model.as_ref().or(described.model.as_ref()).unwrap_or(&config.model.path))?,
+    };
+    let loader = DeviceLoader::open(&args, &described, weights)?;
     let settings = Settings {
         coordinator: args.coordinator.clone(),
         name,
@@ -177,13 +182,12 @@ struct DeviceLoader {
     device: String,
     threads: usize,
     precision: Precision,
-    model: Arc<Model>,
-    digest: String,
+    weights: Weights,
     facts: DeviceFacts,
 }
 
 impl DeviceLoader {
-    fn open(args: &Args, described: &WorkerSection, model: Arc<Model>) -> Result<Self, CliError> {
+    fn open(args: &Args, described: &WorkerSection, weights: Weights) -> Result<Self, CliError> {
         let device = args.device.clone().unwrap_or_else(|| described.device.clone());
         let threads = args.threads.or(described.threads).unwrap_or_else(machine::cores) as usize;
         let precision = args.precision.or(described.precision).unwrap_or(Precision::Fast);
@@ -191,35 +195,35 @@ impl DeviceLoader {
         let memory = args.memory.or(described.memory);
         let memory_bytes = memory_offered(memory, args.memory_share, opened.as_ref())?;
         // Plans count in stored bytes.
-        let memory_bytes = (memory_bytes as f64 / growth(&model, opened.as_ref())?) as u64;
+        let specs = rates::all_matrices(&weights)?;
+        let memory_bytes = (memory_bytes as f64 / growth(&specs, opened.as_ref())) as u64;
         let invariance = opened.check_batch_invariance()?;
         let notes: Vec<String> = invariance.difference.into_iter().collect();
         for note in &notes {
             warn!(device = opened.info().name, note, "results depend on the batch: splits may change tokens");
         }
+        let Rates { read_bandwidth, flop_rate, formats: format_rates, overhead, draw_seconds } =
+            Rates::measure(opened.as_mut(), &weights, &specs)?;
         let facts = DeviceFacts {
             name: opened.info().name.clone(),
             fingerprint: opened.info().fingerprint.clone(),
             memory_bytes,
-            read_bandwidth: opened.measure_read_bandwidth()?,
-            flop_rate: opened.measure_flop_rate()?,
+            read_bandwidth,
+            flop_rate,
+            format_rates,
+            overhead,
+            draw_seconds,
             notes,
         };
-        Ok(Self { device, threads, precision, digest: model.digest(), model, facts })
+        Ok(Self { device, threads, precision, weights, facts })
     }
 }
 
-/// How many times its stored bytes a model takes on this device; at least 1.
-fn growth(model: &Model, device: &dyn Device) -> Result<f64, CliError> {
-    let (mut stored, mut held) = (0u64, 0u64);
-    for layer in 0..model.config().num_hidden_layers {
-        for tensor in LayerTensor::ALL.into_iter().filter(|tensor| tensor.is_matrix()) {
-            let matrix = model.matrix(&TensorName::Layer(layer, tensor))?;
-            stored += matrix.spec().weight_bytes();
-            held += device.held_bytes(matrix.spec());
-        }
-    }
-    Ok((held as f64 / stored.max(1) as f64).max(1.0))
+/// How many times their stored bytes matrices take on this device; at least 1.
+fn growth(specs: &[MatrixSpec], device: &dyn Device) -> f64 {
+    let stored: u64 = specs.iter().map(MatrixSpec::weight_bytes).sum();
+    let held: u64 = specs.iter().map(|spec| device.held_bytes(spec)).sum();
+    (held as f64 / stored.max(1) as f64).max(1.0)
 }
 
 /// What was said; else what the device has; else, for the CPU and devices that do not tell, this machine's free memory.
@@ -248,11 +252,11 @@ impl StageLoader for DeviceLoader {
     }
 
     fn config(&self) -> &ModelConfig {
-        self.model.config()
+        &self.weights.config
     }
 
     fn model_digest(&self) -> &str {
-        &self.digest
+        &self.weights.digest
     }
 
     fn load(
@@ -267,7 +271,7 @@ impl StageLoader for DeviceLoader {
         };
         let layers = request.layers.clone();
         // Which backend counts does not matter here: the need is that of the model.
-        let (config, weights) = (self.model.config(), self.model.as_ref());
+        let (config, weights) = (&self.weights.config, self.weights.source.as_ref());
         let need = StageModel::<CpuBackend>::memory_needed(config, weights, layers.clone(), options).total_bytes();
         if need > self.facts.memory_bytes {
             return Err(KernelError::OutOfMemory {
@@ -277,14 +281,8 @@ impl StageLoader for DeviceLoader {
                 device: self.facts.name.clone(),
             });
         }
-        let weights: Arc<dyn WeightSource> = Arc::clone(&self.model) as Arc<dyn WeightSource>;
-        select_device(&self.device, self.threads, self.precision)?.load(
-            self.model.config(),
-            weights,
-            layers,
-            options,
-            progress,
-        )
+        let weights = Arc::clone(&self.weights.source);
+        select_device(&self.device, self.threads, self.precision)?.load(config, weights, layers, options, progress)
     }
 }
 

@@ -114,6 +114,9 @@ fn snapshot(scene: &str, lasted: f64) -> ClusterSnapshot {
     let plan = (scene != "waiting").then(|| SnapshotPlan {
         epoch: 1,
         predicted_tokens_per_second: Some(41.0),
+        measured_tokens_per_second: Some(39.2),
+        predicted_stream_tokens_per_second: Some(11.0),
+        measured_stream_tokens_per_second: Some(10.7),
         stages: stages().collect(),
     });
     let input = VerdictInput { layers: LAYERS, plan: plan.as_ref(), nodes: &nodes, workers_expected: 4, refusal: None };

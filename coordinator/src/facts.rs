@@ -1,10 +1,14 @@
-//! What the coordinator knows of the model: sizes and bytes, no weights.
+//! What the coordinator knows of the model (sizes, formats and bytes, no weights) and of a worker, as the planner wants it.
 
 use std::{ops::Range, time::Duration};
 
-use grokpipe_model::{Model, ModelConfig, WeightSource};
+use grokpipe_model::{Model, ModelConfig, ModelError, TensorName, WeightSource, layer_matrices};
+use grokpipe_proto::v1::{FormatRate, Hello};
 
-use crate::planner::{HeadCost, LayerCost, LinkCost, Objective, PreviousStage, Problem, ScratchCost, WorkerResources};
+use crate::planner::{
+    HeadCost, LayerCost, LinkCost, Objective, Overhead, PreviousStage, Problem, ProductCost, Rate, ScratchCost,
+    WorkerResources,
+};
 
 /// Bytes and sizes of a model, enough to plan.
 #[derive(Clone, Debug)]
@@ -13,8 +17,8 @@ pub struct ModelFacts {
     pub config: ModelConfig,
     /// Equal on every node that has the same model.
     pub digest: String,
-    layer_bytes: Vec<u64>,
-    head_bytes: u64,
+    layers: Vec<LayerCost>,
+    head: HeadCost,
 }
 
 /// What a plan is to make room for.
@@ -38,19 +42,76 @@ const PROCESS_BYTES: u64 = 64 << 20;
 /// Rows of logits that a stage computes at a time, whatever the frame.
 const LOGIT_ROWS: usize = 32;
 
+/// Format of the embedding, which is the head.
+const HEAD_FORMAT: &str = "f32";
+/// Format of layers of which only the bytes are known.
+const LAYER_FORMAT: &str = "int8";
+
 impl ModelFacts {
-    /// Facts of a model whose layers take `layer_bytes` each, with a head in f32.
+    /// Facts of a model whose layers take `layer_bytes` each, attention a byte a number and the experts the rest, with a head in f32.
     pub fn new(config: ModelConfig, digest: String, layer_bytes: Vec<u64>) -> Self {
-        let head_bytes = (config.vocab_size as u64) * (config.hidden_size as u64) * 4;
-        Self { config, digest, layer_bytes, head_bytes }
+        let heads = (config.num_attention_heads * config.head_dim) as u64;
+        let kv_heads = (config.num_key_value_heads * config.head_dim) as u64;
+        let hidden = config.hidden_size as u64;
+        let attention = hidden * (2 * heads + 2 * kv_heads);
+        let chosen = 3 * hidden * config.intermediate_size as u64 * config.num_experts_per_tok as u64;
+        let product = |bytes, of_experts, numbers: u64| ProductCost {
+            format: LAYER_FORMAT.to_owned(),
+            bytes,
+            of_experts,
+            flops_per_token: 2.0 * numbers as f64,
+        };
+        let layer = |weight_bytes: u64| {
+            let fixed = attention.min(weight_bytes);
+            let products = vec![product(fixed, false, attention), product(weight_bytes - fixed, true, chosen)];
+            LayerCost { weight_bytes, products }
+        };
+        let head_bytes = (config.vocab_size as u64) * hidden * 4;
+        let layers = layer_bytes.into_iter().map(layer).collect();
+        Self { head: head(&config, head_bytes, HEAD_FORMAT.to_owned()), config, digest, layers }
     }
 
-    /// Reads sizes from the names and lengths of a model's files; opens no weights.
-    pub fn of(model: &Model) -> Self {
-        let config = model.config().clone();
-        let layers = 0..config.num_hidden_layers;
-        let layer_bytes = layers.map(|layer| model.stored_bytes(layer..layer + 1, false)).collect();
-        Self { head_bytes: model.stored_bytes(0..0, true), ..Self::new(config, model.digest(), layer_bytes) }
+    /// Facts of a model's files; opens tensors for their formats, reads no weights.
+    ///
+    /// # Errors
+    /// What is wrong with the files.
+    pub fn of(model: &Model) -> Result<Self, ModelError> {
+        Self::of_weights(model.config().clone(), model.digest(), model)
+    }
+
+    /// As [`ModelFacts::of`], for weights of any source.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn of_weights(config: ModelConfig, digest: String, weights: &dyn WeightSource) -> Result<Self, ModelError> {
+        let mut layers = Vec::new();
+        for layer in 0..config.num_hidden_layers {
+            let weight_bytes = weights.stored_bytes(layer..layer + 1, false);
+            let mut products: Vec<ProductCost> = Vec::new();
+            for spec in layer_matrices(weights, layer)? {
+                let of_experts = spec.experts > 1;
+                let used = if of_experts { config.num_experts_per_tok } else { 1 };
+                let flops = 2.0 * (used * spec.inputs * spec.outputs) as f64;
+                let (format, bytes) = (spec.format.name(), spec.stored_bytes());
+                match products.iter_mut().find(|known| known.format == format && known.of_experts == of_experts) {
+                    Some(known) => {
+                        known.bytes += bytes;
+                        known.flops_per_token += flops;
+                    }
+                    None => products.push(ProductCost { format, bytes, of_experts, flops_per_token: flops }),
+                }
+            }
+            layers.push(LayerCost { weight_bytes, products });
+        }
+        let format = weights.matrix(&TensorName::Head)?.spec().format.name();
+        Ok(Self { head: head(&config, weights.stored_bytes(0..0, true), format), config, digest, layers })
+    }
+
+    /// The model without its other layers and without its head, for measurements of a part.
+    pub fn part(mut self, layers: Range<u32>) -> Self {
+        self.layers = self.layers.get(layers.start as usize..layers.end as usize).unwrap_or_default().to_vec();
+        self.head = HeadCost { weight_bytes: 0, flops_per_token: 0.0, ..self.head };
+        self
     }
 
     /// Bytes that a token takes in one layer's KV, keys and values in f32.
@@ -79,34 +140,16 @@ impl ModelFacts {
         previous: Option<Vec<PreviousStage>>,
     ) -> Problem {
         let config = &self.config;
-        let heads = (config.num_attention_heads * config.head_dim) as u64;
-        let kv_heads = (config.num_key_value_heads * config.head_dim) as u64;
-        let hidden = config.hidden_size as u64;
-        let attention = hidden * (2 * heads + 2 * kv_heads);
-        let expert = 3 * hidden * config.intermediate_size as u64;
-        let active = attention + expert * config.num_experts_per_tok as u64;
-        let layers = self.layer_bytes.iter().map(|&weight_bytes| {
-            let expert_read_bytes = weight_bytes.saturating_sub(attention.min(weight_bytes));
-            LayerCost {
-                weight_bytes,
-                read_bytes_fixed: weight_bytes - expert_read_bytes,
-                expert_read_bytes,
-                flops_per_token: 2.0 * active as f64,
-            }
-        });
         Problem {
-            layers: layers.collect(),
+            layers: self.layers.clone(),
             num_experts: config.num_experts as u32,
             num_experts_per_tok: config.num_experts_per_tok as u32,
-            embedding_bytes: self.head_bytes,
-            head: HeadCost {
-                weight_bytes: self.head_bytes,
-                flops_per_token: 2.0 * config.vocab_size as f64 * config.hidden_size as f64,
-            },
+            embedding_bytes: self.head.weight_bytes,
+            head: self.head.clone(),
             kv_bytes_per_token_per_layer: self.kv_bytes_per_token_per_layer(),
             kv_tokens: wishes.kv_tokens,
             scratch: self.scratch(wishes.max_batch_tokens),
-            hidden_bytes_per_token: hidden * 4,
+            hidden_bytes_per_token: 4 * config.hidden_size as u64,
             workers,
             link: LINK,
             batch_tokens: wishes.batch_tokens,
@@ -114,6 +157,34 @@ impl ModelFacts {
             previous,
         }
     }
+}
+
+/// What a worker said of itself, as the planner wants it: free to run any layers, holding none.
+pub fn resources(hello: &Hello) -> WorkerResources {
+    let rate = |rate: &FormatRate| {
+        let measured =
+            Rate { bytes_per_second: rate.decode_bytes_per_second, flops_per_second: rate.prefill_flops_per_second };
+        (rate.format.clone(), measured)
+    };
+    let overhead = hello.step_overhead.unwrap_or_default();
+    WorkerResources {
+        name: hello.name.clone(),
+        memory_bytes: hello.memory_bytes,
+        read_bandwidth: hello.read_bandwidth,
+        flop_rate: hello.flop_rate,
+        rates: hello.format_rates.iter().map(rate).collect(),
+        overhead: Overhead {
+            step_seconds: overhead.step_seconds,
+            layer_seconds: overhead.layer_seconds,
+            draw_seconds: overhead.draw_seconds,
+        },
+        pinned_layers: None,
+        held_layers: None,
+    }
+}
+
+fn head(config: &ModelConfig, weight_bytes: u64, format: String) -> HeadCost {
+    HeadCost { weight_bytes, format, flops_per_token: 2.0 * config.vocab_size as f64 * config.hidden_size as f64 }
 }
 
 /// How long a step may take before the pipeline counts as stuck: far above any real step, far below a client's patience.

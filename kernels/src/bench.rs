@@ -44,12 +44,34 @@ pub(crate) fn time_products<B: Backend>(
     rows: &[usize],
     passes: usize,
 ) -> Result<Vec<ProductTime>, KernelError> {
-    let ProductShape { format, inputs, outputs } = shape;
+    time_copies(backend, shape, ALL_BYTES, rows, passes)
+}
+
+/// Stored bytes of the matrix with its scales.
+pub(crate) fn matrix_bytes(shape: ProductShape) -> u64 {
+    spec(shape).stored_bytes()
+}
+
+fn spec(ProductShape { format, inputs, outputs }: ProductShape) -> MatrixSpec {
     let layout = if matches!(format, Format::Int8 { .. }) { Layout::InOut } else { Layout::OutIn };
     let name = format!("a matrix of {inputs} by {outputs}");
-    let spec = MatrixSpec { name, experts: 1, inputs, outputs, format, layout };
-    let bytes = spec.weight_bytes() + 4 * spec.scale_count() as u64;
-    let copies = ALL_BYTES.div_ceil(bytes.max(1));
+    MatrixSpec { name, experts: 1, inputs, outputs, format, layout }
+}
+
+/// As [`time_products`], with copies that take `all_bytes` together, but at least one.
+///
+/// # Errors
+/// As there.
+pub(crate) fn time_copies<B: Backend>(
+    backend: &mut B,
+    shape: ProductShape,
+    all_bytes: u64,
+    rows: &[usize],
+    passes: usize,
+) -> Result<Vec<ProductTime>, KernelError> {
+    let (spec, bytes) = (spec(shape), matrix_bytes(shape));
+    let ProductShape { inputs, outputs, .. } = shape;
+    let copies = all_bytes.div_ceil(bytes.max(1)).max(1);
     let matrices = (0..copies)
         .map(|copy| backend.load_matrix(&SyntheticMatrix::new(copy, spec.clone()), &mut |_| ()))
         .collect::<Result<Vec<_>, _>>()?;

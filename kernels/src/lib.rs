@@ -9,6 +9,7 @@ mod device;
 mod error;
 mod forward;
 mod gpu;
+mod measure;
 mod open;
 mod ops;
 mod stage;
@@ -25,6 +26,7 @@ pub use forward::{MemoryNeed, StageModel, StageOptions, Trace, TracedStage};
 pub use gpu::{
     GpuActivations, GpuBackend, GpuChoice, GpuKvPool, GpuMatrix, GpuOptions, GpuSelection, GpuVector, SHADERS, Shader,
 };
+pub use measure::{FormatRate, StepOverhead};
 pub use open::{Device, device, select_device};
 pub use stage::{Stage, StepInput, StepOutput};
 pub use synthetic::SyntheticWeights;

@@ -8,8 +8,11 @@ use std::{ops::Range, sync::Arc};
 use grokpipe_model::{MatrixSpec, ModelConfig, WeightSource};
 
 use crate::{
-    Backend, BatchInvariance, CpuBackend, DeviceInfo, GpuBackend, GpuChoice, KernelError, Precision, ProductShape,
-    ProductTime, Stage, StageModel, StageOptions, TracedStage, bench::time_products, check_batch_invariance,
+    Backend, BatchInvariance, CpuBackend, DeviceInfo, FormatRate, GpuBackend, GpuChoice, KernelError, Precision,
+    ProductShape, ProductTime, Stage, StageModel, StageOptions, StepOverhead, TracedStage,
+    bench::time_products,
+    check_batch_invariance,
+    measure::{measure_format, measure_overhead},
 };
 
 /// A device that was opened and has not loaded anything.
@@ -48,6 +51,18 @@ pub trait Device: Send {
         rows: &[usize],
         passes: usize,
     ) -> Result<Vec<ProductTime>, KernelError>;
+
+    /// Measures products with a matrix of this shape, of which the model has `stored_bytes` in all: a fraction of a second.
+    ///
+    /// # Errors
+    /// [`KernelError`] when the matrices do not fit or the device fails.
+    fn measure_format(&mut self, shape: ProductShape, stored_bytes: u64) -> Result<FormatRate, KernelError>;
+
+    /// Measures what a step costs beside the numbers of its weights.
+    ///
+    /// # Errors
+    /// [`KernelError`] when the device fails.
+    fn measure_overhead(&mut self) -> Result<StepOverhead, KernelError>;
 
     /// Loads layers; the device belongs to the stage from then on. See [`StageModel::load`].
     ///
@@ -107,6 +122,14 @@ impl<B: Backend> Device for Opened<B> {
         passes: usize,
     ) -> Result<Vec<ProductTime>, KernelError> {
         time_products(&mut self.0, shape, rows, passes)
+    }
+
+    fn measure_format(&mut self, shape: ProductShape, stored_bytes: u64) -> Result<FormatRate, KernelError> {
+        measure_format(&mut self.0, shape, stored_bytes)
+    }
+
+    fn measure_overhead(&mut self) -> Result<StepOverhead, KernelError> {
+        measure_overhead(&mut self.0)
     }
 
     fn load(

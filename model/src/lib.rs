@@ -21,5 +21,5 @@ pub use checkpoint::Model;
 pub use config::ModelConfig;
 pub use error::ModelError;
 pub use quantize::QuantizeError;
-pub use source::{Format, Layout, MatrixSource, MatrixSpec, WeightSource};
+pub use source::{Format, Layout, MatrixSource, MatrixSpec, WeightSource, layer_matrices};
 pub use tensors::{LayerTensor, TensorName, TensorShape};

@@ -5,7 +5,7 @@
 
 use std::{fmt, ops::Range};
 
-use crate::{BlockType, ModelError, TensorName};
+use crate::{BlockType, LayerTensor, ModelError, TensorName};
 
 /// How the numbers of a matrix are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +25,15 @@ impl Format {
     /// Bytes of so many neighbouring numbers; `None` when they are no whole blocks.
     pub fn row_bytes(self, count: usize) -> Option<usize> {
         self.row_bytes_u64(count as u64).and_then(|bytes| usize::try_from(bytes).ok())
+    }
+
+    /// One word for it: `f32`, `int8`, or a type of GGUF files in lower case. Scale groups make no other format.
+    pub fn name(self) -> String {
+        match self {
+            Self::F32 => "f32".to_owned(),
+            Self::Int8 { .. } => "int8".to_owned(),
+            Self::Blocks(kind) => kind.name().to_lowercase(),
+        }
     }
 
     /// As [`Format::row_bytes`], for numbers out of a file; `None` also when that many bytes cannot be counted.
@@ -85,6 +94,11 @@ impl MatrixSpec {
         (self.experts as u64) * (self.outputs as u64) * row
     }
 
+    /// Bytes of the stored numbers and of their scales in f32: what a product reads.
+    pub fn stored_bytes(&self) -> u64 {
+        self.weight_bytes() + 4 * self.scale_count() as u64
+    }
+
     /// Number of scales beside the numbers: `experts * groups * outputs`, 0 for floats and blocks.
     pub fn scale_count(&self) -> usize {
         match self.format {
@@ -134,4 +148,13 @@ pub trait WeightSource: Send + Sync {
 
     /// Stored bytes of these layers, and of the head if `with_head`, without opening them: for plans and progress.
     fn stored_bytes(&self, layers: Range<u32>, with_head: bool) -> u64;
+}
+
+/// Shapes and formats of a layer's matrices.
+///
+/// # Errors
+/// As [`WeightSource::matrix`].
+pub fn layer_matrices(source: &dyn WeightSource, layer: u32) -> Result<Vec<MatrixSpec>, ModelError> {
+    let matrices = LayerTensor::ALL.into_iter().filter(|tensor| tensor.is_matrix());
+    matrices.map(|tensor| Ok(source.matrix(&TensorName::Layer(layer, tensor))?.spec().clone())).collect()
 }

@@ -6,11 +6,13 @@
 //! two machines whose clocks differ still agree.
 
 mod convert;
+mod prediction;
 mod verdict;
 
 use serde::{Deserialize, Serialize};
 
 pub use convert::SnapshotError;
+pub use prediction::Prediction;
 pub use verdict::{VerdictInput, verdict};
 
 /// The whole cluster at one moment.
@@ -134,8 +136,14 @@ pub struct SnapshotModel {
 pub struct SnapshotPlan {
     /// Number of the plan; each new plan counts up.
     pub epoch: u64,
-    /// What the planner expects of all streams together.
+    /// What the planner expects with every stage busy.
     pub predicted_tokens_per_second: Option<f64>,
+    /// What the steps of late would give; `None` while there were too few of them.
+    pub measured_tokens_per_second: Option<f64>,
+    /// What the planner expects of one stream alone.
+    pub predicted_stream_tokens_per_second: Option<f64>,
+    /// What one stream got by the steps of late.
+    pub measured_stream_tokens_per_second: Option<f64>,
     /// In the order in which a token passes them.
     pub stages: Vec<SnapshotStage>,
 }

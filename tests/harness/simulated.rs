@@ -2,7 +2,7 @@
 //!
 //! Computations run inline and time stands still while they do, so that a run is repeated exactly by its seed.
 
-use std::{io, net::SocketAddr, ops::Range, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, io, net::SocketAddr, ops::Range, sync::Arc, time::Duration};
 
 use grokpipe_coordinator::{
     Coordinator, Settings as CoordinatorSettings, api::inference::RequestLimits, cluster::ExpectedWorker,
@@ -10,7 +10,7 @@ use grokpipe_coordinator::{
 };
 use grokpipe_kernels::{
     Batch, CpuBackend, KernelError, Precision, Row, Stage, StageModel, StageOptions, StepInput, StepOutput,
-    SyntheticWeights,
+    StepOverhead, SyntheticWeights,
 };
 use grokpipe_model::{ModelConfig, WeightSource};
 use grokpipe_proto::{
@@ -92,6 +92,9 @@ impl SmallLoader {
             memory_bytes: 1 << 30,
             read_bandwidth: 1e10,
             flop_rate: 1e11,
+            format_rates: BTreeMap::new(),
+            overhead: StepOverhead::default(),
+            draw_seconds: 0.0,
             notes: Vec::new(),
         };
         Self { config, weights, device }

@@ -2,9 +2,9 @@
 //!
 //! A trait, so that a simulated cluster can load without files and devices.
 
-use std::ops::Range;
+use std::{collections::BTreeMap, ops::Range};
 
-use grokpipe_kernels::{KernelError, Stage};
+use grokpipe_kernels::{FormatRate, KernelError, Stage, StepOverhead};
 use grokpipe_model::ModelConfig;
 
 /// What the device is and can do, measured once at start.
@@ -16,10 +16,16 @@ pub struct DeviceFacts {
     pub fingerprint: String,
     /// Bytes that weights, KV and scratch may take.
     pub memory_bytes: u64,
-    /// Bytes a second.
+    /// Bytes a second, whatever the format.
     pub read_bandwidth: f64,
-    /// Multiply-adds times two a second.
+    /// Multiply-adds times two a second, whatever the format.
     pub flop_rate: f64,
+    /// Rates of products by format, of those that the model has; see [`grokpipe_model::Format::name`].
+    pub format_rates: BTreeMap<String, FormatRate>,
+    /// What a step costs beside the numbers of its weights.
+    pub overhead: StepOverhead,
+    /// Seconds that drawing a token takes.
+    pub draw_seconds: f64,
     /// What the checks at join found, for people.
     pub notes: Vec<String>,
 }

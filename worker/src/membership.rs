@@ -7,7 +7,7 @@ use grokpipe_proto::{
     LOST_AFTER, PROTOCOL_VERSIONS,
     transport::{self, Keepalive, Net},
     v1::{
-        Hello, JoinRequest, JoinResponse, Welcome, join_request::Message, join_response,
+        FormatRate, Hello, JoinRequest, JoinResponse, StepOverhead, Welcome, join_request::Message, join_response,
         membership_service_client::MembershipServiceClient,
     },
 };
@@ -223,7 +223,21 @@ impl Membership {
             held_layer_start: held.start,
             held_layer_end: held.end,
             notes: self.device.notes.clone(),
+            format_rates: self.device.format_rates.iter().map(format_rate).collect(),
+            step_overhead: Some(StepOverhead {
+                step_seconds: self.device.overhead.step_seconds,
+                layer_seconds: self.device.overhead.layer_seconds,
+                draw_seconds: self.device.draw_seconds,
+            }),
         }
+    }
+}
+
+fn format_rate((format, rate): (&String, &grokpipe_kernels::FormatRate)) -> FormatRate {
+    FormatRate {
+        format: format.clone(),
+        decode_bytes_per_second: rate.decode_bytes_per_second,
+        prefill_flops_per_second: rate.prefill_flops_per_second,
     }
 }
 

@@ -9,8 +9,7 @@ use grokpipe_kernels::{Precision, ProductShape, ProductTime, select_device};
 use grokpipe_model::{BlockType, Format};
 use serde_json::{Value, json};
 
-use super::parse_type;
-use crate::{config::parse_precision, machine, text::Table};
+use crate::{config::parse_precision, machine, text::Table, weights::parse_type};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {

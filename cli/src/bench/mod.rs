@@ -1,12 +1,24 @@
-//! `grokpipe bench`: how fast this machine runs layers, and products alone, in the manner of llama-bench, and what speed costs.
+//! `grokpipe bench`: how fast this machine runs layers, alone and in a pipeline, and products alone, in the manner of
+//! llama-bench, and what speed costs.
 
+mod inputs;
 mod kernels;
+mod pipeline;
 mod precision;
+mod reads;
 mod stage;
 
-use std::error::Error;
+use std::{error::Error, ops::Range, path::Path};
 
-use grokpipe_model::BlockType;
+use grokpipe_model::ModelError;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::weights::{Shape, SyntheticArgs, Weights};
+
+/// Decode steps before the ones that count: caches, clocks and page tables settle.
+const WARM_UP_STEPS: u32 = 2;
+/// Most rows of a prefill step.
+const CHUNK_ROWS: u32 = 512;
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
@@ -19,6 +31,8 @@ pub(crate) struct Args {
 enum What {
     /// Time decode and prefill of some layers
     Stage(stage::Args),
+    /// Time several workers against one, as processes with gRPC between them
+    Pipeline(Box<pipeline::Args>),
     /// Time products alone, format by format
     Kernels(kernels::Args),
     /// Compare the quality of `fast` with that of `exact`
@@ -32,17 +46,36 @@ enum What {
 pub(crate) fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     match args.what {
         What::Stage(args) => stage::run(&args),
+        What::Pipeline(args) => pipeline::run(&args),
         What::Kernels(args) => kernels::run(&args),
         What::Precision(args) => precision::run(&args),
     }
 }
 
-/// A stored type by the name that GGUF files give it, in either case.
-fn parse_type(text: &str) -> Result<BlockType, String> {
-    BlockType::all().find(|kind| kind.name().eq_ignore_ascii_case(text)).ok_or_else(|| {
-        let names: Vec<String> = BlockType::all().map(|kind| kind.name().to_lowercase()).collect();
-        format!("expected one of {}, found {text:?}", names.join(", "))
-    })
+/// What is to be measured: a model, or else weights from a seed, of Grok-1's shape if nothing is said.
+fn open(model: Option<&Path>, synthetic: &SyntheticArgs) -> Result<Weights, ModelError> {
+    match (model, synthetic.weights()?) {
+        (Some(path), _) => Weights::of_model(path),
+        (None, Some(weights)) => Ok(weights),
+        (None, None) => Weights::synthetic(Shape::Grok1, None, None),
+    }
+}
+
+/// Layers as `A..B`, the second number not included.
+fn parse_layers(text: &str) -> Result<Range<u32>, String> {
+    let range = text.split_once("..").and_then(|(a, b)| Some(a.trim().parse().ok()?..b.trim().parse().ok()?));
+    range
+        .filter(|range: &Range<u32>| !range.is_empty())
+        .ok_or_else(|| format!("expected A..B with A below B, found {text:?}"))
+}
+
+/// How far loading is, on standard error.
+fn progress_bar() -> ProgressBar {
+    let bar = ProgressBar::new(0);
+    if let Ok(style) = ProgressStyle::with_template("loading {bar:30} {bytes}/{total_bytes} {bytes_per_sec}") {
+        bar.set_style(style);
+    }
+    bar
 }
 
 /// Seconds of each run, ascending.
@@ -57,9 +90,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn types_are_known_by_name() {
-        assert_eq!(parse_type("q4_k"), Ok(BlockType::Q4K));
-        assert_eq!(parse_type("IQ4_XS"), Ok(BlockType::Iq4Xs));
-        assert!(parse_type("q9").unwrap_err().contains("q8_0"));
+    fn layers_are_a_range() {
+        assert_eq!(parse_layers("0..1"), Ok(0..1));
+        for wrong in ["", "1", "1..1", "2..1", "a..b", "-1..2", "0...2"] {
+            assert!(parse_layers(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -3,36 +3,28 @@
 //! A decode step reads every weight it uses once, so that its share of the memory's measured bandwidth says how far the kernels
 //! are from the machine's limit. Decodes and prefills are timed several times over; medians are shown, with least and most.
 
-use std::{error::Error, ops::Range, path::PathBuf, sync::Arc, time::Instant};
+use std::{error::Error, ops::Range, path::PathBuf, time::Instant};
 
-use grokpipe_kernels::{
-    Batch, KV_BLOCK_TOKENS, Precision, Row, Stage, StageOptions, StepInput, SyntheticWeights, select_device,
-};
-use grokpipe_model::{BlockType, LayerTensor, Model, ModelConfig, TensorName, WeightSource};
-use indicatif::{ProgressBar, ProgressStyle};
+use grokpipe_kernels::{Batch, KV_BLOCK_TOKENS, Precision, Row, Stage, StageOptions, StepInput, select_device};
+use grokpipe_model::ModelConfig;
 use serde_json::{Value, json};
 
-use super::{parse_type, repeated};
-use crate::{config::parse_precision, error::CliError, machine, text::Table};
-
-/// Steps before the ones that count: caches, clocks and page tables settle.
-const WARM_UP_STEPS: usize = 2;
-/// Seed of weights without a file.
-const SEED: u64 = 1;
-/// Most rows of a prefill step.
-const CHUNK_ROWS: usize = 512;
+use super::{CHUNK_ROWS, WARM_UP_STEPS, inputs, open, parse_layers, progress_bar, reads::Reads, repeated};
+use crate::{
+    config::parse_precision,
+    error::CliError,
+    machine,
+    text::Table,
+    weights::{SyntheticArgs, Weights},
+};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Model to measure; without one, weights from a seed
-    #[arg(long, value_name = "PATH", conflicts_with = "synthetic")]
+    #[arg(long, value_name = "PATH")]
     model: Option<PathBuf>,
-    /// Shape of weights from a seed: grok1
-    #[arg(long, value_name = "SHAPE", value_parser = ["grok1"])]
-    synthetic: Option<String>,
-    /// How weights from a seed are stored: a type of GGUF files [default: int8, as xAI published them]
-    #[arg(long, value_name = "TYPE", value_parser = parse_type, requires = "synthetic")]
-    r#type: Option<BlockType>,
+    #[command(flatten)]
+    synthetic: SyntheticArgs,
     /// Layers, the second number not included [default: all of a model, 0..1 of weights from a seed]
     #[arg(long, value_name = "A..B", value_parser = parse_layers)]
     layers: Option<Range<u32>>,
@@ -62,32 +54,12 @@ pub(super) struct Args {
     json: bool,
 }
 
-fn parse_layers(text: &str) -> Result<Range<u32>, String> {
-    let range = text.split_once("..").and_then(|(a, b)| Some(a.trim().parse().ok()?..b.trim().parse().ok()?));
-    range
-        .filter(|range: &Range<u32>| !range.is_empty())
-        .ok_or_else(|| format!("expected A..B with A below B, found {text:?}"))
-}
-
 /// Runs `bench stage`.
 ///
 /// # Errors
 /// What the model or the device reports.
 pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let (config, weights): (ModelConfig, Arc<dyn WeightSource>) = match &args.model {
-        Some(path) => {
-            let model = Model::open(path)?;
-            (model.config().clone(), Arc::new(model))
-        }
-        None => {
-            let config = ModelConfig::grok_1();
-            let weights = match args.r#type {
-                Some(kind) => SyntheticWeights::in_blocks(config.clone(), SEED, kind)?,
-                None => SyntheticWeights::new(config.clone(), SEED),
-            };
-            (config, Arc::new(weights))
-        }
-    };
+    let Weights { config, source: weights, .. } = open(args.model.as_deref(), &args.synthetic)?;
     let all = 0..config.num_hidden_layers;
     let layers = args.layers.clone().unwrap_or(if args.model.is_some() { all.clone() } else { 0..1 });
     if layers.end > all.end {
@@ -100,11 +72,11 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let bandwidth = device.measure_read_bandwidth()?;
     let longest = args.prompt.iter().copied().max().unwrap_or(0);
     let sequences = args.batch.iter().copied().max().unwrap_or(1);
-    let decoded = WARM_UP_STEPS as u32 + args.r#gen;
+    let decoded = WARM_UP_STEPS + args.r#gen;
     let blocks = |tokens: u32| tokens.div_ceil(KV_BLOCK_TOKENS as u32);
     let options = StageOptions {
         kv_blocks: blocks(longest).max(sequences * blocks(decoded)),
-        max_rows: CHUNK_ROWS.min(longest.max(sequences) as usize),
+        max_rows: CHUNK_ROWS.min(longest.max(sequences)) as usize,
         // Of a model's last layers, as it is used; alone, layers are measured without it.
         head: args.model.is_some(),
         ..StageOptions::default()
@@ -150,61 +122,6 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     Ok(())
 }
 
-fn progress_bar() -> ProgressBar {
-    let bar = ProgressBar::new(0);
-    if let Ok(style) = ProgressStyle::with_template("loading {bar:30} {bytes}/{total_bytes} {bytes_per_sec}") {
-        bar.set_style(style);
-    }
-    bar
-}
-
-/// Bytes of weights that steps read.
-struct Reads {
-    /// By every step: attention, router, norms, head.
-    fixed: u64,
-    /// All experts of all layers.
-    experts: u64,
-    num_experts: usize,
-    chosen: usize,
-    /// Weights that work on a token, without those of the head.
-    active: f64,
-}
-
-impl Reads {
-    fn of(
-        config: &ModelConfig,
-        weights: &dyn WeightSource,
-        layers: &Range<u32>,
-        has_head: bool,
-    ) -> Result<Self, CliError> {
-        let (mut fixed, mut experts, mut active) = (0, 0, 0.0);
-        let chosen = config.num_experts_per_tok;
-        for layer in layers.clone() {
-            for tensor in LayerTensor::ALL {
-                if !tensor.is_matrix() {
-                    fixed += 4 * config.hidden_size as u64;
-                    continue;
-                }
-                let matrix = weights.matrix(&TensorName::Layer(layer, tensor))?;
-                let bytes = matrix.spec().weight_bytes() + 4 * matrix.spec().scale_count() as u64;
-                let numbers = (matrix.spec().inputs * matrix.spec().outputs) as f64;
-                active += if matrix.spec().experts == 1 { numbers } else { chosen as f64 * numbers };
-                *(if matrix.spec().experts == 1 { &mut fixed } else { &mut experts }) += bytes;
-            }
-        }
-        if has_head {
-            fixed += weights.matrix(&TensorName::Head)?.spec().weight_bytes();
-        }
-        Ok(Self { fixed, experts, num_experts: config.num_experts, chosen, active })
-    }
-
-    /// Bytes of a step of this many tokens, if each chooses its experts at random.
-    fn step_bytes(&self, tokens: u32) -> f64 {
-        let left_out = 1.0 - self.chosen as f64 / self.num_experts as f64;
-        self.fixed as f64 + self.experts as f64 * (1.0 - left_out.powi(tokens as i32))
-    }
-}
-
 /// A stage that is timed.
 struct Bench<'a> {
     stage: &'a mut dyn Stage,
@@ -216,7 +133,7 @@ struct Bench<'a> {
 impl Bench<'_> {
     /// Seconds of `steps` steps of `sequences` sequences, a token each a step, from empty sequences on.
     fn decode(&mut self, sequences: u32, steps: u32) -> Result<f64, Box<dyn Error + Send + Sync>> {
-        let warm_up = WARM_UP_STEPS as u32;
+        let warm_up = WARM_UP_STEPS;
         let a_table = (warm_up + steps).div_ceil(KV_BLOCK_TOKENS as u32);
         let wanted: Vec<u32> = if self.has_head { (0..sequences).collect() } else { Vec::new() };
         let mut started = Instant::now();
@@ -235,8 +152,8 @@ impl Bench<'_> {
     /// Seconds of a prompt of this many tokens; of the last one logits are wanted.
     fn prefill(&mut self, tokens: u32) -> Result<f64, Box<dyn Error + Send + Sync>> {
         let started = Instant::now();
-        for first in (0..tokens).step_by(CHUNK_ROWS) {
-            let end = tokens.min(first + CHUNK_ROWS as u32);
+        for first in (0..tokens).step_by(CHUNK_ROWS as usize) {
+            let end = tokens.min(first + CHUNK_ROWS);
             let row = |position| Row { position, table_offset: 0, attended: true };
             let batch = Batch {
                 rows: (first..end).map(row).collect(),
@@ -248,17 +165,14 @@ impl Bench<'_> {
         Ok(started.elapsed().as_secs_f64())
     }
 
-    /// One step. Different tokens each time and each row, so that different experts are chosen and no cache helps more than it would.
+    /// One step, with inputs of this seed.
     fn step(&mut self, batch: &Batch, seed: u32, wanted: &[u32]) -> Result<(), Box<dyn Error + Send + Sync>> {
         let rows = batch.rows.len();
-        let mix = |row: usize, i: usize| (seed as usize + 1) * 7919 + row * 104_729 + i * 31;
         let output = if self.is_first {
-            let ids: Vec<u32> = (0..rows).map(|row| 1 + (mix(row, 0) % (self.config.vocab_size - 1)) as u32).collect();
+            let ids = inputs::token_ids(seed, rows, self.config.vocab_size);
             self.stage.run(batch, StepInput::TokenIds(&ids), wanted)?
         } else {
-            let width = self.config.hidden_size;
-            let number = |at: usize| (mix(at / width, at % width) % 2001) as f32 / 1000.0 - 1.0;
-            let hidden: Vec<f32> = (0..rows * width).map(number).collect();
+            let hidden = inputs::hidden_states(seed, rows, self.config.hidden_size);
             self.stage.run(batch, StepInput::HiddenStates(&hidden), wanted)?
         };
         std::hint::black_box(output);
@@ -386,28 +300,11 @@ impl Report {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use grokpipe_model::Model;
+
     use super::*;
-
-    #[test]
-    fn layers_are_a_range() {
-        assert_eq!(parse_layers("0..1"), Ok(0..1));
-        for wrong in ["", "1", "1..1", "2..1", "a..b", "-1..2", "0...2"] {
-            assert!(parse_layers(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn a_token_reads_two_experts_of_eight_and_many_read_all() {
-        let config = ModelConfig::grok_1();
-        let weights = SyntheticWeights::new(config.clone(), 1);
-        let reads = Reads::of(&config, &weights, &(0..1), false).unwrap();
-        // 2 experts of 3 * 6144 * 32768, attention of 88,080,384, and under 3 MB of scales, router and norms.
-        let numbers = f64::from(2 * 3 * 6144 * 32_768 + 88_080_384);
-        let one = reads.step_bytes(1);
-        assert!((numbers..numbers + 3e6).contains(&one), "{one}");
-        let all = f64::from(88_080_384) + 8.0 * 3.0 * 6144.0 * 32_768.0;
-        assert!((reads.step_bytes(64) / all - 1.0).abs() < 1e-3);
-    }
 
     #[test]
     fn the_demo_is_measured_and_reported() {

@@ -27,7 +27,7 @@ const PIPE_GRACE: Duration = Duration::from_millis(500);
 
 /// What happened to a process.
 #[derive(Debug)]
-pub(super) enum Event {
+pub(crate) enum Event {
     /// It wrote a line to its standard output.
     Line {
         /// Which process.
@@ -55,32 +55,32 @@ pub(super) enum Event {
 
 /// How a process ended once the cluster ended.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Ended {
+pub(crate) struct Ended {
     /// Which process.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// It had to be killed.
-    pub(super) killed: bool,
+    pub(crate) killed: bool,
 }
 
 /// A process to keep alive.
-pub(super) struct Child {
+pub(crate) struct Child {
     /// The worker's name, or `coordinator`.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// How to start it; asked each time.
-    pub(super) launch: Box<dyn Fn() -> Launch + Send + Sync>,
+    pub(crate) launch: Box<dyn Fn() -> Launch + Send + Sync>,
     /// Start it again when it died.
-    pub(super) restart: bool,
+    pub(crate) restart: bool,
     /// Where its lines go.
-    pub(super) screen: Arc<Screen>,
+    pub(crate) screen: Arc<Screen>,
     /// Where its events go.
-    pub(super) events: mpsc::Sender<Event>,
+    pub(crate) events: mpsc::Sender<Event>,
     /// The cluster ends.
-    pub(super) stop: CancellationToken,
+    pub(crate) stop: CancellationToken,
 }
 
 impl Child {
     /// Keeps the process alive until the cluster ends, or, without restarts, until the process does.
-    pub(super) async fn supervise(self) -> Ended {
+    pub(crate) async fn supervise(self) -> Ended {
         loop {
             match self.run_once().await {
                 Some(killed) => return Ended { name: self.name, killed },

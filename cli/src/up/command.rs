@@ -14,19 +14,25 @@ use crate::{
 
 /// How to start a process.
 #[derive(Clone, Debug)]
-pub(super) struct Launch {
+pub(crate) struct Launch {
     program: OsString,
     args: Vec<OsString>,
     /// Written to its standard input first; the input then stays open until the process is to end.
-    pub(super) first_line: Option<String>,
+    pub(crate) first_line: Option<String>,
     /// Its log lines are read and shown with its name.
-    pub(super) relayed: bool,
+    pub(crate) relayed: bool,
     environment: Vec<(&'static str, &'static str)>,
 }
 
 impl Launch {
+    /// A program with these arguments, whose complaints are shown with its name.
+    pub(crate) fn new(program: &Path, args: Vec<OsString>, first_line: Option<String>) -> Self {
+        let environment = environment(true, "error");
+        Self { program: program.into(), args, first_line, relayed: true, environment }
+    }
+
     /// The command, with pipes. In a process group of its own, so that Ctrl-C reaches `up` alone, which then ends the others.
-    pub(super) fn command(&self) -> Command {
+    pub(crate) fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         command.args(&self.args).envs(self.environment.iter().copied());
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -36,6 +42,15 @@ impl Launch {
         command.process_group(0);
         command
     }
+}
+
+/// How a process is to log: in which style, and with which filter where the environment has none.
+fn environment(pretty: bool, filter: &'static str) -> Vec<(&'static str, &'static str)> {
+    let mut environment = vec![(logging::STYLE, if pretty { "pretty" } else { "json" })];
+    if std::env::var_os(logging::FILTER).is_none() {
+        environment.push((logging::FILTER, filter));
+    }
+    environment
 }
 
 /// What all processes of this cluster share.
@@ -50,14 +65,6 @@ pub(super) struct Common<'a> {
 }
 
 impl Common<'_> {
-    fn environment(&self) -> Vec<(&'static str, &'static str)> {
-        let mut environment = vec![(logging::STYLE, if self.pretty { "pretty" } else { "json" })];
-        if std::env::var_os(logging::FILTER).is_none() {
-            environment.push((logging::FILTER, self.filter));
-        }
-        environment
-    }
-
     fn local(&self, subcommand: &str) -> Vec<OsString> {
         let mut args: Vec<OsString> = vec![subcommand.into(), "--exit-with-stdin".into()];
         match &self.config.file {
@@ -85,7 +92,7 @@ impl Common<'_> {
             args,
             first_line: None,
             relayed: self.pretty,
-            environment: self.environment(),
+            environment: environment(self.pretty, self.filter),
         }
     }
 
@@ -108,7 +115,7 @@ impl Common<'_> {
             args,
             first_line: None,
             relayed: self.pretty,
-            environment: self.environment(),
+            environment: environment(self.pretty, self.filter),
         }
     }
 

@@ -16,7 +16,7 @@ use crate::config::ByteSize;
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Shows progress and lines without mixing them up.
-pub(super) struct Screen {
+pub(crate) struct Screen {
     bars: Option<MultiProgress>,
     state: Mutex<State>,
 }
@@ -29,18 +29,18 @@ struct State {
 
 impl Screen {
     /// Bars if standard error is a terminal.
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let is_terminal = io::stderr().is_terminal();
         Self { bars: is_terminal.then(MultiProgress::new), state: Mutex::default() }
     }
 
     /// Whether people watch.
-    pub(super) fn is_terminal(&self) -> bool {
+    pub(crate) fn is_terminal(&self) -> bool {
         self.bars.is_some()
     }
 
     /// Shows a line above the bars.
-    pub(super) fn say(&self, line: &str) {
+    pub(crate) fn say(&self, line: &str) {
         let print = || {
             // Nobody may read standard error any more; that is no reason to end.
             let _ = writeln!(io::stderr(), "{line}");
@@ -52,7 +52,7 @@ impl Screen {
     }
 
     /// Shows how far loading is.
-    pub(super) fn progress(&self, snapshot: &ClusterSnapshot) {
+    pub(crate) fn progress(&self, snapshot: &ClusterSnapshot) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         match &self.bars {
             Some(bars) => {
@@ -75,7 +75,7 @@ impl Screen {
     }
 
     /// Takes the bars away.
-    pub(super) fn clear(&self) {
+    pub(crate) fn clear(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         for (_name, bar) in state.by_node.drain() {
             bar.finish_and_clear();

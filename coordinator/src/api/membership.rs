@@ -115,6 +115,7 @@ impl Worker {
                 message = messages.message() => match message {
                     Ok(Some(JoinRequest { message: Some(message) })) => {
                         let (connection, name, generation) = (self.connection, self.name.clone(), self.generation);
+                        let message = Box::new(message);
                         self.engine.send(Event::FromWorker { connection, name, generation, message }).await;
                     }
                     Ok(Some(JoinRequest { message: None })) => {}

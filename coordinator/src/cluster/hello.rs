@@ -27,6 +27,7 @@ pub(super) fn check_hello(hello: &Hello) -> Result<(), JoinRefusal> {
     if !(hello.flop_rate.is_finite() && hello.flop_rate > 0.0) {
         return invalid("flop_rate", "a positive number", hello.flop_rate.to_string());
     }
+    check_rates(hello)?;
     let port = hello.data_address.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse::<u16>().ok()?)));
     if !port.is_some_and(|(host, port)| !host.is_empty() && port > 0) || hello.data_address.len() > 256 {
         return invalid(
@@ -41,6 +42,39 @@ pub(super) fn check_hello(hello: &Hello) -> Result<(), JoinRefusal> {
             "start before end",
             format!("{}..{}", hello.held_layer_start, hello.held_layer_end),
         );
+    }
+    Ok(())
+}
+
+/// Most formats that a hello may have rates of; there are some twenty.
+const FORMATS_MAX: usize = 64;
+
+/// Checks what a worker measured by format, and of a step beside its products.
+fn check_rates(hello: &Hello) -> Result<(), JoinRefusal> {
+    let invalid = |field, expected: &str, found: String| {
+        Err(JoinRefusal::Invalid { field, expected: expected.to_owned(), found })
+    };
+    if hello.format_rates.len() > FORMATS_MAX {
+        return invalid("format_rates", "at most 64", hello.format_rates.len().to_string());
+    }
+    for rate in &hello.format_rates {
+        let is_name = (1..=32).contains(&rate.format.len())
+            && rate.format.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_'));
+        if !is_name {
+            let found = format!("{:?}", rate.format.chars().take(80).collect::<String>());
+            return invalid("format_rates.format", "1 to 32 of a-z, 0-9, '_'", found);
+        }
+        for figure in [rate.decode_bytes_per_second, rate.prefill_flops_per_second] {
+            if !(figure.is_finite() && figure > 0.0) {
+                return invalid("format_rates", "positive numbers", format!("{figure} in {}", rate.format));
+            }
+        }
+    }
+    let overhead = hello.step_overhead.unwrap_or_default();
+    for seconds in [overhead.step_seconds, overhead.layer_seconds, overhead.draw_seconds] {
+        if !(seconds.is_finite() && seconds >= 0.0) {
+            return invalid("step_overhead", "seconds that are not negative", seconds.to_string());
+        }
     }
     Ok(())
 }

@@ -15,15 +15,17 @@ use std::{
 use grokpipe_proto::{
     HEARTBEAT_INTERVAL, LOST_AFTER, PROTOCOL_VERSIONS,
     status::RequestError,
-    v1::{Heartbeat, Hello, LoadProgress, StageFailed, Welcome, join_response::Message},
+    v1::{Heartbeat, Hello, LoadProgress, StageFailed, StageTiming, Welcome, join_response::Message},
 };
 
+use self::measured::Measured;
 use crate::{
     facts::{ModelFacts, PlanWishes},
     planner::Plan,
 };
 
 mod hello;
+mod measured;
 mod planning;
 mod view;
 
@@ -144,6 +146,8 @@ struct Active {
     broken_since: Option<Duration>,
     /// A failed stage is tried again at this time.
     retry_at: Option<Duration>,
+    /// What its steps took.
+    measured: Measured,
 }
 
 #[derive(Clone, Debug)]
@@ -374,6 +378,15 @@ impl Cluster {
         self.record(now, "pipeline_failed", None, reason.to_owned());
         self.break_stage_of(now, &first, reason);
         self.advance(now);
+    }
+
+    /// A micro-batch of so many tokens came back after so many seconds. Those of the size that the plan is made for tell how good its
+    /// prediction is.
+    pub fn step_done(&mut self, epoch: u64, tokens: usize, seconds: f64, timings: &[StageTiming]) {
+        let is_planned_for = tokens == self.settings.wishes.batch_tokens as usize && epoch == self.epoch;
+        if let Some(active) = self.active.as_mut().filter(|_| is_planned_for) {
+            active.measured.step(seconds, timings);
+        }
     }
 
     /// Time goes on: silent nodes are lost, waiting plans are made.

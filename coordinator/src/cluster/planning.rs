@@ -4,8 +4,11 @@ use std::time::Duration;
 
 use grokpipe_proto::v1::{ActivationDtype, Assignment, Release, join_response::Message};
 
-use super::{Active, Cluster, Command, Node, SETTLE, StageState};
-use crate::planner::{self, Plan, PreviousStage, WorkerResources};
+use super::{Active, Cluster, Command, Node, SETTLE, StageState, measured::Measured};
+use crate::{
+    facts,
+    planner::{self, Plan, PreviousStage, WorkerResources},
+};
 
 impl Cluster {
     /// The plan that is in force, or the one that the workers present would get.
@@ -102,12 +105,9 @@ impl Cluster {
         let current =
             self.active.as_ref().and_then(|active| active.stages.iter().find(|stage| stage.node == hello.name));
         WorkerResources {
-            name: hello.name.clone(),
-            memory_bytes: hello.memory_bytes,
-            read_bandwidth: hello.read_bandwidth,
-            flop_rate: hello.flop_rate,
             pinned_layers: expected.filter(|_| pins_hold).and_then(|worker| worker.layers.clone()),
             held_layers: current.map(|stage| stage.layers.clone()).or((!held.is_empty()).then_some(held)),
+            ..facts::resources(hello)
         }
     }
 
@@ -163,7 +163,14 @@ impl Cluster {
         let text: Vec<String> =
             stages.iter().map(|stage| format!("{} {}..{}", stage.node, stage.layers.start, stage.layers.end)).collect();
         self.record(now, "plan_changed", None, format!("plan epoch {}: {}", self.epoch, text.join(", ")));
-        self.active = Some(Active { plan, stages, connected: false, broken_since: None, retry_at: None });
+        self.active = Some(Active {
+            plan,
+            stages,
+            connected: false,
+            broken_since: None,
+            retry_at: None,
+            measured: Measured::default(),
+        });
     }
 
     fn assignment(&self, stage: &StageState, next: Option<&Node>, previous_generation: u64) -> Assignment {

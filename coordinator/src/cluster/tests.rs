@@ -3,7 +3,7 @@
 use grokpipe_model::ModelConfig;
 use grokpipe_proto::snapshot::{NodeState, SnapshotRequests, VerdictPhase};
 
-use grokpipe_proto::v1::Assignment;
+use grokpipe_proto::v1::{Assignment, FormatRate, StepOverhead};
 
 use super::*;
 use crate::planner::Objective;
@@ -53,6 +53,10 @@ fn hello(name: &str, generation: u64) -> Hello {
         model_digest: facts().digest,
         ..Hello::default()
     }
+}
+
+fn rate(format: &str, decode_bytes_per_second: f64, prefill_flops_per_second: f64) -> FormatRate {
+    FormatRate { format: format.into(), decode_bytes_per_second, prefill_flops_per_second }
 }
 
 fn at(seconds: f64) -> Duration {
@@ -306,6 +310,18 @@ fn hellos_that_make_no_sense_are_refused() {
         ("negative bandwidth", Hello { read_bandwidth: -1.0, ..good.clone() }),
         ("bandwidth not a number", Hello { read_bandwidth: f64::NAN, ..good.clone() }),
         ("infinite rate", Hello { flop_rate: f64::INFINITY, ..good.clone() }),
+        ("a rate of 0", Hello { format_rates: vec![rate("q4_0", 0.0, 1.0)], ..good.clone() }),
+        ("a rate that is no number", Hello { format_rates: vec![rate("q4_0", 1.0, f64::NAN)], ..good.clone() }),
+        ("a format without a name", Hello { format_rates: vec![rate("", 1.0, 1.0)], ..good.clone() }),
+        ("a format with markup", Hello { format_rates: vec![rate("<b>", 1.0, 1.0)], ..good.clone() }),
+        ("too many formats", Hello { format_rates: vec![rate("q4_0", 1.0, 1.0); 65], ..good.clone() }),
+        (
+            "a negative overhead",
+            Hello {
+                step_overhead: Some(StepOverhead { layer_seconds: -1.0, ..StepOverhead::default() }),
+                ..good.clone()
+            },
+        ),
         ("no port", Hello { data_address: "127.0.0.1".into(), ..good.clone() }),
         ("port 0", Hello { data_address: "127.0.0.1:0".into(), ..good.clone() }),
         ("port too large", Hello { data_address: "127.0.0.1:70000".into(), ..good.clone() }),
@@ -342,4 +358,44 @@ fn too_little_memory_is_a_verdict_that_says_how_much_is_missing() {
     let verdict = snapshot(&cluster, at(0.1)).verdict;
     assert!(!verdict.serving);
     assert!(verdict.text.starts_with("No plan:") && verdict.text.contains("bytes"), "{}", verdict.text);
+}
+
+#[test]
+fn plans_rest_on_the_rates_that_workers_measured_for_the_models_formats() {
+    let predicted = |hello: Hello| {
+        let mut cluster = cluster(&["w1"]);
+        cluster.join(at(0.0), hello).unwrap();
+        cluster.joined(at(0.0));
+        cluster.plan().unwrap().0.predicted_stream_tokens_per_second
+    };
+    let without = predicted(hello("w1", 1));
+    let with = |format: &str| predicted(Hello { format_rates: vec![rate(format, 1e8, 1e11)], ..hello("w1", 1) });
+    assert_eq!(with("q4_0"), without, "a format that the model lacks");
+    assert!(with("int8") < without / 2.0, "{} {without}", with("int8"));
+    let overhead = StepOverhead { step_seconds: 0.5, layer_seconds: 0.0625, draw_seconds: 0.25 };
+    let slowed = predicted(Hello { step_overhead: Some(overhead), ..hello("w1", 1) });
+    let expected = 1.0 / (1.0 / without + 0.5 + 8.0 * 0.0625 + 0.25);
+    assert!((slowed / expected - 1.0).abs() < 1e-9, "{slowed} {expected}");
+}
+
+#[test]
+fn what_a_prediction_came_to_is_told_after_enough_steps_of_its_size() {
+    let mut cluster = cluster(&["w1"]);
+    join(&mut cluster, at(0.0), "w1", 1);
+    let timing = StageTiming { compute_us: 1900, ..StageTiming::default() };
+    let plan = |cluster: &Cluster| cluster.snapshot(at(1.0), SnapshotRequests::default()).plan.unwrap();
+    for _ in 0..100 {
+        cluster.step_done(cluster.epoch(), 8, 0.5, std::slice::from_ref(&timing));
+        cluster.step_done(cluster.epoch() + 1, 1, 0.5, std::slice::from_ref(&timing));
+    }
+    let unknown = plan(&cluster);
+    assert!(unknown.predicted_tokens_per_second.is_some() && unknown.predicted_stream_tokens_per_second.is_some());
+    assert_eq!((unknown.measured_tokens_per_second, unknown.measured_stream_tokens_per_second), (None, None));
+    for _ in 0..100 {
+        cluster.step_done(cluster.epoch(), 1, 0.002, std::slice::from_ref(&timing));
+    }
+    let known = plan(&cluster);
+    for measured in [known.measured_tokens_per_second, known.measured_stream_tokens_per_second] {
+        assert!((measured.unwrap() - 500.0).abs() < 1e-6, "{known:?}");
+    }
 }

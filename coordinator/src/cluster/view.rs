@@ -57,9 +57,13 @@ impl Cluster {
             let layers = LayerSpan::new(stage.layers.start, stage.layers.end).ok()?;
             Some(SnapshotStage { node: stage.node.clone(), layers })
         });
+        let speed = active.measured.speed(self.settings.wishes.batch_tokens);
         SnapshotPlan {
             epoch: self.epoch,
             predicted_tokens_per_second: Some(active.plan.predicted_tokens_per_second),
+            measured_tokens_per_second: speed.map(|speed| speed.tokens_per_second),
+            predicted_stream_tokens_per_second: Some(active.plan.predicted_stream_tokens_per_second),
+            measured_stream_tokens_per_second: speed.map(|speed| speed.stream_tokens_per_second),
             stages: stages.collect(),
         }
     }

@@ -53,6 +53,13 @@ export function percent(ratio) {
   return ratio === null ? UNKNOWN : `${Math.floor(ratio * 100)}${SPACE}%`;
 }
 
+/** What a prediction came to; nothing while that is not known. @param {number | null | undefined} predicted @param {number | null | undefined} measured */
+export function measured(predicted, measured) {
+  if (!predicted || measured === null || measured === undefined) return "";
+  const difference = Math.round(100 * (measured / predicted - 1));
+  return `, measured ${number(measured)}, ${difference < 0 ? "−" : "+"}${Math.abs(difference)}${SPACE}%`;
+}
+
 /** @param {string} word */
 export function capital(word) {
   return word.charAt(0).toUpperCase() + word.slice(1);

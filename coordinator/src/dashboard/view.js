@@ -2,7 +2,7 @@
 // Shows one snapshot. Elements are made once and then only changed where the text differs, so that a reader's selection and focus
 // stay. Everything from the snapshot goes through textContent.
 
-import { UNKNOWN, age, bytes, capital, duration, layers, number, percent } from "./format.js";
+import { UNKNOWN, age, bytes, capital, duration, layers, measured, number, percent } from "./format.js";
 
 /**
  * @typedef {[number, number]} Span
@@ -17,7 +17,8 @@ import { UNKNOWN, age, bytes, capital, duration, layers, number, percent } from 
  * @typedef {{
  *   cluster: string, model: { name: string, layers: number },
  *   verdict: { serving: boolean, phase: "waiting" | "loading" | "serving" | "down", text: string, missing_layers: Span[] },
- *   plan: { epoch: number, predicted_tokens_per_second: number | null, stages: { node: string, layers: Span }[] } | null,
+ *   plan: { epoch: number, predicted_tokens_per_second: number | null, measured_tokens_per_second: number | null,
+ *     stages: { node: string, layers: Span }[] } | null,
  *   nodes: Node[], requests: { running: number, waiting: number }, events: Happening[] }} Snapshot
  * @typedef {{ span: Span, name: string | null, node: Node | undefined }} Stage
  */
@@ -166,6 +167,7 @@ function showTiles(snapshot, elapsed, stale) {
   const rate = last && last.state !== "down" ? last.tokens_per_second : null;
   put(byId("t-rate"), number(rate));
   put(byId("t-predicted"), number(plan?.predicted_tokens_per_second));
+  put(byId("t-measured"), measured(plan?.predicted_tokens_per_second, plan?.measured_tokens_per_second));
   put(byId("t-running"), `${requests.running}`);
   put(byId("t-waiting"), `${requests.waiting}`);
   const missing = verdict.missing_layers.reduce((sum, [start, end]) => sum + end - start, 0);

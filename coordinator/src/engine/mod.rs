@@ -82,7 +82,7 @@ pub enum Event {
         /// Its incarnation.
         generation: u64,
         /// What it said.
-        message: join_request::Message,
+        message: Box<join_request::Message>,
     },
     /// A worker's stream ended.
     Left {
@@ -223,6 +223,8 @@ struct Pipeline {
 
 struct InFlight {
     sequences: Vec<u64>,
+    /// Of all sequences together.
+    tokens: usize,
     since: Instant,
 }
 
@@ -330,7 +332,7 @@ impl Engine {
             }
             Event::FromWorker { connection, name, generation, message } => {
                 if self.is_current(&name, connection) {
-                    self.worker_said(now, &name, generation, message);
+                    self.worker_said(now, &name, generation, *message);
                 }
             }
             Event::Left { connection, name, generation, reason } => {

@@ -101,7 +101,8 @@ impl Engine {
                 }
             }
             let frame = self.frame(epoch, &batch);
-            self.in_flight.insert(batch.id, InFlight { sequences, since: now });
+            let tokens = batch.slices.iter().map(|slice| slice.token_ids.len()).sum();
+            self.in_flight.insert(batch.id, InFlight { sequences, tokens, since: now });
             if pipeline.frames.try_send(frame).is_err() {
                 // A frame that found no room is lost, and its requests would wait for it: the epoch ends here.
                 let now = self.now();
@@ -118,10 +119,13 @@ impl Engine {
     }
 
     pub(super) fn result(&mut self, result: MicroBatchResult) {
-        if result.plan_epoch != self.cluster.epoch() || self.in_flight.remove(&result.micro_batch_id).is_none() {
+        let current = result.plan_epoch == self.cluster.epoch();
+        let Some(done) = current.then(|| self.in_flight.remove(&result.micro_batch_id)).flatten() else {
             debug!(epoch = result.plan_epoch, micro_batch = result.micro_batch_id, "a result of the past is ignored");
             return;
-        }
+        };
+        let seconds = done.since.elapsed().as_secs_f64();
+        self.cluster.step_done(result.plan_epoch, done.tokens, seconds, &result.timings);
         let drawn: Vec<(u64, u32)> = result.tokens.iter().map(|token| (token.sequence_id, token.token_id)).collect();
         let logprobs: HashMap<u64, f32> =
             result.tokens.iter().map(|token| (token.sequence_id, token.logprob)).collect();

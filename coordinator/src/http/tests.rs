@@ -29,7 +29,14 @@ fn snapshot(states: &[NodeState]) -> ClusterSnapshot {
     let nodes: Vec<_> = states.iter().enumerate().map(node).collect();
     let stages =
         nodes.iter().enumerate().map(|(index, node)| SnapshotStage { node: node.name.clone(), layers: layers(index) });
-    let plan = SnapshotPlan { epoch: 1, predicted_tokens_per_second: None, stages: stages.collect() };
+    let plan = SnapshotPlan {
+        epoch: 1,
+        predicted_tokens_per_second: None,
+        measured_tokens_per_second: None,
+        predicted_stream_tokens_per_second: None,
+        measured_stream_tokens_per_second: None,
+        stages: stages.collect(),
+    };
     let input = VerdictInput { layers: 64, plan: Some(&plan), nodes: &nodes, workers_expected: 4, refusal: None };
     ClusterSnapshot {
         cluster: "test".into(),

@@ -2,47 +2,44 @@
 //! does it take. Everything the solver compares comes from here.
 //!
 //! Times are compared as whole picoseconds: sums are then exact whatever their order, so that ties are ties and solving an
-//! answer again finds the same answer. Not modelled: reading the KV cache (it depends on how long sequences happen to be), and
+//! answer again finds the same answer. A layer's time is the sum over its products, each the slower of reading and computing at the
+//! worker's rate for the format, so times of layers add up. Not modelled: reading the KV cache (it depends on how long sequences happen to be), and
 //! what the coordinator itself costs.
 
 use std::ops::Range;
 
-use super::problem::{Problem, Refusal};
+use super::problem::{HeadCost, LayerCost, Overhead, Problem, Rate, Refusal, WorkerResources};
 
 /// Longest time that is told apart, about 2.5 hours: 256 stages of it still add up in 64 bits.
 const PICOSECONDS_MAX: f64 = (1_u64 << 53) as f64;
 
-/// Running sums over the layers: entry `i` is the sum over the layers before `i`.
-struct Prefix {
-    weight_bytes: Vec<u128>,
-    flops_per_token: Vec<f64>,
-    fixed_bytes: Vec<f64>,
-    expert_bytes: Vec<f64>,
-}
-
 /// Costs of any layer range on any worker.
 pub(super) struct Costs<'a> {
     problem: &'a Problem,
-    prefix: Prefix,
+    /// Running sums: entry `i` is the sum over the layers before `i`.
+    weight_bytes: Vec<u128>,
+    /// By worker: running sums of the layers' times for the problem's batch, in picoseconds.
+    layer_picoseconds: Vec<Vec<u64>>,
 }
 
 impl<'a> Costs<'a> {
     /// Checks the figures and sums them.
     pub(super) fn new(problem: &'a Problem) -> Result<Self, Refusal> {
         check_figures(problem)?;
-        let mut prefix = Prefix {
-            weight_bytes: vec![0],
-            flops_per_token: vec![0.0],
-            fixed_bytes: vec![0.0],
-            expert_bytes: vec![0.0],
-        };
-        for (index, layer) in problem.layers.iter().enumerate() {
-            prefix.weight_bytes.push(prefix.weight_bytes[index] + u128::from(layer.weight_bytes));
-            prefix.flops_per_token.push(prefix.flops_per_token[index] + layer.flops_per_token);
-            prefix.fixed_bytes.push(prefix.fixed_bytes[index] + layer.read_bytes_fixed as f64);
-            prefix.expert_bytes.push(prefix.expert_bytes[index] + layer.expert_read_bytes as f64);
+        let mut costs = Self { problem, weight_bytes: vec![0], layer_picoseconds: Vec::new() };
+        for layer in &problem.layers {
+            let before = costs.weight_bytes[costs.weight_bytes.len() - 1];
+            costs.weight_bytes.push(before + u128::from(layer.weight_bytes));
         }
-        Ok(Self { problem, prefix })
+        for worker in &problem.workers {
+            let mut sum = 0;
+            let times = problem.layers.iter().map(|layer| {
+                sum += picoseconds(layer_seconds(problem, worker, layer, problem.batch_tokens));
+                sum
+            });
+            costs.layer_picoseconds.push(std::iter::once(0).chain(times).collect());
+        }
+        Ok(costs)
     }
 
     /// Layers of the model.
@@ -58,7 +55,7 @@ impl<'a> Costs<'a> {
     /// Device bytes of the weights of a range, with the head if it is the last.
     pub(super) fn weight_bytes(&self, start: usize, end: usize) -> u64 {
         let head = if self.has_head(end) { self.problem.head.weight_bytes } else { 0 };
-        let layers = self.prefix.weight_bytes[end] - self.prefix.weight_bytes[start];
+        let layers = self.weight_bytes[end] - self.weight_bytes[start];
         u64::try_from(layers).unwrap_or(u64::MAX).saturating_add(head)
     }
 
@@ -96,29 +93,32 @@ impl<'a> Costs<'a> {
         self.memory_bytes(start, end) <= self.problem.workers[worker].memory_bytes
     }
 
-    /// Time of one micro-batch of `batch_tokens` in this stage: the slower of reading and computing, and the hop to the next.
+    /// Time of one micro-batch of `batch_tokens` in this stage: its layers one after the other, and the hop to the next.
     pub(super) fn step_seconds(&self, worker: usize, start: usize, end: usize, batch_tokens: u32) -> f64 {
-        let (problem, prefix) = (self.problem, &self.prefix);
-        let resources = &problem.workers[worker];
-        let batch = f64::from(batch_tokens);
-        let mut bytes = prefix.fixed_bytes[end] - prefix.fixed_bytes[start];
-        bytes += (prefix.expert_bytes[end] - prefix.expert_bytes[start]) * touched_share(problem, batch_tokens);
-        let mut flops = prefix.flops_per_token[end] - prefix.flops_per_token[start];
-        // The last stage hands on a token, not hidden states.
-        let mut hop = problem.link.seconds_per_hop;
-        if self.has_head(end) {
-            bytes += problem.head.weight_bytes as f64;
-            flops += problem.head.flops_per_token;
-        } else {
-            hop += problem.hidden_bytes_per_token as f64 * batch / problem.link.bytes_per_second;
+        let resources = &self.problem.workers[worker];
+        let layers = self.problem.layers[start..end].iter();
+        let layers: f64 = layers.map(|layer| layer_seconds(self.problem, resources, layer, batch_tokens)).sum();
+        layers + self.beside_layers(resources, end, batch_tokens)
+    }
+
+    /// What a stage that ends before layer `end` takes beside its layers: the step itself, the head if it is the last, and the hop.
+    fn beside_layers(&self, resources: &WorkerResources, end: usize, batch_tokens: u32) -> f64 {
+        let (problem, batch) = (self.problem, f64::from(batch_tokens));
+        let seconds = resources.overhead.step_seconds + problem.link.seconds_per_hop;
+        if !self.has_head(end) {
+            return seconds + problem.hidden_bytes_per_token as f64 * batch / problem.link.bytes_per_second;
         }
-        (bytes / resources.read_bandwidth).max(flops * batch / resources.flop_rate) + hop
+        // The last stage hands on tokens, not hidden states.
+        let HeadCost { weight_bytes, format, flops_per_token } = &problem.head;
+        let head = product_seconds(resources, format, *weight_bytes as f64, flops_per_token * batch);
+        seconds + head + resources.overhead.draw_seconds * batch
     }
 
     /// [`Self::step_seconds`] for the problem's batch, in picoseconds, at least one.
     pub(super) fn step_picoseconds(&self, worker: usize, start: usize, end: usize) -> u64 {
-        let seconds = self.step_seconds(worker, start, end, self.problem.batch_tokens);
-        (seconds * 1e12).round().clamp(1.0, PICOSECONDS_MAX) as u64
+        let layers = self.layer_picoseconds[worker][end] - self.layer_picoseconds[worker][start];
+        let rest = self.beside_layers(&self.problem.workers[worker], end, self.problem.batch_tokens);
+        (layers + picoseconds(rest)).clamp(1, PICOSECONDS_MAX as u64)
     }
 
     /// Layers of the range that the worker would have to load.
@@ -139,6 +139,27 @@ impl<'a> Costs<'a> {
     }
 }
 
+/// Time of one micro-batch in one layer.
+fn layer_seconds(problem: &Problem, worker: &WorkerResources, layer: &LayerCost, batch_tokens: u32) -> f64 {
+    let products = layer.products.iter().map(|product| {
+        let share = if product.of_experts { touched_share(problem, batch_tokens) } else { 1.0 };
+        let flops = product.flops_per_token * f64::from(batch_tokens);
+        product_seconds(worker, &product.format, product.bytes as f64 * share, flops)
+    });
+    worker.overhead.layer_seconds + products.sum::<f64>()
+}
+
+/// The slower of reading and computing, at the worker's rate for the format, or at its general one.
+fn product_seconds(worker: &WorkerResources, format: &str, bytes: f64, flops: f64) -> f64 {
+    let general = Rate { bytes_per_second: worker.read_bandwidth, flops_per_second: worker.flop_rate };
+    let rate = worker.rates.get(format).unwrap_or(&general);
+    (bytes / rate.bytes_per_second).max(flops / rate.flops_per_second)
+}
+
+fn picoseconds(seconds: f64) -> u64 {
+    (seconds * 1e12).round().clamp(0.0, PICOSECONDS_MAX) as u64
+}
+
 /// Share of a layer's experts that a batch is expected to touch: each token leaves a given expert alone with probability
 /// `1 - k/E`, tokens choosing independently.
 fn touched_share(problem: &Problem, batch_tokens: u32) -> f64 {
@@ -148,13 +169,7 @@ fn touched_share(problem: &Problem, batch_tokens: u32) -> f64 {
 
 /// Refuses figures with which no comparison would mean anything.
 fn check_figures(problem: &Problem) -> Result<(), Refusal> {
-    for worker in &problem.workers {
-        for (figure, value) in [("read_bandwidth", worker.read_bandwidth), ("flop_rate", worker.flop_rate)] {
-            if !(value.is_finite() && value > 0.0) {
-                return Err(Refusal::BadWorkerFigure { worker: worker.name.clone(), figure, value });
-            }
-        }
-    }
+    problem.workers.iter().try_for_each(check_worker)?;
     let positive = "a positive finite number";
     let not_negative = "a finite number that is not negative";
     let (experts, chosen) = (f64::from(problem.num_experts), f64::from(problem.num_experts_per_tok));
@@ -164,10 +179,36 @@ fn check_figures(problem: &Problem) -> Result<(), Refusal> {
     check("num_experts", "at least 1", experts, |value| value >= 1.0)?;
     check("num_experts_per_tok", "1 to num_experts", chosen, |value| (1.0..=experts).contains(&value))?;
     check("head.flops_per_token", not_negative, problem.head.flops_per_token, |value| value >= 0.0)?;
-    problem
-        .layers
-        .iter()
-        .try_for_each(|layer| check("layer.flops_per_token", not_negative, layer.flops_per_token, |value| value >= 0.0))
+    let mut products = problem.layers.iter().flat_map(|layer| &layer.products);
+    products.try_for_each(|product| {
+        check("layer.flops_per_token", not_negative, product.flops_per_token, |value| value >= 0.0)
+    })
+}
+
+/// Refuses measurements that cannot be any.
+fn check_worker(worker: &WorkerResources) -> Result<(), Refusal> {
+    let refuse = |expected, figure: String, value| {
+        Err(Refusal::BadWorkerFigure { worker: worker.name.clone(), expected, figure, value })
+    };
+    let general = [("read_bandwidth".to_owned(), worker.read_bandwidth), ("flop_rate".to_owned(), worker.flop_rate)];
+    let by_format = worker.rates.iter().flat_map(|(format, rate)| {
+        [("bytes_per_second", rate.bytes_per_second), ("flops_per_second", rate.flops_per_second)]
+            .map(|(figure, value)| (format!("{figure} in {format}"), value))
+    });
+    for (figure, value) in general.into_iter().chain(by_format) {
+        if !(value.is_finite() && value > 0.0) {
+            return refuse("a positive finite", figure, value);
+        }
+    }
+    let Overhead { step_seconds, layer_seconds, draw_seconds } = worker.overhead;
+    for (figure, value) in
+        [("step_seconds", step_seconds), ("layer_seconds", layer_seconds), ("draw_seconds", draw_seconds)]
+    {
+        if !(value.is_finite() && value >= 0.0) {
+            return refuse("a finite, not negative", figure.to_owned(), value);
+        }
+    }
+    Ok(())
 }
 
 /// One figure against its rule.

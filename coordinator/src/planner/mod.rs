@@ -17,7 +17,7 @@ mod subsets;
 mod tests;
 
 pub use problem::{
-    HeadCost, Hole, LAYERS_MAX, LayerCost, LinkCost, Objective, Plan, PlannedStage, PreviousStage, Problem, Refusal,
-    ScratchCost, WORKERS_MAX, WorkerResources,
+    HeadCost, Hole, LAYERS_MAX, LayerCost, LinkCost, Objective, Overhead, Plan, PlannedStage, PreviousStage, Problem,
+    ProductCost, Rate, Refusal, ScratchCost, WORKERS_MAX, WorkerResources,
 };
 pub use solve::{EXACT_WORKERS_MAX, plan};

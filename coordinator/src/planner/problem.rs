@@ -2,7 +2,7 @@
 //!
 //! All sizes are bytes, all times seconds, all rates per second. The caller measures; nothing here knows how.
 
-use std::ops::Range;
+use std::{collections::BTreeMap, ops::Range};
 
 use thiserror::Error;
 
@@ -12,17 +12,26 @@ pub const LAYERS_MAX: usize = 256;
 /// Most workers that a problem may have.
 pub const WORKERS_MAX: usize = 256;
 
+/// Products with matrices of one format.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ProductCost {
+    /// Name of the format, by which [`WorkerResources::rates`] knows how fast they are.
+    pub format: String,
+    /// Stored bytes of the matrices.
+    pub bytes: u64,
+    /// Whether these are all experts of a layer, of which a step reads the share that its batch touches; else it reads everything.
+    pub of_experts: bool,
+    /// Floating-point operations a token (a multiply-add counts two).
+    pub flops_per_token: f64,
+}
+
 /// Bytes and arithmetic of one layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerCost {
     /// Bytes that the layer's weights take on the device.
     pub weight_bytes: u64,
-    /// Bytes that every step reads whatever the batch: attention, norms, router.
-    pub read_bytes_fixed: u64,
-    /// Bytes of all experts together; a step reads the share that its batch touches.
-    pub expert_read_bytes: u64,
-    /// Floating-point operations a token (a multiply-add counts two).
-    pub flops_per_token: f64,
+    /// What a step computes with them. A layer may mix formats.
+    pub products: Vec<ProductCost>,
 }
 
 /// Bytes and arithmetic of the head (final norm and output projection), which the last stage has.
@@ -30,6 +39,8 @@ pub struct LayerCost {
 pub struct HeadCost {
     /// Bytes on the device; all of them are read in every step.
     pub weight_bytes: u64,
+    /// As [`ProductCost::format`].
+    pub format: String,
     /// Floating-point operations a token.
     pub flops_per_token: f64,
 }
@@ -52,6 +63,26 @@ pub struct LinkCost {
     pub bytes_per_second: f64,
 }
 
+/// How fast a worker's products with matrices of one format are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rate {
+    /// Stored bytes a second that a product of one row gets through.
+    pub bytes_per_second: f64,
+    /// Floating-point operations a second of a product of many rows.
+    pub flops_per_second: f64,
+}
+
+/// What a step of a worker takes beside its products.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Overhead {
+    /// Seconds a step.
+    pub step_seconds: f64,
+    /// Seconds a layer.
+    pub layer_seconds: f64,
+    /// Seconds for each token that the last stage draws.
+    pub draw_seconds: f64,
+}
+
 /// One worker, as it described itself.
 #[derive(Clone, Debug, PartialEq)]
 pub struct WorkerResources {
@@ -59,10 +90,14 @@ pub struct WorkerResources {
     pub name: String,
     /// Memory that it may fill with weights, KV and scratch.
     pub memory_bytes: u64,
-    /// Measured read bandwidth of that memory, bytes a second.
+    /// Measured read bandwidth of that memory, bytes a second. With `flop_rate` the rate of formats that are not in `rates`.
     pub read_bandwidth: f64,
     /// Measured arithmetic, floating-point operations a second.
     pub flop_rate: f64,
+    /// Measured rates of products, by format.
+    pub rates: BTreeMap<String, Rate>,
+    /// What a step takes beside them.
+    pub overhead: Overhead,
     /// The layers that this worker must run, no more and no fewer; `None` leaves it to the planner.
     pub pinned_layers: Option<Range<u32>>,
     /// The layers that it has loaded already; `None` when it has none.
@@ -194,13 +229,15 @@ pub enum Refusal {
         /// How many there are.
         found: usize,
     },
-    /// A worker's measurement is no positive number.
-    #[error("expected a positive finite {figure} of worker {worker:?}, found {value}")]
+    /// A worker's measurement makes no sense.
+    #[error("expected {expected} {figure} of worker {worker:?}, found {value}")]
     BadWorkerFigure {
         /// Name of the worker.
         worker: String,
+        /// What would make sense.
+        expected: &'static str,
         /// Name of the figure.
-        figure: &'static str,
+        figure: String,
         /// What it is.
         value: f64,
     },

@@ -3,27 +3,30 @@
 mod brute_force;
 mod properties;
 
+use std::collections::BTreeMap;
+
 use super::*;
 
 /// Weights of one layer of Grok-1 in int8: attention and the rest, and the eight experts.
 const ATTENTION_BYTES: u64 = 88_000_000;
 const EXPERT_BYTES: u64 = 4_832_000_000;
 const GIB: u64 = 1 << 30;
+const INT8: &str = "int8";
 
 /// 64 layers of Grok-1 on these workers, one token a micro-batch, a negligible wire.
 pub(super) fn grok(workers: Vec<WorkerResources>) -> Problem {
+    let product =
+        |bytes, of_experts, flops_per_token| ProductCost { format: INT8.into(), bytes, of_experts, flops_per_token };
     let layer = LayerCost {
         weight_bytes: ATTENTION_BYTES + EXPERT_BYTES,
-        read_bytes_fixed: ATTENTION_BYTES,
-        expert_read_bytes: EXPERT_BYTES,
-        flops_per_token: 2.6e9,
+        products: vec![product(ATTENTION_BYTES, false, 0.18e9), product(EXPERT_BYTES, true, 2.42e9)],
     };
     Problem {
         layers: vec![layer; 64],
         num_experts: 8,
         num_experts_per_tok: 2,
         embedding_bytes: 3_221_225_472,
-        head: HeadCost { weight_bytes: 3_221_225_472, flops_per_token: 1.6e9 },
+        head: HeadCost { weight_bytes: 3_221_225_472, format: "f32".into(), flops_per_token: 1.6e9 },
         kv_bytes_per_token_per_layer: 8192,
         kv_tokens: 16_384,
         scratch: ScratchCost { stage_bytes: GIB / 4, head_bytes: GIB / 16 },
@@ -42,6 +45,8 @@ pub(super) fn worker(name: &str, gibibytes: u64, gigabytes_per_second: f64) -> W
         memory_bytes: gibibytes * GIB,
         read_bandwidth: gigabytes_per_second * 1e9,
         flop_rate: 1e12,
+        rates: BTreeMap::new(),
+        overhead: Overhead::default(),
         pinned_layers: None,
         held_layers: None,
     }
@@ -75,7 +80,7 @@ fn equal_workers_get_equal_shares_and_the_last_one_less_for_the_head() {
     // Reading the head takes as long as reading 2.5 layers, so no stage takes longer than 17 layers do.
     assert_eq!(shape(&plan(&grok(workers(4, 128, 100.0))).unwrap()), [(0, 16), (1, 17), (2, 17), (3, 14)]);
     let mut headless = grok(workers(6, 128, 100.0));
-    headless.head = HeadCost { weight_bytes: 0, flops_per_token: 0.0 };
+    headless.head = HeadCost { weight_bytes: 0, flops_per_token: 0.0, ..headless.head };
     headless.link.bytes_per_second = 1e18;
     let mut sizes: Vec<usize> = shape(&plan(&headless).unwrap()).into_iter().map(|(_, layers)| layers).collect();
     sizes.sort_unstable();
@@ -125,7 +130,7 @@ fn a_plan_accounts_for_every_byte_and_second() {
     // One token touches two of eight experts.
     let read_bytes = first.layers.len() as f64 * (ATTENTION_BYTES as f64 + EXPERT_BYTES as f64 / 4.0);
     let expected = read_bytes / 100e9 + 1e-4 + 24_576.0 / 1e9;
-    assert!((first.step_seconds / expected - 1.0).abs() < 1e-12, "{} {expected}", first.step_seconds);
+    assert!((first.step_seconds / expected - 1.0).abs() < 1e-11, "{} {expected}", first.step_seconds);
     let slowest = first.step_seconds.max(last.step_seconds);
     assert!((plan.predicted_tokens_per_second * slowest - 1.0).abs() < 1e-12);
     let all = first.step_seconds + last.step_seconds;
@@ -148,6 +153,77 @@ fn a_batch_touches_more_experts_and_at_last_computes_longer_than_it_reads() {
     }
     let flops = (64.0 * 2.6e9 + 1.6e9) * 512.0;
     assert!((step(512, 1e9) / (flops / 1e9) - 1.0).abs() < 1e-9);
+}
+
+fn rate(bytes_per_second: f64, flops_per_second: f64) -> Rate {
+    Rate { bytes_per_second, flops_per_second }
+}
+
+#[test]
+fn each_product_goes_at_its_formats_rate_and_what_is_beside_them_is_added() {
+    // One layer: 100 bytes of attention as a, 800 of experts as b, of which a token touches a quarter. A head of 50 bytes as c.
+    let product = |format: &str, bytes, of_experts, flops_per_token| ProductCost {
+        format: format.into(),
+        bytes,
+        of_experts,
+        flops_per_token,
+    };
+    let step = |rates: &[(&str, Rate)], overhead: Overhead, batch_tokens: u32| {
+        let mut problem = grok(vec![worker("w", 400, 1e-9)]);
+        problem.workers[0] = WorkerResources {
+            read_bandwidth: 10.0,
+            flop_rate: 1e9,
+            rates: rates.iter().map(|(format, rate)| ((*format).to_owned(), *rate)).collect(),
+            overhead,
+            ..problem.workers[0].clone()
+        };
+        let products = vec![product("a", 100, false, 200.0), product("b", 800, true, 400.0)];
+        problem.layers = vec![LayerCost { weight_bytes: 900, products }];
+        problem.head = HeadCost { weight_bytes: 50, format: "c".into(), flops_per_token: 100.0 };
+        problem.link.seconds_per_hop = 0.0;
+        problem.batch_tokens = batch_tokens;
+        plan(&problem).unwrap().stages[0].step_seconds
+    };
+    let (none, fast) = (Overhead::default(), 1e12);
+    let cases: [(&str, &[(&str, Rate)], Overhead, u32, f64); 7] = [
+        ("no rates: the general one", &[], none, 1, (100.0 + 200.0 + 50.0) / 10.0),
+        ("one format is known", &[("b", rate(20.0, fast))], none, 1, 10.0 + 10.0 + 5.0),
+        (
+            "all are",
+            &[("a", rate(50.0, fast)), ("b", rate(20.0, fast)), ("c", rate(25.0, fast))],
+            none,
+            1,
+            2.0 + 10.0 + 2.0,
+        ),
+        ("a format that the model lacks", &[("q9", rate(1e-3, 1e-3))], none, 1, 35.0),
+        ("a batch touches more experts", &[("b", rate(20.0, fast))], none, 2, 10.0 + 800.0 * 0.4375 / 20.0 + 5.0),
+        ("slow arithmetic in one format alone", &[("b", rate(fast, 40.0))], none, 4, 10.0 + 4.0 * 400.0 / 40.0 + 5.0),
+        (
+            "what is beside products",
+            &[],
+            Overhead { step_seconds: 1.0, layer_seconds: 2.0, draw_seconds: 4.0 },
+            1,
+            35.0 + 1.0 + 2.0 + 4.0,
+        ),
+    ];
+    for (what, rates, overhead, batch_tokens, expected) in cases {
+        let found = step(rates, overhead, batch_tokens);
+        assert!((found / expected - 1.0).abs() < 1e-9, "{what}: expected {expected}, found {found}");
+    }
+}
+
+#[test]
+fn a_worker_that_is_fast_in_the_models_format_gets_more_layers() {
+    let mut problem = grok(vec![worker("plain", 400, 100.0), worker("tuned", 400, 100.0)]);
+    problem.workers[1].rates.insert(INT8.into(), rate(300e9, 1e12));
+    let found = plan(&problem).unwrap();
+    let layers_of = |index| found.stages.iter().find(|stage| stage.worker == index).unwrap().layers.len();
+    assert!(layers_of(1) > 2 * layers_of(0), "{:?}", shape(&found));
+    // The rate of a format that no layer has changes nothing.
+    let mut other = grok(vec![worker("plain", 400, 100.0), worker("tuned", 400, 100.0)]);
+    let before = plan(&other).unwrap();
+    other.workers[1].rates.insert("q4_0".into(), rate(300e9, 1e12));
+    assert_eq!(plan(&other).unwrap(), before);
 }
 
 #[test]
@@ -177,9 +253,25 @@ fn bad_problems_are_refused_in_words() {
         (grok(vec![worker("a", 400, f64::NAN)]), "read_bandwidth of worker \"a\", found NaN"),
         (grok(vec![worker("a", 400, f64::INFINITY)]), "read_bandwidth of worker \"a\", found inf"),
         (with(|problem| problem.workers[0].flop_rate = -1.0), "flop_rate of worker \"a\", found -1"),
+        (
+            with(|problem| {
+                problem.workers[0].rates.insert("q4_0".into(), rate(0.0, 1.0));
+            }),
+            "expected a positive finite bytes_per_second in q4_0 of worker \"a\", found 0",
+        ),
+        (
+            with(|problem| {
+                problem.workers[0].rates.insert("int8".into(), rate(1.0, f64::NAN));
+            }),
+            "flops_per_second in int8 of worker \"a\", found NaN",
+        ),
+        (
+            with(|problem| problem.workers[0].overhead.layer_seconds = -1.0),
+            "expected a finite, not negative layer_seconds of worker \"a\", found -1",
+        ),
         (with(|problem| problem.link.bytes_per_second = 0.0), "link.bytes_per_second, found 0"),
         (with(|problem| problem.link.seconds_per_hop = f64::NAN), "link.seconds_per_hop, found NaN"),
-        (with(|problem| problem.layers[3].flops_per_token = -2.0), "layer.flops_per_token, found -2"),
+        (with(|problem| problem.layers[3].products[1].flops_per_token = -2.0), "layer.flops_per_token, found -2"),
         (with(|problem| problem.batch_tokens = 0), "expected at least 1 as batch_tokens, found 0"),
         (with(|problem| problem.num_experts_per_tok = 9), "expected 1 to num_experts as num_experts_per_tok, found 9"),
         (with(|problem| problem.num_experts = 0), "as num_experts, found 0"),

@@ -126,6 +126,9 @@ impl From<SnapshotPlan> for v1::SnapshotPlan {
         Self {
             epoch: plan.epoch,
             predicted_tokens_per_second: plan.predicted_tokens_per_second,
+            measured_tokens_per_second: plan.measured_tokens_per_second,
+            predicted_stream_tokens_per_second: plan.predicted_stream_tokens_per_second,
+            measured_stream_tokens_per_second: plan.measured_stream_tokens_per_second,
             stages: plan.stages.into_iter().map(stage).collect(),
         }
     }
@@ -142,6 +145,9 @@ impl TryFrom<v1::SnapshotPlan> for SnapshotPlan {
         Ok(Self {
             epoch: plan.epoch,
             predicted_tokens_per_second: plan.predicted_tokens_per_second,
+            measured_tokens_per_second: plan.measured_tokens_per_second,
+            predicted_stream_tokens_per_second: plan.predicted_stream_tokens_per_second,
+            measured_stream_tokens_per_second: plan.measured_stream_tokens_per_second,
             stages: plan.stages.into_iter().map(stage).collect::<Result<_, SnapshotError>>()?,
         })
     }

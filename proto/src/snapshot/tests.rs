@@ -10,7 +10,14 @@ fn node(name: &str, state: NodeState, layers: Option<[u32; 2]>) -> SnapshotNode 
 
 fn plan(stages: &[(&str, u32, u32)]) -> SnapshotPlan {
     let stage = |&(node, start, end): &(&str, u32, u32)| SnapshotStage { node: node.into(), layers: span(start, end) };
-    SnapshotPlan { epoch: 3, predicted_tokens_per_second: Some(41.0), stages: stages.iter().map(stage).collect() }
+    SnapshotPlan {
+        epoch: 3,
+        predicted_tokens_per_second: Some(41.0),
+        measured_tokens_per_second: Some(38.5),
+        predicted_stream_tokens_per_second: Some(12.0),
+        measured_stream_tokens_per_second: None,
+        stages: stages.iter().map(stage).collect(),
+    }
 }
 
 /// Every field set, or every field that may be absent absent.
@@ -58,7 +65,11 @@ fn json_has_the_documented_shape() {
         "cluster": "demo",
         "verdict": {"serving": false, "phase": "down", "text": "Down", "missing_layers": [[16, 64]]},
         "model": {"name": "grok-1", "layers": 64},
-        "plan": {"epoch": 3, "predicted_tokens_per_second": 41.0, "stages": [{"node": "w1", "layers": [0, 16]}]},
+        "plan": {
+            "epoch": 3, "predicted_tokens_per_second": 41.0, "measured_tokens_per_second": 38.5,
+            "predicted_stream_tokens_per_second": 12.0, "measured_stream_tokens_per_second": null,
+            "stages": [{"node": "w1", "layers": [0, 16]}]
+        },
         "nodes": [{
             "name": "w1", "state": "ready", "layers": [0, 16], "address": "10.0.0.1:7071", "device": "cpu", "pid": 4711,
             "memory": {"weights_bytes": 5, "kv_bytes": 0, "free_bytes": 7, "rss_bytes": 9},

@@ -24,21 +24,31 @@ pub(super) fn step_seconds(problem: &Problem, worker: usize, layers: &Range<usiz
     let batch = f64::from(problem.batch_tokens);
     let untouched = 1.0 - f64::from(problem.num_experts_per_tok) / f64::from(problem.num_experts);
     let touched = 1.0 - untouched.powf(batch);
-    let (mut bytes, mut flops) = (0.0, 0.0);
-    for layer in &problem.layers[layers.clone()] {
-        bytes += layer.read_bytes_fixed as f64 + layer.expert_read_bytes as f64 * touched;
-        flops += layer.flops_per_token * batch;
-    }
-    let is_last = layers.end == problem.layers.len();
-    let mut hop = problem.link.seconds_per_hop;
-    if is_last {
-        bytes += problem.head.weight_bytes as f64;
-        flops += problem.head.flops_per_token * batch;
-    } else {
-        hop += problem.hidden_bytes_per_token as f64 * batch / problem.link.bytes_per_second;
-    }
     let resources = &problem.workers[worker];
-    (bytes / resources.read_bandwidth).max(flops / resources.flop_rate) + hop
+    let product = |format: &str, bytes: f64, flops: f64| {
+        let (reading, computing) = match resources.rates.get(format) {
+            Some(rate) => (rate.bytes_per_second, rate.flops_per_second),
+            None => (resources.read_bandwidth, resources.flop_rate),
+        };
+        (bytes / reading).max(flops * batch / computing)
+    };
+    let overhead = resources.overhead;
+    let mut seconds = overhead.step_seconds + problem.link.seconds_per_hop;
+    for layer in &problem.layers[layers.clone()] {
+        seconds += overhead.layer_seconds;
+        for cost in &layer.products {
+            let share = if cost.of_experts { touched } else { 1.0 };
+            seconds += product(&cost.format, cost.bytes as f64 * share, cost.flops_per_token);
+        }
+    }
+    if layers.end == problem.layers.len() {
+        let head = &problem.head;
+        seconds +=
+            product(&head.format, head.weight_bytes as f64, head.flops_per_token) + overhead.draw_seconds * batch;
+    } else {
+        seconds += problem.hidden_bytes_per_token as f64 * batch / problem.link.bytes_per_second;
+    }
+    seconds
 }
 
 /// What the plan makes small.

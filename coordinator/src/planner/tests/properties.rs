@@ -8,22 +8,40 @@ use super::{carried_out, worker};
 use crate::planner::solve::plan_by_orders;
 use crate::planner::*;
 
-/// A drawn worker: memory, bandwidth, arithmetic.
+/// Rates of reading and of computing.
+fn any_rate() -> impl Strategy<Value = Rate> {
+    (5_u32..60, 1_u32..40).prop_map(|(bandwidth, rate)| Rate {
+        bytes_per_second: f64::from(bandwidth),
+        flops_per_second: f64::from(rate),
+    })
+}
+
+/// A drawn worker: memory, general rates, those of one format if it has measured them, and what a layer takes besides.
 fn any_worker(memory: std::ops::Range<u64>) -> impl Strategy<Value = WorkerResources> {
-    (memory, 5_u32..60, 1_u32..40).prop_map(|(memory_bytes, bandwidth, rate)| WorkerResources {
+    let rates = (any_rate(), prop::option::weighted(0.5, any_rate()));
+    (memory, rates, 0_u32..3).prop_map(|(memory_bytes, (general, measured), overhead)| WorkerResources {
         memory_bytes,
-        read_bandwidth: f64::from(bandwidth),
-        flop_rate: f64::from(rate),
+        read_bandwidth: general.bytes_per_second,
+        flop_rate: general.flops_per_second,
+        rates: measured.map(|rate| ("b".to_owned(), rate)).into_iter().collect(),
+        overhead: Overhead {
+            step_seconds: f64::from(overhead) / 20.0,
+            layer_seconds: f64::from(overhead) / 10.0,
+            draw_seconds: f64::from(overhead) / 40.0,
+        },
         ..worker("w", 0, 1.0)
     })
 }
 
+/// Attention in one format, experts in the same one or in another.
 fn any_layer() -> impl Strategy<Value = LayerCost> {
-    (1_u64..12, 0_u64..8, 0_u32..6).prop_map(|(experts, fixed, flops)| LayerCost {
+    let format = prop::sample::select(vec!["a", "b"]);
+    (1_u64..12, 0_u64..8, 0_u32..6, 0_u32..3, format).prop_map(|(experts, fixed, flops, more, format)| LayerCost {
         weight_bytes: experts + fixed,
-        read_bytes_fixed: fixed,
-        expert_read_bytes: experts,
-        flops_per_token: f64::from(flops),
+        products: vec![
+            ProductCost { format: "a".into(), bytes: fixed, of_experts: false, flops_per_token: f64::from(more) },
+            ProductCost { format: format.into(), bytes: experts, of_experts: true, flops_per_token: f64::from(flops) },
+        ],
     })
 }
 
@@ -45,7 +63,7 @@ fn any_problem(layers: usize, workers: usize, memory: std::ops::Range<u64>) -> i
             num_experts: 8,
             num_experts_per_tok: 2,
             embedding_bytes: 100,
-            head: HeadCost { weight_bytes: head, flops_per_token: head as f64 },
+            head: HeadCost { weight_bytes: head, format: "b".into(), flops_per_token: head as f64 },
             kv_bytes_per_token_per_layer: 1,
             kv_tokens,
             scratch: ScratchCost { stage_bytes: scratch, head_bytes: scratch / 2 },
@@ -234,7 +252,7 @@ proptest! {
     #[test]
     fn for_a_model_of_equal_layers_it_comes_very_close(problem in large_problem(10..=12), head in 0_u64..40) {
         let layers = vec![problem.layers[0].clone(); 48];
-        let head = HeadCost { weight_bytes: head, flops_per_token: 1.0 };
+        let head = HeadCost { weight_bytes: head, format: "a".into(), flops_per_token: 1.0 };
         let gap = gap(&Problem { layers, head, ..problem });
         prop_assert!(gap.is_none_or(|gap| gap <= 1.02), "{gap:?}");
     }

@@ -1,0 +1,363 @@
+//! What was measured, in numbers: rates, what a hop costs, where the time went. Pure.
+//!
+//! Steps are paired: each was run by one worker and by several, right after one another. On a machine whose speed wavers, the
+//! difference within a pair says what the hops cost; two averages taken at different times would not.
+
+use std::ops::Range;
+
+use grokpipe_proto::{snapshot::Prediction, v1::StageTiming};
+use serde_json::{Value, json};
+
+use super::{super::reads::Reads, workload::Test};
+use crate::text::Table;
+
+/// One worker's part in the frames of a test, in microseconds.
+#[derive(Debug, Default)]
+pub(super) struct StageTimes {
+    /// Its name.
+    pub(super) worker: String,
+    /// What it ran.
+    pub(super) layers: Range<u32>,
+    compute: Vec<f64>,
+    queue: Vec<f64>,
+    wire: Vec<f64>,
+}
+
+/// One arrangement in one test.
+#[derive(Debug, Default)]
+pub(super) struct Timed {
+    /// Seconds of each step that counts, run by run.
+    pub(super) runs: Vec<Vec<f64>>,
+    /// By worker, in the order of their layers.
+    pub(super) stages: Vec<StageTimes>,
+    /// Tokens a second that a plan of these workers predicts; for decodes only.
+    pub(super) predicted: Option<f64>,
+}
+
+impl Timed {
+    /// Takes note of a frame's way.
+    pub(super) fn frame(&mut self, timings: &[StageTiming]) {
+        self.stages.resize_with(timings.len().max(self.stages.len()), StageTimes::default);
+        for (stage, timing) in self.stages.iter_mut().zip(timings) {
+            stage.worker.clone_from(&timing.worker);
+            stage.layers = timing.layer_start..timing.layer_end;
+            stage.compute.push(timing.compute_us as f64);
+            stage.queue.push(timing.queue_us as f64);
+            // Unknown before a link's first answer.
+            stage.wire.extend((timing.wire_us > 0).then_some(timing.wire_us as f64));
+        }
+    }
+
+    /// Seconds of each run, ascending.
+    fn run_seconds(&self) -> Vec<f64> {
+        sorted(self.runs.iter().map(|steps| steps.iter().sum()).collect())
+    }
+}
+
+/// Both arrangements in one test.
+#[derive(Debug)]
+pub(super) struct Tested {
+    /// Which test.
+    pub(super) test: Test,
+    /// One worker.
+    pub(super) alone: Timed,
+    /// Several.
+    pub(super) split: Timed,
+}
+
+/// What one hop costs a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct HopCost {
+    seconds: f64,
+    /// Of the step of one worker.
+    share: f64,
+    /// The share by run, least and most.
+    spread: (f64, f64),
+}
+
+impl Tested {
+    fn hop_cost(&self, hops: f64) -> HopCost {
+        let pairs = self.alone.runs.iter().zip(&self.split.runs);
+        let by_run: Vec<Vec<f64>> =
+            pairs.map(|(alone, split)| alone.iter().zip(split).map(|(a, b)| (b - a) / hops).collect()).collect();
+        let step = median(self.alone.runs.concat());
+        let seconds = median(by_run.concat());
+        let shares = sorted(by_run.into_iter().map(|run| median(run) / step).collect());
+        let spread = (shares.first().copied().unwrap_or_default(), shares.last().copied().unwrap_or_default());
+        HopCost { seconds, share: seconds / step, spread }
+    }
+}
+
+/// Everything that was found.
+pub(super) struct Report {
+    /// Name of the model.
+    pub(super) model: String,
+    /// What the workers compute on, as they say.
+    pub(super) device: String,
+    /// Threads of each worker.
+    pub(super) threads: u32,
+    /// `exact` or `fast`.
+    pub(super) precision: &'static str,
+    /// Layers of either arrangement.
+    pub(super) layers: Range<u32>,
+    /// Workers of the split one.
+    pub(super) workers: u32,
+    /// Bytes a second that a worker read at its start.
+    pub(super) bandwidth: f64,
+    /// Bytes that steps read.
+    pub(super) reads: Reads,
+    /// The tests, in order.
+    pub(super) tests: Vec<Tested>,
+    /// Frames whose hidden states were compared.
+    pub(super) compared: usize,
+    /// The first place where they were not the same bytes.
+    pub(super) difference: Option<String>,
+}
+
+impl Report {
+    /// Both arrangements of every test, with their numbers of workers.
+    fn rows(&self) -> impl Iterator<Item = (Test, u32, &Timed)> {
+        let both = |tested: &'_ Tested| [(tested.test, 1), (tested.test, self.workers)];
+        self.tests.iter().flat_map(move |tested| {
+            both(tested)
+                .into_iter()
+                .zip([&tested.alone, &tested.split])
+                .map(|((test, count), timed)| (test, count, timed))
+        })
+    }
+
+    fn hops(&self) -> f64 {
+        f64::from(self.workers.max(2) - 1)
+    }
+
+    /// Bytes that each token of a test reads.
+    fn bytes_a_token(&self, test: Test) -> f64 {
+        let tokens = test.batch().max(test.prompt());
+        self.reads.step_bytes(tokens) / f64::from(tokens)
+    }
+
+    pub(super) fn to_json(&self) -> Value {
+        let results = self.rows().map(|(test, workers, timed)| {
+            let rates = Rates::of(test, timed);
+            let bytes = self.bytes_a_token(test);
+            let stage = |stage: &StageTimes| {
+                json!({
+                    "worker": stage.worker,
+                    "layers": [stage.layers.start, stage.layers.end],
+                    "compute_milliseconds": median(stage.compute.clone()) / 1e3,
+                    "queue_milliseconds": median(stage.queue.clone()) / 1e3,
+                    "wire_milliseconds": median(stage.wire.clone()) / 1e3,
+                })
+            };
+            json!({
+                "test": test.name(),
+                "workers": workers,
+                "batch": test.batch(),
+                "prompt": test.prompt(),
+                "tokens_per_second": rates.median,
+                "tokens_per_second_least": rates.least,
+                "tokens_per_second_most": rates.most,
+                "bytes_per_token": bytes,
+                "gigabytes_per_second": bytes * rates.median / 1e9,
+                "share_of_bandwidth": bytes * rates.median / self.bandwidth,
+                "predicted_tokens_per_second": timed.predicted,
+                "difference_percent": rates.against(timed.predicted).and_then(Prediction::difference_percent),
+                "stages": timed.stages.iter().map(stage).collect::<Vec<_>>(),
+            })
+        });
+        let hops: Vec<Value> = self
+            .tests
+            .iter()
+            .map(|tested| {
+                let cost = tested.hop_cost(self.hops());
+                json!({
+                    "test": tested.test.name(),
+                    "batch": tested.test.batch(),
+                    "prompt": tested.test.prompt(),
+                    "cost_milliseconds": 1e3 * cost.seconds,
+                    "cost_percent": 100.0 * cost.share,
+                    "cost_percent_least": 100.0 * cost.spread.0,
+                    "cost_percent_most": 100.0 * cost.spread.1,
+                })
+            })
+            .collect();
+        json!({
+            "machine": {
+                "device": self.device,
+                "threads": self.threads,
+                "read_gigabytes_per_second": self.bandwidth / 1e9,
+            },
+            "model": self.model,
+            "precision": self.precision,
+            "layers": [self.layers.start, self.layers.end],
+            "workers": self.workers,
+            "results": results.collect::<Vec<_>>(),
+            // Of the first test, a single stream unless another was asked for.
+            "hop_cost_percent": hops.first().map(|hop| hop["cost_percent"].clone()),
+            "hop_cost_milliseconds": hops.first().map(|hop| hop["cost_milliseconds"].clone()),
+            "hops": hops,
+            "hidden_states_compared": self.compared,
+            "hidden_states_equal": self.difference.is_none(),
+        })
+    }
+
+    pub(super) fn render(&self) -> String {
+        let Self { model, device, precision, layers, .. } = self;
+        let mut text =
+            format!("{model}, layers {}..{}, {device} a worker, precision {precision}", layers.start, layers.end);
+        text += &format!("; memory reads {:.1} GB/s\n\n", self.bandwidth / 1e9);
+        let mut table = Table::new(&["test", "workers", "tokens/s", "least", "most", "a token", "GB/s", "of memory"]);
+        for (test, workers, timed) in self.rows() {
+            let (rates, bytes) = (Rates::of(test, timed), self.bytes_a_token(test));
+            table.row(vec![
+                test.to_string(),
+                workers.to_string(),
+                format!("{:.2}", rates.median),
+                format!("{:.2}", rates.least),
+                format!("{:.2}", rates.most),
+                format!("{:.3} ms", 1e3 / rates.median),
+                format!("{:.1}", bytes * rates.median / 1e9),
+                format!("{:.0} %", 100.0 * bytes * rates.median / self.bandwidth),
+            ]);
+        }
+        text += &format!("{table}\n");
+        let mut table = Table::new(&["test", "worker", "layers", "compute", "queue", "wire"]);
+        for (test, _workers, timed) in self.rows() {
+            for stage in &timed.stages {
+                let milliseconds = |values: &[f64]| format!("{:.3} ms", median(values.to_vec()) / 1e3);
+                table.row(vec![
+                    test.to_string(),
+                    stage.worker.clone(),
+                    format!("{}..{}", stage.layers.start, stage.layers.end),
+                    milliseconds(&stage.compute),
+                    milliseconds(&stage.queue),
+                    milliseconds(&stage.wire),
+                ]);
+            }
+        }
+        text += &format!("{table}\n");
+        for (test, workers, timed) in self.rows() {
+            if let Some(prediction) = Rates::of(test, timed).against(timed.predicted) {
+                text += &format!("{test}, {workers}: {prediction}\n");
+            }
+        }
+        for tested in &self.tests {
+            let HopCost { seconds, share, spread } = tested.hop_cost(self.hops());
+            text += &format!(
+                "{}: a hop costs {:.3} ms, {:.2} % ({:.2} to {:.2} % by run)\n",
+                tested.test,
+                1e3 * seconds,
+                100.0 * share,
+                100.0 * spread.0,
+                100.0 * spread.1
+            );
+        }
+        text + &match &self.difference {
+            None => format!("hidden states: the same bytes in all {} frames\n", self.compared),
+            Some(place) => format!("hidden states differ: {place}\n"),
+        }
+    }
+}
+
+/// Tokens a second by run.
+struct Rates {
+    median: f64,
+    least: f64,
+    most: f64,
+}
+
+impl Rates {
+    fn of(test: Test, timed: &Timed) -> Self {
+        let seconds = timed.run_seconds();
+        let rate = |seconds: Option<&f64>| f64::from(test.tokens()) / seconds.copied().unwrap_or(f64::INFINITY);
+        Self { median: rate(seconds.get(seconds.len() / 2)), least: rate(seconds.last()), most: rate(seconds.first()) }
+    }
+
+    /// Beside what was predicted.
+    fn against(&self, predicted: Option<f64>) -> Option<Prediction> {
+        predicted.map(|predicted| Prediction { predicted, measured: Some(self.median) })
+    }
+}
+
+fn sorted(mut values: Vec<f64>) -> Vec<f64> {
+    values.sort_by(f64::total_cmp);
+    values
+}
+
+/// The one in the middle; 0 of none.
+fn median(values: Vec<f64>) -> f64 {
+    let values = sorted(values);
+    values.get(values.len() / 2).copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use grokpipe_model::ModelConfig;
+
+    use super::*;
+    use crate::weights::{Shape, Weights};
+
+    /// Steps of one worker that waver, and of three that take 2 ms more each time.
+    fn report() -> Report {
+        let runs = [[0.1, 0.2, 0.1], [0.3, 0.1, 0.1]];
+        let plus = |more: f64| runs.iter().map(|run| run.iter().map(|step| step + more).collect()).collect();
+        let timing = |worker: &str, wire_us| StageTiming {
+            worker: worker.into(),
+            compute_us: 900,
+            wire_us,
+            ..StageTiming::default()
+        };
+        let mut split = Timed { runs: plus(0.002), stages: Vec::new(), predicted: Some(8.0) };
+        split.frame(&[timing("w1", 0), timing("w2", 50), timing("w3", 70)]);
+        split.frame(&[timing("w1", 60), timing("w2", 50), timing("w3", 70)]);
+        let weights = Weights::synthetic(Shape::Tiny, None, None).unwrap();
+        Report {
+            model: ModelConfig::grok_1().name,
+            device: "cpu".into(),
+            threads: 1,
+            precision: "fast",
+            layers: 0..3,
+            workers: 3,
+            bandwidth: 1e9,
+            reads: Reads::of(&weights.config, weights.source.as_ref(), &(0..3), false).unwrap(),
+            tests: vec![Tested {
+                test: Test::Decode { batch: 1, tokens: 3 },
+                alone: Timed { runs: plus(0.0), stages: Vec::new(), predicted: Some(8.0) },
+                split,
+            }],
+            compared: 12,
+            difference: None,
+        }
+    }
+
+    #[test]
+    fn a_hop_costs_what_pairs_of_steps_differ_by() {
+        let cost = report().tests[0].hop_cost(2.0);
+        assert!((cost.seconds - 0.001).abs() < 1e-9 && (cost.share - 0.01).abs() < 1e-9, "{cost:?}");
+        assert!((cost.spread.1 - cost.spread.0).abs() < 1e-9, "{cost:?}");
+    }
+
+    #[test]
+    fn facts_are_in_the_json_and_in_the_text() {
+        let mut report = report();
+        let json = report.to_json();
+        assert_eq!((&json["results"][0]["workers"], &json["results"][1]["workers"]), (&json!(1), &json!(3)));
+        assert_eq!(
+            json["results"][1]["stages"][0]["wire_milliseconds"], 0.06,
+            "a wire time that is unknown is left out"
+        );
+        assert_eq!(json["hidden_states_equal"], true);
+        assert!((json["hop_cost_percent"].as_f64().unwrap() - 1.0).abs() < 1e-6);
+        assert!((json["results"][0]["tokens_per_second"].as_f64().unwrap() - 3.0 / 0.5).abs() < 1e-9);
+        assert!(report.render().contains("the same bytes in all 12 frames"), "{}", report.render());
+        assert!((json["results"][0]["difference_percent"].as_f64().unwrap() + 25.0).abs() < 1e-9);
+        assert!(
+            report.render().contains("decode × 1, 1: predicted 8.0 tokens/s, measured 6.0, −25 %"),
+            "{}",
+            report.render()
+        );
+        report.difference = Some("here".into());
+        assert_eq!(report.to_json()["hidden_states_equal"], false);
+        assert!(report.render().contains("hidden states differ: here"));
+    }
+}

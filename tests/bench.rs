@@ -1,0 +1,127 @@
+//! `grokpipe bench pipeline` as users run it: workers as processes, one against several. Facts only; no time is asserted.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Child, Stdio},
+    time::{Duration, Instant},
+};
+
+use grokpipe_tests::{
+    demo_model,
+    processes::{PATIENCE, grokpipe, read_json, wait},
+};
+use serde_json::{Value, json};
+
+fn bench(arguments: &str, model: Option<&Path>) -> Value {
+    let mut command = grokpipe(["bench", "pipeline", "--device", "cpu", "--json"]);
+    command.args(arguments.split_whitespace());
+    if let Some(model) = model {
+        command.arg("--model").arg(model);
+    }
+    read_json(command.output().expect("grokpipe runs"))
+}
+
+/// What must hold of every report.
+fn check(report: &Value, workers: u64, tests: &[(&str, u64, u64)]) {
+    assert_eq!(report["hidden_states_equal"], true, "{report}");
+    assert!(report["hidden_states_compared"].as_u64().expect("a count") > 0);
+    assert!(report["machine"]["read_gigabytes_per_second"].as_f64().expect("a rate") > 0.0);
+    assert!(report["hop_cost_percent"].is_f64() && report["hop_cost_milliseconds"].is_f64(), "{report}");
+    let results = report["results"].as_array().expect("results");
+    let expected: Vec<_> = tests
+        .iter()
+        .flat_map(|&(test, batch, prompt)| [1, workers].map(|count| (test, batch, prompt, count)))
+        .collect();
+    let found: Vec<_> = results
+        .iter()
+        .map(|result| {
+            let number = |key: &str| result[key].as_u64().expect("a number");
+            (result["test"].as_str().expect("a name"), number("batch"), number("prompt"), number("workers"))
+        })
+        .collect();
+    assert_eq!(found, expected);
+    for result in results {
+        let rate = |key: &str| result[key].as_f64().expect("a rate");
+        let (least, median, most) =
+            (rate("tokens_per_second_least"), rate("tokens_per_second"), rate("tokens_per_second_most"));
+        assert!(0.0 < least && least <= median && median <= most, "{result}");
+        // The stages of the frames, in order, cover the layers.
+        let stages = result["stages"].as_array().expect("stages");
+        assert_eq!(stages.len() as u64, result["workers"].as_u64().expect("a number"));
+        let mut next = report["layers"][0].clone();
+        for stage in stages {
+            assert_eq!(stage["layers"][0], next, "{result}");
+            assert!(stage["compute_milliseconds"].as_f64().expect("a time") > 0.0, "{result}");
+            next = stage["layers"][1].clone();
+        }
+        assert_eq!(next, report["layers"][1], "{result}");
+    }
+}
+
+#[test]
+fn two_workers_hand_on_the_same_bytes_as_one_with_weights_from_a_seed() {
+    for precision in ["exact", "fast"] {
+        let flags =
+            "--synthetic tiny --type q4_0 --layers 0..4 --workers 2 --gen 6 --batch 1,3 --prompt 600 --repeat 2";
+        let report = bench(&format!("{flags} --precision {precision}"), None);
+        check(&report, 2, &[("decode", 1, 0), ("decode", 3, 0), ("prefill", 1, 600)]);
+        assert_eq!(report["precision"], precision);
+    }
+}
+
+#[test]
+fn three_workers_hand_on_the_same_bytes_as_one_in_the_middle_of_a_model() {
+    let report = bench("--layers 3..10 --workers 3 --gen 20 --batch 2 --repeat 1 --threads 2", Some(&demo_model()));
+    check(&report, 3, &[("decode", 2, 0)]);
+    assert_eq!(report["layers"], json!([3, 10]));
+    assert_eq!(report["machine"]["threads"], 2);
+}
+
+#[test]
+fn a_worker_that_gives_up_ends_the_benchmark_with_its_reason() {
+    let run = grokpipe(["bench", "pipeline", "--synthetic", "tiny", "--device", "gpu:no such adapter"]);
+    let output = { run }.output().expect("grokpipe runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("worker alone ended") && said.contains("no such adapter"), "{said}");
+}
+
+/// Processes of this machine with these words on their command lines.
+fn processes(words: &[&str]) -> usize {
+    let entries = fs::read_dir("/proc").expect("Linux").flatten();
+    let lines = entries.filter_map(|entry| fs::read_to_string(entry.path().join("cmdline")).ok());
+    lines.filter(|line| words.iter().all(|word| line.split('\0').any(|found| found == *word))).count()
+}
+
+fn wait_until(what: &str, holds: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < PATIENCE, "not {what} within {PATIENCE:?}");
+        wait(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn no_worker_outlives_the_benchmark() {
+    // `stop` ends it in its own way; the seed tells its workers from those of other tests.
+    let check = |seed: &str, stop: &dyn Fn(&mut Child)| {
+        let mut running = grokpipe(["bench", "pipeline", "--synthetic", "tiny", "--device", "cpu", "--gen", "4096"])
+            .args(["--repeat", "100", "--seed", seed])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("grokpipe runs");
+        wait_until("three workers", || processes(&["worker", "--seed", seed]) == 3);
+        stop(&mut running);
+        let code = running.wait().expect("an end").code();
+        wait_until("without workers", || processes(&["worker", "--seed", seed]) == 0);
+        code
+    };
+    let interrupt = |running: &mut Child| {
+        let sent = std::process::Command::new("kill").args(["-INT", &running.id().to_string()]).status();
+        assert!(sent.expect("kill runs").success());
+    };
+    assert_eq!(check("9001", &interrupt), Some(1), "Ctrl-C");
+    assert_eq!(check("9002", &|running| running.kill().expect("a process of ours")), None, "a power failure");
+}
