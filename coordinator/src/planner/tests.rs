@@ -185,7 +185,9 @@ fn each_product_goes_at_its_formats_rate_and_what_is_beside_them_is_added() {
         plan(&problem).unwrap().stages[0].step_seconds
     };
     let (none, fast) = (Overhead::default(), 1e12);
-    let cases: [(&str, &[(&str, Rate)], Overhead, u32, f64); 7] = [
+    /// What is tried, the worker's rates and overhead, tokens of a step, and its seconds.
+    type Case<'a> = (&'a str, &'a [(&'a str, Rate)], Overhead, u32, f64);
+    let cases: [Case<'_>; 7] = [
         ("no rates: the general one", &[], none, 1, (100.0 + 200.0 + 50.0) / 10.0),
         ("one format is known", &[("b", rate(20.0, fast))], none, 1, 10.0 + 10.0 + 5.0),
         (

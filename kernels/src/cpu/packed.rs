@@ -216,7 +216,7 @@ fn pack_band(
             }
         }
     }
-    if words.len() * size_of::<Word>() != rows.len() {
+    if size_of_val(words) != rows.len() {
         return interleave_nibbles(&rows, packing.parts, words);
     }
     // Weights beside a minimum are not too large.
