@@ -266,7 +266,7 @@ impl Cluster {
             };
             let order = JoinResponse { message: Some(join_response::Message::Assignment(assignment)) };
             let outbox = self.outboxes.get(&member.hello.name);
-            if !outbox.is_some_and(|outbox| outbox.try_send(Ok(order)).is_ok()) {
+            if outbox.is_none_or(|outbox| outbox.try_send(Ok(order)).is_err()) {
                 return Err(CliError::failed(format!("worker {} takes no orders", member.hello.name)));
             }
             previous_generation = member.hello.generation;
