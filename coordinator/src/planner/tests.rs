@@ -159,6 +159,9 @@ fn rate(bytes_per_second: f64, flops_per_second: f64) -> Rate {
     Rate { bytes_per_second, flops_per_second }
 }
 
+/// What is special, rates by format, overhead, tokens a micro-batch, and the seconds that a step takes.
+type RatesCase<'a> = (&'a str, &'a [(&'a str, Rate)], Overhead, u32, f64);
+
 #[test]
 fn each_product_goes_at_its_formats_rate_and_what_is_beside_them_is_added() {
     // One layer: 100 bytes of attention as a, 800 of experts as b, of which a token touches a quarter. A head of 50 bytes as c.
@@ -185,9 +188,7 @@ fn each_product_goes_at_its_formats_rate_and_what_is_beside_them_is_added() {
         plan(&problem).unwrap().stages[0].step_seconds
     };
     let (none, fast) = (Overhead::default(), 1e12);
-    /// What is tried, the worker's rates and overhead, tokens of a step, and its seconds.
-    type Case<'a> = (&'a str, &'a [(&'a str, Rate)], Overhead, u32, f64);
-    let cases: [Case<'_>; 7] = [
+    let cases: [RatesCase<'_>; 7] = [
         ("no rates: the general one", &[], none, 1, (100.0 + 200.0 + 50.0) / 10.0),
         ("one format is known", &[("b", rate(20.0, fast))], none, 1, 10.0 + 10.0 + 5.0),
         (
