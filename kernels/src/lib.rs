@@ -24,6 +24,7 @@ pub use error::KernelError;
 pub use forward::{MemoryNeed, StageModel, StageOptions, Trace, TracedStage};
 pub use gpu::{
     GpuActivations, GpuBackend, GpuChoice, GpuKvPool, GpuMatrix, GpuOptions, GpuSelection, GpuVector, SHADERS, Shader,
+    gpu_kernels,
 };
 pub use open::{Device, device, select_device};
 pub use stage::{Stage, StepInput, StepOutput};

@@ -10,7 +10,7 @@ use crate::{DeviceInfo, KernelError};
 
 /// Version of the portable kernels' arithmetic. Raised with every change of a sum's order, so that stages of different
 /// versions do not pass for equal.
-const KERNEL_SET: &str = "gpu-exact/1";
+const KERNEL_SET: &str = "gpu-exact/2";
 
 /// Which adapter is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]

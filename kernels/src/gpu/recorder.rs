@@ -55,7 +55,7 @@ pub(super) struct Recorder {
 }
 
 impl Recorder {
-    /// Compiles the kernels and makes the uniform buffer.
+    /// Compiles the kernels that every model needs and makes the uniform buffer.
     pub(super) fn new(device: wgpu::Device, queue: wgpu::Queue, failure: Failure) -> Result<Self, KernelError> {
         let pipelines = Pipelines::new(&device, &failure)?;
         let uniforms = device.create_buffer(&wgpu::BufferDescriptor {
@@ -105,6 +105,12 @@ impl Recorder {
         self.submissions
     }
 
+    /// Kernels that were compiled, for tests.
+    #[cfg(test)]
+    pub(super) fn compiled(&self) -> usize {
+        self.pipelines.count()
+    }
+
     /// Pretends that what is recorded is more work, for tests.
     #[cfg(test)]
     pub(super) fn add_work(&mut self, work: u64) {
@@ -127,8 +133,13 @@ impl Recorder {
         if !self.pending.is_empty() && (over || self.pending.len() == DISPATCHES_MAX) {
             self.submit();
         }
+        // Kernels of loaded matrices are there; one that is used in another way than foreseen is compiled now.
+        if let Err(error) = self.compile(kernel) {
+            return self.refuse(error);
+        }
+        let Some(pipeline) = self.pipelines.get(kernel) else { return };
         let bytes = bytemuck::bytes_of(params);
-        assert_eq!(bytes.len() as u64, self.pipelines.get(kernel).params_bytes, "{kernel:?} is given other parameters");
+        assert_eq!(bytes.len() as u64, pipeline.params_bytes, "{kernel:?} is given other parameters");
         let offset = self.uniform_bytes.len();
         self.uniform_bytes.extend_from_slice(bytes);
         self.uniform_bytes.resize(offset + UNIFORM_STRIDE, 0);
@@ -137,16 +148,25 @@ impl Recorder {
             *id = buffer.id;
         }
         let key = (kernel, ids);
-        let group = self.bind_group(key, buffers);
+        let Some(group) = self.bind_group(key, buffers) else { return };
         self.pending.push(Dispatch { kernel, key, group, offset: offset as u32, workgroups });
         self.work = self.work.saturating_add(work);
     }
 
-    fn bind_group(&mut self, key: GroupKey, buffers: &[&GpuBuffer]) -> wgpu::BindGroup {
+    /// Compiles a kernel, unless it is there.
+    ///
+    /// # Errors
+    /// As [`Pipelines::compile`].
+    pub(super) fn compile(&mut self, kernel: Kernel) -> Result<(), KernelError> {
+        self.pipelines.compile(&self.device, &self.failure, kernel)
+    }
+
+    /// `None` when the kernel was not compiled.
+    fn bind_group(&mut self, key: GroupKey, buffers: &[&GpuBuffer]) -> Option<wgpu::BindGroup> {
         if let Some(group) = self.groups.get(&key) {
-            return group.clone();
+            return Some(group.clone());
         }
-        let pipeline = self.pipelines.get(key.0);
+        let pipeline = self.pipelines.get(key.0)?;
         let mut entries =
             vec![wgpu::BindGroupEntry { binding: 0, resource: whole(&self.uniforms, pipeline.params_bytes) }];
         for (index, buffer) in buffers.iter().enumerate() {
@@ -164,7 +184,7 @@ impl Recorder {
             self.groups.clear();
         }
         self.groups.insert(key, group.clone());
-        group
+        Some(group)
     }
 
     /// Writes into a buffer now, after everything that was recorded and uses it.
@@ -293,7 +313,9 @@ impl Recorder {
         let mut current = None;
         for dispatch in &self.pending {
             if current != Some(dispatch.kernel) {
-                pass.set_pipeline(&self.pipelines.get(dispatch.kernel).pipeline);
+                // What is pending was compiled when it was recorded.
+                let Some(pipeline) = self.pipelines.get(dispatch.kernel) else { continue };
+                pass.set_pipeline(&pipeline.pipeline);
                 current = Some(dispatch.kernel);
             }
             pass.set_bind_group(0, &dispatch.group, &[dispatch.offset]);
