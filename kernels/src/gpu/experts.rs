@@ -102,10 +102,12 @@ impl GpuBackend {
             groups: gate.shape.groups as u32,
             chosen: selection.chosen as u32,
         };
+        self.rounded.make(&mut self.memory, &mut self.recorder, self.precision, gate, x, rows);
+        let [x, factors] = self.rounded.bindings(self.precision, gate, x);
         for (gates, ups) in gate.shards.iter().zip(&up.shards) {
             let params = expert_params(op, &pairs, gates);
-            let (x, choice, out) = (&x.buffer, pairs.choice, &out.buffer);
-            let buffers = [x, x, choice, &gates.chunks, gates.scales(), &ups.chunks, ups.scales(), out];
+            let (choice, out) = (pairs.choice, &out.buffer);
+            let buffers = [x, factors, choice, &gates.chunks, gates.scales(), &ups.chunks, ups.scales(), out];
             let groups = [pairs.groups, gates.blocks.len() as u32, 1];
             let work = 2 * work(&pairs, gate, gates);
             self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work);
@@ -141,10 +143,11 @@ impl GpuBackend {
             groups: down.shape.groups as u32,
             chosen: selection.chosen as u32,
         };
+        self.rounded.make(&mut self.memory, &mut self.recorder, self.precision, down, hidden, rows * selection.chosen);
+        let [x, factors] = self.rounded.bindings(self.precision, down, hidden);
         for shard in &down.shards {
             let params = expert_params(op, &pairs, shard);
-            let (x, choice) = (&hidden.buffer, pairs.choice);
-            let buffers = [x, x, choice, &shard.chunks, shard.scales(), products];
+            let buffers = [x, factors, pairs.choice, &shard.chunks, shard.scales(), products];
             let groups = [pairs.groups, shard.blocks.len() as u32, 1];
             self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work(&pairs, down, shard));
         }

@@ -121,6 +121,11 @@ impl Held {
         }
     }
 
+    /// Whether there are products with 8-bit inputs: numbers are whole.
+    pub(super) fn has_fast(self) -> bool {
+        self.scales != Scales::None
+    }
+
     /// Constants of the shaders, which give them the same names.
     pub(super) fn constants(self) -> Vec<(&'static str, f64)> {
         let (numbers, offset) = match self.numbers {

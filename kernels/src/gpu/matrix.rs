@@ -13,11 +13,11 @@ use std::ops::Range;
 use grokpipe_model::{Format, Layout, MatrixSpec};
 
 use super::{
-    format::{CHUNK_BYTES, Held},
+    format::{CHUNK_BYTES, Held, Scales},
     memory::{GpuBuffer, Memory, product},
     recorder::Recorder,
 };
-use crate::KernelError;
+use crate::{KernelError, Precision, ops::quantise::BLOCK};
 
 /// Columns of a block; the workgroup size of the matrix kernels.
 pub(super) const LANES: usize = 64;
@@ -89,6 +89,13 @@ impl Shape {
     /// Whether groups are whole chunks, so that rows need not be read number by number.
     pub(super) fn is_whole(self) -> bool {
         self.held.halved() || (self.inputs / self.groups).is_multiple_of(self.held.numbers.in_a_chunk())
+    }
+
+    /// How it can be multiplied where `wanted` is: with 8-bit inputs if groups are whole blocks of these.
+    pub(super) fn precision(self, wanted: Precision) -> Precision {
+        let blocks_share_scales =
+            self.held.scales != Scales::Groups || (self.inputs / self.groups).is_multiple_of(BLOCK);
+        if self.held.has_fast() && blocks_share_scales { wanted } else { Precision::Exact }
     }
 
     pub(super) fn blocks(self) -> usize {

@@ -7,8 +7,8 @@
 //!
 //! `device.rs` opens an adapter, `failure.rs` keeps why it failed, `memory.rs` counts buffers. `format.rs` says how weights are
 //! held, `matrix.rs` lays them out, `blocks.rs` and `upload.rs` get them there. `shaders.rs` and `pipelines.rs` hold the kernels,
-//! `recorder.rs` submits them, `batch.rs` is what a step's rows become, `attention.rs` and `experts.rs` are the operations of several
-//! dispatches, `measure.rs` times the device.
+//! `recorder.rs` submits them, `batch.rs` is what a step's rows become, `rounded.rs` what precision `fast` makes of rows,
+//! `attention.rs` and `experts.rs` are the operations of several dispatches, `measure.rs` times the device.
 
 mod attention;
 mod batch;
@@ -16,12 +16,15 @@ mod blocks;
 mod device;
 mod experts;
 mod failure;
+#[cfg(test)]
+mod fast_tests;
 mod format;
 mod matrix;
 mod measure;
 mod memory;
 mod pipelines;
 mod recorder;
+mod rounded;
 mod shaders;
 #[cfg(test)]
 mod tests;
@@ -35,6 +38,7 @@ use self::{
     memory::{GpuBuffer, Memory, words},
     pipelines::{Kernel, Sharing, TILE_ROWS, TILES_PER_WORKGROUP, Variant},
     recorder::Recorder,
+    rounded::RoundedRows,
     shaders::{GatherParams, MatmulParams},
     upload::Expanded,
 };
@@ -45,7 +49,7 @@ pub use self::{
     shaders::{SHADERS, Shader},
 };
 use crate::{
-    AttentionParams, Backend, Batch, DeviceInfo, KernelError,
+    AttentionParams, Backend, Batch, DeviceInfo, KernelError, Precision,
     ops::{gather, matmul, rms_norm},
 };
 
@@ -55,6 +59,8 @@ const DECODE_ROWS_MAX: usize = 33;
 /// What may be asked of a device when it is opened.
 #[derive(Clone, Debug, Default)]
 pub struct GpuOptions {
+    /// How exactly products are computed.
+    pub precision: Precision,
     /// Cut weights into buffers of at most this size, although the device could hold larger ones. Results do not change.
     pub max_shard_bytes: Option<u64>,
 }
@@ -63,6 +69,7 @@ pub struct GpuOptions {
 pub struct GpuBackend {
     info: DeviceInfo,
     software: bool,
+    precision: Precision,
     recorder: Recorder,
     memory: Memory,
     /// The step's rows on the device.
@@ -73,6 +80,8 @@ pub struct GpuBackend {
     products: Option<GpuBuffer>,
     /// Blocks of keys before they are combined.
     partials: Option<GpuBuffer>,
+    /// Inputs of products in precision `fast`.
+    rounded: RoundedRows,
 }
 
 /// A norm's scale on the device.
@@ -126,24 +135,28 @@ impl GpuBackend {
     /// # Errors
     /// As there.
     pub fn open_with(choice: &GpuChoice, options: &GpuOptions) -> Result<Self, KernelError> {
-        let opened = device::open(choice)?;
+        let opened = device::open(choice, options.precision)?;
         let memory_bytes = opened.info.memory_bytes;
         let memory = Memory::new(&opened.device, &opened.failure, memory_bytes, options.max_shard_bytes);
         Ok(Self {
             info: opened.info,
             software: opened.software,
+            precision: options.precision,
             recorder: Recorder::new(opened.device, opened.queue, opened.failure)?,
             memory,
             batch: StepBatch::default(),
             rows: 0,
             products: None,
             partials: None,
+            rounded: RoundedRows::default(),
         })
     }
 
     /// The variant of a kernel for a matrix.
     fn variant(&self, matrix: &GpuMatrix, sharing: Sharing) -> Variant {
-        Variant { held: matrix.shape.held, whole: matrix.shape.is_whole(), sharing, unrolled: !self.software }
+        let shape = matrix.shape;
+        let (precision, whole) = (shape.precision(self.precision), shape.is_whole());
+        Variant { held: shape.held, precision, whole, sharing, unrolled: !self.software }
     }
 
     /// Compiles what a matrix will be multiplied with.
@@ -324,12 +337,14 @@ impl Backend for GpuBackend {
             groups: shape.groups as u32,
             factor,
         };
+        self.rounded.make(&mut self.memory, &mut self.recorder, self.precision, w, x, rows);
+        let [x, factors] = self.rounded.bindings(self.precision, w, x);
         for shard in &w.shards {
             let column_begin = (shard.blocks.start * matrix::LANES) as u32;
             let params = MatmulParams { op, rows: rows as u32, column_begin };
             let groups = [rows.div_ceil(rows_per_workgroup) as u32, shard.blocks.len() as u32, 1];
             let work = (rows * shape.inputs) as u64 * (shard.blocks.len() * matrix::LANES) as u64;
-            let buffers = [&x.buffer, &x.buffer, &shard.chunks, shard.scales(), &out.buffer];
+            let buffers = [x, factors, &shard.chunks, shard.scales(), &out.buffer];
             self.recorder.dispatch(kernel, &params, &buffers, groups, work);
         }
     }

@@ -12,7 +12,7 @@ use super::{
     memory::scoped,
     shaders::{self, Shader},
 };
-use crate::KernelError;
+use crate::{KernelError, Precision};
 
 /// A kernel: a shader with its constants. A faster variant for an adapter's features is another entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,6 +23,7 @@ pub(super) enum Kernel {
     ExpertCombine,
     MoeRouter,
     ExpertTiles,
+    Quantise,
     RmsNorm,
     RmsNormAdd,
     Rope,
@@ -33,10 +34,11 @@ pub(super) enum Kernel {
 }
 
 /// The kernels that have no variants.
-const ALWAYS: [Kernel; 10] = [
+const ALWAYS: [Kernel; 11] = [
     Kernel::ExpertCombine,
     Kernel::MoeRouter,
     Kernel::ExpertTiles,
+    Kernel::Quantise,
     Kernel::RmsNorm,
     Kernel::RmsNormAdd,
     Kernel::Rope,
@@ -50,6 +52,7 @@ const ALWAYS: [Kernel; 10] = [
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Variant {
     pub(super) held: Held,
+    pub(super) precision: Precision,
     /// Whether groups of inputs are whole chunks.
     pub(super) whole: bool,
     pub(super) sharing: Sharing,
@@ -78,6 +81,13 @@ pub(super) enum Sharing {
 type Constants = Vec<(&'static str, f64)>;
 
 impl Variant {
+    fn of(self, exact: &'static Shader, fast: &'static Shader) -> &'static Shader {
+        match self.precision {
+            Precision::Exact => exact,
+            Precision::Fast => fast,
+        }
+    }
+
     fn constants(self) -> Constants {
         let mut constants = self.held.constants();
         constants.push(("WHOLE", f64::from(u8::from(self.whole))));
@@ -95,12 +105,17 @@ impl Variant {
 impl Kernel {
     fn shader(self) -> (&'static Shader, Constants) {
         match self {
-            Self::Matmul(variant) => (&shaders::MATMUL, variant.constants()),
-            Self::GatedGelu(variant) => (&shaders::GATED_GELU, variant.constants()),
-            Self::ExpertDown(variant) => (&shaders::EXPERT_DOWN, variant.constants()),
+            Self::Matmul(variant) => (variant.of(&shaders::MATMUL, &shaders::MATMUL_FAST), variant.constants()),
+            Self::GatedGelu(variant) => {
+                (variant.of(&shaders::GATED_GELU, &shaders::GATED_GELU_FAST), variant.constants())
+            }
+            Self::ExpertDown(variant) => {
+                (variant.of(&shaders::EXPERT_DOWN, &shaders::EXPERT_DOWN_FAST), variant.constants())
+            }
             Self::ExpertCombine => (&shaders::EXPERT_COMBINE, Vec::new()),
             Self::MoeRouter => (&shaders::MOE_ROUTER, Vec::new()),
             Self::ExpertTiles => (&shaders::EXPERT_TILES, Vec::new()),
+            Self::Quantise => (&shaders::QUANTISE, Vec::new()),
             Self::RmsNorm => (&shaders::RMS_NORM, Vec::new()),
             Self::RmsNormAdd => (&shaders::RMS_NORM, vec![("ADD", 1.0)]),
             Self::Rope => (&shaders::ROPE, Vec::new()),
@@ -115,12 +130,15 @@ impl Kernel {
 /// Every kernel that any device may be given, for tools and tests.
 pub fn gpu_kernels() -> Vec<(&'static Shader, Vec<(&'static str, f64)>)> {
     let mut kernels = ALWAYS.to_vec();
+    let hardware = [Sharing::One, Sharing::Tiled].map(|sharing| (sharing, true));
+    let software = [Sharing::Wide, Sharing::Tiled].map(|sharing| (sharing, false));
     for held in Held::all() {
-        for whole in [true, false] {
-            let hardware = [Sharing::One, Sharing::Tiled].map(|sharing| (sharing, true));
-            let software = [Sharing::Wide, Sharing::Tiled].map(|sharing| (sharing, false));
+        for (precision, whole) in [(Precision::Exact, true), (Precision::Exact, false), (Precision::Fast, true)] {
+            if precision == Precision::Fast && !held.has_fast() {
+                continue;
+            }
             for (sharing, unrolled) in hardware.into_iter().chain(software) {
-                let variant = Variant { held, whole, sharing, unrolled };
+                let variant = Variant { held, precision, whole, sharing, unrolled };
                 kernels.extend([Kernel::Matmul(variant), Kernel::GatedGelu(variant), Kernel::ExpertDown(variant)]);
             }
         }
@@ -133,6 +151,8 @@ pub(super) struct Pipeline {
     pub(super) pipeline: wgpu::ComputePipeline,
     pub(super) layout: wgpu::BindGroupLayout,
     pub(super) params_bytes: u64,
+    /// Whether each binding from 1 on is written.
+    pub(super) written: &'static [bool],
 }
 
 /// The compiled kernels of a device.
@@ -218,5 +238,5 @@ fn pipeline(device: &wgpu::Device, shader: &Shader, constants: &[(&str, f64)]) -
         },
         cache: None,
     });
-    Pipeline { pipeline, layout, params_bytes: shader.params_bytes as u64 }
+    Pipeline { pipeline, layout, params_bytes: shader.params_bytes as u64, written: shader.written }
 }

@@ -49,6 +49,8 @@ pub(super) struct Recorder {
     groups: HashMap<GroupKey, wgpu::BindGroup>,
     work: u64,
     may_cut: bool,
+    /// A buffer that was not written since it was to be watched.
+    watched: Option<u64>,
     error: Option<KernelError>,
     staging: Option<wgpu::Buffer>,
     submissions: u64,
@@ -76,6 +78,7 @@ impl Recorder {
             groups: HashMap::new(),
             work: 0,
             may_cut: false,
+            watched: None,
             error: None,
             staging: None,
             submissions: 0,
@@ -87,6 +90,17 @@ impl Recorder {
         self.drop_pending();
         self.error = None;
         self.may_cut = may_cut;
+        self.watched = None;
+    }
+
+    /// Watches one buffer, and no other, for whether it is written.
+    pub(super) fn watch(&mut self, buffer: &GpuBuffer) {
+        self.watched = Some(buffer.id);
+    }
+
+    /// Whether a buffer is the watched one and was not written in this step since.
+    pub(super) fn is_as_watched(&self, buffer: &GpuBuffer) -> bool {
+        self.watched == Some(buffer.id)
     }
 
     /// Keeps the step's first error.
@@ -140,6 +154,11 @@ impl Recorder {
         let Some(pipeline) = self.pipelines.get(kernel) else { return };
         let bytes = bytemuck::bytes_of(params);
         assert_eq!(bytes.len() as u64, pipeline.params_bytes, "{kernel:?} is given other parameters");
+        let written =
+            buffers.iter().zip(pipeline.written).any(|(buffer, written)| *written && Some(buffer.id) == self.watched);
+        if written {
+            self.watched = None;
+        }
         let offset = self.uniform_bytes.len();
         self.uniform_bytes.extend_from_slice(bytes);
         self.uniform_bytes.resize(offset + UNIFORM_STRIDE, 0);
@@ -194,6 +213,9 @@ impl Recorder {
         }
         if self.pending.iter().any(|dispatch| dispatch.key.1.contains(&buffer.id)) {
             self.submit();
+        }
+        if self.is_as_watched(buffer) {
+            self.watched = None;
         }
         let written = self.failure.guard(|| self.queue.write_buffer(&buffer.buffer, offset, bytes));
         if let Err(error) = written {

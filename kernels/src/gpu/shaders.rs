@@ -5,7 +5,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::ops::{attention, expert_down, gated_gelu, gather, matmul, moe_router, rms_norm, rope};
+use crate::{
+    Precision,
+    ops::{attention, expert_down, gated_gelu, gather, matmul, moe_router, quantise, rms_norm, rope},
+};
 
 /// A shader's source and how its bindings are used. Its entry point has its name.
 #[derive(Clone, Copy, Debug)]
@@ -25,9 +28,9 @@ pub struct Shader {
 enum Joined {
     Alone,
     /// Products of rows with the bindings of these names.
-    Products(&'static [&'static str]),
+    Products(Precision, &'static [&'static str]),
     /// The same for pairs of rows and experts.
-    PairProducts(&'static [&'static str]),
+    PairProducts(Precision, &'static [&'static str]),
 }
 
 /// A file that shaders are joined with.
@@ -41,19 +44,23 @@ impl Shader {
     /// The whole text: the shader's file, and what it is joined with. `MATRIX` in files that stand for one matrix becomes its name.
     pub fn source(&self) -> String {
         let mut source = self.text.to_owned();
-        let names = match self.joined {
+        let (precision, names) = match self.joined {
             Joined::Alone => return source,
-            Joined::Products(names) => names,
-            Joined::PairProducts(names) => {
+            Joined::Products(precision, names) => (precision, names),
+            Joined::PairProducts(precision, names) => {
                 source.push_str(shared!("pairs"));
-                names
+                (precision, names)
             }
         };
+        let (inputs, product) = match precision {
+            Precision::Exact => (shared!("inputs"), shared!("product")),
+            Precision::Fast => (shared!("inputs_fast"), shared!("product_fast")),
+        };
         source.push_str(shared!("columns"));
-        source.push_str(shared!("inputs"));
+        source.push_str(inputs);
         for name in names {
             source.push_str(&shared!("matrix").replace("MATRIX", name));
-            source.push_str(&shared!("product").replace("MATRIX", name));
+            source.push_str(&product.replace("MATRIX", name));
         }
         source
     }
@@ -76,11 +83,17 @@ macro_rules! shaders {
 }
 
 shaders! {
-    MATMUL = "matmul" / "matmul", Joined::Products(&["weights"]), MatmulParams, [false, false, false, false, true];
-    GATED_GELU = "gated_gelu" / "gated_gelu", Joined::PairProducts(&["gate", "up"]), ExpertParams<gated_gelu::Params>,
+    MATMUL = "matmul" / "matmul", Joined::Products(Precision::Exact, &["weights"]), MatmulParams, [false, false, false, false, true];
+    GATED_GELU = "gated_gelu" / "gated_gelu", Joined::PairProducts(Precision::Exact, &["gate", "up"]), ExpertParams<gated_gelu::Params>,
         [false, false, false, false, false, false, false, true];
-    EXPERT_DOWN = "expert_down" / "expert_down", Joined::PairProducts(&["down"]), ExpertParams<expert_down::Params>,
+    EXPERT_DOWN = "expert_down" / "expert_down", Joined::PairProducts(Precision::Exact, &["down"]), ExpertParams<expert_down::Params>,
         [false, false, false, false, false, true];
+    MATMUL_FAST = "matmul" / "matmul", Joined::Products(Precision::Fast, &["weights"]), MatmulParams, [false, false, false, false, true];
+    GATED_GELU_FAST = "gated_gelu" / "gated_gelu", Joined::PairProducts(Precision::Fast, &["gate", "up"]), ExpertParams<gated_gelu::Params>,
+        [false, false, false, false, false, false, false, true];
+    EXPERT_DOWN_FAST = "expert_down" / "expert_down", Joined::PairProducts(Precision::Fast, &["down"]), ExpertParams<expert_down::Params>,
+        [false, false, false, false, false, true];
+    QUANTISE = "quantise" / "quantise", Joined::Alone, quantise::Params, [false, true, true];
     EXPERT_COMBINE = "expert_down" / "expert_combine", Joined::Alone, CombineParams, [false, false, true];
     MOE_ROUTER = "moe_router" / "moe_router", Joined::Alone, moe_router::Params, [false, false, true, true];
     EXPERT_TILES = "moe_router" / "expert_tiles", Joined::Alone, TilesParams, [false, true];

@@ -20,8 +20,12 @@ fn choice() -> GpuChoice {
 }
 
 /// A backend whose shards have at most `shard_bytes`, or `None` where there is no adapter.
-fn open(shard_bytes: Option<u64>) -> Option<GpuBackend> {
-    match GpuBackend::open_with(&choice(), &GpuOptions { max_shard_bytes: shard_bytes }) {
+pub(super) fn open(shard_bytes: Option<u64>) -> Option<GpuBackend> {
+    open_with(&GpuOptions { max_shard_bytes: shard_bytes, ..GpuOptions::default() })
+}
+
+pub(super) fn open_with(options: &GpuOptions) -> Option<GpuBackend> {
+    match GpuBackend::open_with(&choice(), options) {
         Ok(backend) => Some(backend),
         Err(error @ KernelError::NoDevice { .. }) => {
             assert!(std::env::var_os("GPU_REQUIRED").is_none(), "a GPU is required: {error}");
@@ -147,7 +151,7 @@ fn in_chunks(backend: &mut GpuBackend, weights: &[GpuMatrix; 5], x: &[f32], chun
 }
 
 /// In every format: rows of a batch of up to 65, in any chunks, have the bits that each has alone.
-fn rows_alone_and_in_chunks_have_the_same_bits(backend: &mut GpuBackend) {
+pub(super) fn rows_alone_and_in_chunks_have_the_same_bits(backend: &mut GpuBackend) {
     let seed = seed(31);
     let mut random = Random::new(seed);
     let int8 = [(1, 96), (8, 96), (3, 51)].map(|(groups, inputs)| (Format::Int8 { groups }, inputs));

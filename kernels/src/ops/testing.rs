@@ -72,7 +72,7 @@ impl TestMatrix {
                     (0..spec.scale_count()).map(|_| size / 127.0 * (1.0 + 0.5 * random.unit())).collect::<Vec<_>>();
                 (bytes, scales)
             }
-            Format::Blocks(kind) => {
+            Format::Blocks(_) => {
                 let (source, mut bytes) =
                     (SyntheticMatrix::new(random.bits(), spec.clone()), vec![0; spec.weight_bytes() as usize]);
                 source.read(0, &mut bytes).unwrap();
