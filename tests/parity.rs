@@ -197,8 +197,7 @@ fn gguf_files_on_a_gpu_equal_the_reference() {
 }
 
 /// Products with 8-bit inputs keep as near to the reference as llama.cpp's, and change nothing where weights are floats.
-#[test]
-fn gguf_files_in_fast_are_as_near_to_the_reference_as_llama_cpp_is() {
+fn gguf_files_in_fast_are_as_near_as_llama_cpp(device: &str) {
     let Some(folder) = shared("golden/llamacpp") else { return };
     let scratch = tempfile::tempdir().expect("a temporary folder");
     let out = scratch.path().join("out.safetensors");
@@ -206,10 +205,10 @@ fn gguf_files_in_fast_are_as_near_to_the_reference_as_llama_cpp_is() {
     for (name, file) in files {
         let (mut ours, mut theirs, mut count) = (0.0_f64, 0.0_f64, 0);
         for (prompt, ids) in &prompts {
-            let Some(found) = logits(&file, ids, "cpu", "fast", &out, false) else { return };
+            let Some(found) = logits(&file, ids, device, "fast", &out, false) else { return };
             let found = found.get("logits").1.clone();
             if name.ends_with("F32") || name.ends_with("F16") {
-                let exact = logits(&file, ids, "cpu", "exact", &out, false).expect("the CPU is there");
+                let exact = logits(&file, ids, device, "exact", &out, false).expect("the device is there");
                 assert_eq!(found, exact.get("logits").1, "{name} {prompt}");
             }
             let expected = npy(&folder.join(format!("{name}.{prompt}.f64ref.npy")));
@@ -220,7 +219,17 @@ fn gguf_files_in_fast_are_as_near_to_the_reference_as_llama_cpp_is() {
             count += expected.len();
         }
         let (ours, theirs) = ((ours / count as f64).sqrt(), (theirs / count as f64).sqrt());
-        println!("{name} in fast: rms distance {ours:.2e}, of llama.cpp {theirs:.2e}");
+        println!("{name} in fast on {device}: rms distance {ours:.2e}, of llama.cpp {theirs:.2e}");
         assert!(ours <= 1.1 * theirs, "{name}: {ours:e} and {theirs:e}");
     }
+}
+
+#[test]
+fn gguf_files_in_fast_on_the_cpu_are_as_near_to_the_reference_as_llama_cpp_is() {
+    gguf_files_in_fast_are_as_near_as_llama_cpp("cpu");
+}
+
+#[test]
+fn gguf_files_in_fast_on_a_gpu_are_as_near_to_the_reference_as_llama_cpp_is() {
+    gguf_files_in_fast_are_as_near_as_llama_cpp("gpu");
 }

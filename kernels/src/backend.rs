@@ -57,7 +57,19 @@ pub trait Backend: Send + 'static {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self::Matrix, KernelError>;
 
-    /// Bytes that the numbers of a matrix take on the device: more than in the file where blocks are unpacked.
+    /// Copies a router to the device, as [`Backend::load_matrix`] does. Only [`Backend::route`] uses it, in f32.
+    ///
+    /// # Errors
+    /// As [`Backend::load_matrix`].
+    fn load_router(
+        &mut self,
+        source: &dyn MatrixSource,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Self::Matrix, KernelError> {
+        self.load_matrix(source, progress)
+    }
+
+    /// Bytes that a matrix takes on the device, with its scales and whatever fills it up: more or less than in the file.
     fn held_bytes(&self, spec: &MatrixSpec) -> u64;
 
     /// Copies a vector to the device.

@@ -1,7 +1,7 @@
 //! What a device is, and how one is chosen by name.
 
 /// How exactly products are computed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Precision {
     /// Inputs in f32: for parity with other implementations.
     #[default]

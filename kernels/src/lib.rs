@@ -25,6 +25,7 @@ pub use error::KernelError;
 pub use forward::{MemoryNeed, StageModel, StageOptions, Trace, TracedStage};
 pub use gpu::{
     GpuActivations, GpuBackend, GpuChoice, GpuKvPool, GpuMatrix, GpuOptions, GpuSelection, GpuVector, SHADERS, Shader,
+    gpu_kernels,
 };
 pub use measure::{FormatRate, StepOverhead};
 pub use open::{Device, device, select_device};

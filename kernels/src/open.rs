@@ -8,8 +8,8 @@ use std::{ops::Range, sync::Arc};
 use grokpipe_model::{MatrixSpec, ModelConfig, WeightSource};
 
 use crate::{
-    Backend, BatchInvariance, CpuBackend, DeviceInfo, FormatRate, GpuBackend, GpuChoice, KernelError, Precision,
-    ProductShape, ProductTime, Stage, StageModel, StageOptions, StepOverhead, TracedStage,
+    Backend, BatchInvariance, CpuBackend, DeviceInfo, FormatRate, GpuBackend, GpuChoice, GpuOptions, KernelError,
+    Precision, ProductShape, ProductTime, Stage, StageModel, StageOptions, StepOverhead, TracedStage,
     bench::time_products,
     check_batch_invariance,
     measure::{measure_format, measure_overhead},
@@ -160,16 +160,16 @@ pub fn device<B: Backend>(backend: B) -> Box<dyn Device> {
     Box::new(Opened(backend))
 }
 
-/// Opens the device that `spec` names: `auto`, `gpu`, `gpu:NAME` or `cpu`. `threads`, at least one, and `precision` are for the CPU:
-/// a GPU computes exactly whatever is asked.
+/// Opens the device that `spec` names: `auto`, `gpu`, `gpu:NAME` or `cpu`. `threads`, at least one, is for the CPU.
 ///
 /// # Errors
 /// [`KernelError::NoDevice`] when `spec` is none of these, or no adapter matches.
 pub fn select_device(spec: &str, threads: usize, precision: Precision) -> Result<Box<dyn Device>, KernelError> {
     let cpu = || CpuBackend::new(threads, precision).map(device);
+    let gpu = |choice| GpuBackend::open_with(&choice, &GpuOptions { precision, ..GpuOptions::default() });
     match spec {
         "cpu" => cpu(),
-        "auto" => match GpuBackend::open(&GpuChoice::Hardware) {
+        "auto" => match gpu(GpuChoice::Hardware) {
             Ok(gpu) => Ok(device(gpu)),
             Err(KernelError::NoDevice { .. }) => cpu(),
             Err(error) => {
@@ -177,9 +177,9 @@ pub fn select_device(spec: &str, threads: usize, precision: Precision) -> Result
                 cpu()
             }
         },
-        "gpu" => GpuBackend::open(&GpuChoice::Best).map(device),
+        "gpu" => gpu(GpuChoice::Best).map(device),
         _ => match spec.strip_prefix("gpu:") {
-            Some(name) if !name.is_empty() => GpuBackend::open(&GpuChoice::Named(name.to_owned())).map(device),
+            Some(name) if !name.is_empty() => gpu(GpuChoice::Named(name.to_owned())).map(device),
             _ => Err(KernelError::NoDevice { wanted: spec.to_owned(), found: "auto, gpu, gpu:NAME, cpu".to_owned() }),
         },
     }

@@ -9,7 +9,7 @@ use grokpipe_kernels::{GpuBackend, GpuChoice, GpuOptions, KernelError, Stage, St
 
 fn gpu(max_shard_bytes: Option<u64>) -> Option<GpuBackend> {
     let choice = std::env::var("GPU_NAME").map_or(GpuChoice::Best, GpuChoice::Named);
-    match GpuBackend::open_with(&choice, &GpuOptions { max_shard_bytes }) {
+    match GpuBackend::open_with(&choice, &GpuOptions { max_shard_bytes, ..GpuOptions::default() }) {
         Ok(backend) => Some(backend),
         Err(error @ KernelError::NoDevice { .. }) => {
             assert!(std::env::var_os("GPU_REQUIRED").is_none(), "a GPU is required: {error}");

@@ -2,23 +2,42 @@
 
 use std::path::Path;
 
-use grokpipe_kernels::{SHADERS, Shader};
+use grokpipe_kernels::{SHADERS, Shader, gpu_kernels};
 use wgpu::naga::{
     AddressSpace, Module, ShaderStage, StorageAccess, TypeInner,
+    back::pipeline_constants::process_overrides,
     front::wgsl,
     valid::{Capabilities, ValidationFlags, Validator},
 };
 
+/// The folder of the files that shaders are joined with.
+const SHARED: &str = "product";
+
+/// Halves within words: Vulkan, Metal and DX12 have them always, OpenGL does not.
+const CAPABILITIES: Capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+
 fn parse(shader: &Shader) -> Module {
-    wgsl::parse_str(shader.source)
-        .unwrap_or_else(|error| panic!("{}: {}", shader.name, error.emit_to_string(shader.source)))
+    let source = shader.source();
+    wgsl::parse_str(&source).unwrap_or_else(|error| panic!("{}: {}", shader.name, error.emit_to_string(&source)))
 }
 
 #[test]
-fn shaders_are_valid_without_any_capability() {
+fn shaders_are_valid_without_optional_capabilities() {
     for shader in SHADERS {
-        let validated = Validator::new(ValidationFlags::all(), Capabilities::empty()).validate(&parse(shader));
+        let validated = Validator::new(ValidationFlags::all(), CAPABILITIES).validate(&parse(shader));
         assert!(validated.is_ok(), "{}: {:?}", shader.name, validated.err());
+    }
+}
+
+#[test]
+fn every_variant_is_valid_with_its_constants() {
+    for (shader, constants) in gpu_kernels() {
+        let module = parse(shader);
+        let info = Validator::new(ValidationFlags::all(), CAPABILITIES).validate(&module).unwrap();
+        let values = constants.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
+        let entry = Some((ShaderStage::Compute, shader.name));
+        let made = process_overrides(&module, &info, entry, &values);
+        assert!(made.is_ok(), "{} {constants:?}: {:?}", shader.name, made.err());
     }
 }
 
@@ -71,7 +90,8 @@ fn bindings_run_from_parameters_to_outputs_and_fit_the_default_limits() {
 fn every_shader_file_is_in_the_list_and_opens_with_its_name() {
     let ops = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/ops");
     let mut files = Vec::new();
-    for folder in std::fs::read_dir(ops).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()) {
+    let folders = std::fs::read_dir(ops).unwrap().map(|entry| entry.unwrap().path());
+    for folder in folders.filter(|path| path.is_dir() && !path.ends_with(SHARED)) {
         let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
         files.extend(entries.filter(|path| path.extension().is_some_and(|extension| extension == "wgsl")));
     }
@@ -79,15 +99,17 @@ fn every_shader_file_is_in_the_list_and_opens_with_its_name() {
     let mut listed: Vec<_> = SHADERS.iter().map(|shader| shader.name).collect();
     found.sort_unstable();
     listed.sort_unstable();
+    // The precisions of a shader are in one file.
+    listed.dedup();
     assert_eq!(found, listed);
     for shader in SHADERS {
-        assert!(shader.source.starts_with(&format!("// {}: ", shader.name)), "{}", shader.name);
+        assert!(shader.source().starts_with(&format!("// {}: ", shader.name)), "{}", shader.name);
     }
 }
 
 /// wgpu's own checks of pipelines, on a device that computes nothing.
 #[test]
-fn every_shader_becomes_a_pipeline() {
+fn every_kernel_becomes_a_pipeline() {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
     descriptor.backends = wgpu::Backends::NOOP;
     descriptor.backend_options.noop = wgpu::NoopBackendOptions { enable: true, ..Default::default() };
@@ -95,21 +117,21 @@ fn every_shader_becomes_a_pipeline() {
     let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::NOOP));
     let adapter = adapters.first().expect("the noop backend is built in");
     let (device, _queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default())).unwrap();
-    for shader in SHADERS {
+    for (shader, constants) in gpu_kernels() {
         let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
         let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
             label: Some(shader.name),
-            source: wgpu::ShaderSource::Wgsl(shader.source.into()),
+            source: wgpu::ShaderSource::Wgsl(shader.source().into()),
         });
         let _pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(shader.name),
             layout: None,
             module: &module,
             entry_point: Some(shader.name),
-            compilation_options: Default::default(),
+            compilation_options: wgpu::PipelineCompilationOptions { constants: &constants, ..Default::default() },
             cache: None,
         });
         let error = pollster::block_on(scope.pop());
-        assert!(error.is_none(), "{}: {error:?}", shader.name);
+        assert!(error.is_none(), "{} {constants:?}: {error:?}", shader.name);
     }
 }

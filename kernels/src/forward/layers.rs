@@ -251,10 +251,14 @@ impl<B: Backend> Loader<'_, B> {
             });
         }
         let Self { backend, done, total, progress, .. } = self;
-        backend.load_matrix(source.as_ref(), &mut |bytes| {
+        let mut progress = |bytes| {
             *done += bytes;
             progress((*done).min(*total), *total);
-        })
+        };
+        match name {
+            TensorName::Layer(_, LayerTensor::Router) => backend.load_router(source.as_ref(), &mut progress),
+            _ => backend.load_matrix(source.as_ref(), &mut progress),
+        }
     }
 
     fn vector(&mut self, name: TensorName) -> Result<B::Vector, KernelError> {

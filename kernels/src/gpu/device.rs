@@ -6,11 +6,11 @@
 use wgpu::{Adapter, AdapterInfo, DeviceType, Limits};
 
 use super::failure::Failure;
-use crate::{DeviceInfo, KernelError};
+use crate::{DeviceInfo, KernelError, Precision};
 
-/// Version of the portable kernels' arithmetic. Raised with every change of a sum's order, so that stages of different
-/// versions do not pass for equal.
-const KERNEL_SET: &str = "gpu-exact/1";
+/// Version of the portable kernels' arithmetic in each precision. Raised with every change of a sum's order, so that stages of
+/// different versions do not pass for equal.
+const KERNEL_SETS: [&str; 2] = ["gpu-exact/2", "gpu-fast/1"];
 
 /// Which adapter is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,7 +54,7 @@ pub(super) struct Opened {
 ///
 /// # Errors
 /// [`KernelError::NoDevice`] listing the adapters; [`KernelError::Limit`] when the adapter is too small for any model.
-pub(super) fn open(choice: &GpuChoice) -> Result<Opened, KernelError> {
+pub(super) fn open(choice: &GpuChoice, precision: Precision) -> Result<Opened, KernelError> {
     let mut adapters = adapters();
     adapters.sort_by_key(|adapter| rank(adapter.get_info().device_type));
     let mut found = Vec::new();
@@ -65,7 +65,7 @@ pub(super) fn open(choice: &GpuChoice) -> Result<Opened, KernelError> {
             continue;
         }
         check_limits(&adapter, &info)?;
-        match open_adapter(&adapter, &info) {
+        match open_adapter(&adapter, &info, precision) {
             Ok(opened) => {
                 if opened.software && *choice == GpuChoice::Best {
                     tracing::warn!(device = %opened.info.name, "no hardware GPU was found, a software one is used");
@@ -132,7 +132,7 @@ fn check_limits(adapter: &Adapter, info: &AdapterInfo) -> Result<(), KernelError
     Ok(())
 }
 
-fn open_adapter(adapter: &Adapter, info: &AdapterInfo) -> Result<Opened, String> {
+fn open_adapter(adapter: &Adapter, info: &AdapterInfo, precision: Precision) -> Result<Opened, String> {
     let offered = adapter.limits();
     // WebGPU's defaults, or less where the adapter has less that the kernels do not need; buffers as large as it can.
     let mut limits = Limits::default().or_worse_values_from(&offered);
@@ -147,8 +147,9 @@ fn open_adapter(adapter: &Adapter, info: &AdapterInfo) -> Result<Opened, String>
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).map_err(|error| error.to_string())?;
     let name = describe(info);
     let failure = Failure::watch(&device, &name);
+    let kernel_set = KERNEL_SETS[precision as usize];
     let fingerprint =
-        format!("{KERNEL_SET} f32 {} driver {} {}", name, info.driver, info.driver_info).trim().to_string();
+        format!("{kernel_set} f32 {} driver {} {}", name, info.driver, info.driver_info).trim().to_string();
     let info_out = DeviceInfo { name, is_gpu: true, fingerprint, memory_bytes: memory_bytes(adapter, info) };
     Ok(Opened { device, queue, info: info_out, software: is_software(info), failure })
 }

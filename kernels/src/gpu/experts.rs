@@ -3,13 +3,12 @@
 //! The choice stays on the device: kernels read it, the host never knows it. For few rows a thread computes one pair of a
 //! row and an expert; for many, pairs are first grouped by expert, so that a weight read once serves four.
 
-use grokpipe_model::Format;
-
 use super::{
     GpuActivations, GpuBackend, GpuMatrix, GpuSelection,
     batch::grow,
+    format::Numbers,
     matrix::{LANES, WORKGROUPS_MAX},
-    pipelines::{Kernel, Sharing, TILE_ROWS, TILES_PER_WORKGROUP, matrix_kernel},
+    pipelines::{Kernel, Sharing, TILE_ROWS, TILES_PER_WORKGROUP},
     shaders::{CombineParams, ExpertParams, TilesParams},
     shape, workgroups,
 };
@@ -46,29 +45,27 @@ struct Pairs<'a> {
 
 impl GpuBackend {
     pub(super) fn route_impl(&mut self, x: &GpuActivations, router: &GpuMatrix, out: &GpuSelection) {
-        let (rows, experts) = (self.rows, router.outputs);
-        let fits = self.expect_rows("input of the router", rows, router.inputs, x)
+        let (rows, inputs, experts) = (self.rows, router.shape.inputs, router.shape.outputs);
+        let fits = self.expect_rows("input of the router", rows, inputs, x)
             && self.expect_selection(rows, out)
-            && self.expect(&format!("experts of {}", router.name), 1, router.experts)
+            && self.expect(&format!("experts of {}", router.name), 1, router.shape.experts)
             && self.expect("shards of the router", 1, router.shards.len());
         if !fits {
             return;
         }
-        if experts > EXPERTS_MAX || out.chosen > experts || !router.is_float {
-            let what = format!("{} (f32: {}, chosen {})", router.name, router.is_float, out.chosen);
-            return self.recorder.refuse(shape(
-                &what,
-                &format!("{:?} for at most {EXPERTS_MAX} experts", Format::F32),
-                experts,
-            ));
+        let numbers = router.shape.held.numbers;
+        if experts > EXPERTS_MAX || out.chosen > experts || numbers != Numbers::F32 {
+            let what = format!("{} ({numbers:?}, chosen {})", router.name, out.chosen);
+            let expected = format!("{:?} for at most {EXPERTS_MAX} experts", Numbers::F32);
+            return self.recorder.refuse(shape(&what, &expected, experts));
         }
         let params = moe_router::Params {
-            hidden_size: router.inputs as u32,
+            hidden_size: inputs as u32,
             num_experts: experts as u32,
             num_experts_per_tok: out.chosen as u32,
         };
-        let buffers = [&x.buffer, &router.shards[0].buffer, &out.ids, &out.probabilities];
-        let work = (rows * router.inputs * experts) as u64;
+        let buffers = [&x.buffer, &router.shards[0].chunks, &out.ids, &out.probabilities];
+        let work = (rows * inputs * experts) as u64;
         self.recorder.dispatch(Kernel::MoeRouter, &params, &buffers, [rows as u32, 1, 1], work);
         if rows >= TILED_ROWS_MIN {
             let pairs = rows * out.chosen;
@@ -87,28 +84,30 @@ impl GpuBackend {
         out: &GpuActivations,
     ) {
         let rows = self.rows;
-        let alike = (gate.experts, gate.inputs, gate.outputs, gate.groups, gate.is_float)
-            == (up.experts, up.inputs, up.outputs, up.groups, up.is_float);
-        if !alike {
-            return self.recorder.refuse(shape(&up.name, &format!("the shape of {}", gate.name), up.outputs));
+        if gate.shape != up.shape {
+            let expected = format!("the shape of {}, {:?}", gate.name, gate.shape);
+            return self.recorder.refuse(shape(&format!("{} ({:?})", up.name, up.shape), &expected, up.shape.outputs));
         }
         let fits = self.expect_selection(rows, selection)
-            && self.expect_rows(&format!("input of {}", gate.name), rows, gate.inputs, x)
-            && self.expect_rows(&format!("output of {}", gate.name), rows * selection.chosen, gate.outputs, out);
+            && self.expect_rows(&format!("input of {}", gate.name), rows, gate.shape.inputs, x)
+            && self.expect_rows(&format!("output of {}", gate.name), rows * selection.chosen, gate.shape.outputs, out);
         if !fits {
             return;
         }
-        let pairs = self.pairs(selection, gate.experts);
-        let kernel = matrix_kernel(Kernel::GatedGeluInt8, gate.is_float, pairs.sharing);
+        let pairs = self.pairs(selection, gate.shape.experts);
+        let kernel = Kernel::GatedGelu(self.variant(gate, pairs.sharing));
         let op = gated_gelu::Params {
-            inputs: gate.inputs as u32,
-            outputs: gate.outputs as u32,
-            groups: gate.groups as u32,
+            inputs: gate.shape.inputs as u32,
+            outputs: gate.shape.outputs as u32,
+            groups: gate.shape.groups as u32,
             chosen: selection.chosen as u32,
         };
+        self.rounded.make(&mut self.memory, &mut self.recorder, self.precision, gate, x, rows);
+        let [x, factors] = self.rounded.bindings(self.precision, gate, x);
         for (gates, ups) in gate.shards.iter().zip(&up.shards) {
             let params = expert_params(op, &pairs, gates);
-            let buffers = [&x.buffer, pairs.choice, &gates.buffer, &gate.scales, &ups.buffer, &up.scales, &out.buffer];
+            let (choice, out) = (pairs.choice, &out.buffer);
+            let buffers = [x, factors, choice, &gates.chunks, gates.scales(), &ups.chunks, ups.scales(), out];
             let groups = [pairs.groups, gates.blocks.len() as u32, 1];
             let work = 2 * work(&pairs, gate, gates);
             self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work);
@@ -124,35 +123,37 @@ impl GpuBackend {
     ) {
         let rows = self.rows;
         let fits = self.expect_selection(rows, selection)
-            && self.expect_rows(&format!("input of {}", down.name), rows * selection.chosen, down.inputs, hidden)
-            && self.expect_rows(&format!("output of {}", down.name), rows, down.outputs, out);
+            && self.expect_rows(&format!("input of {}", down.name), rows * selection.chosen, down.shape.inputs, hidden)
+            && self.expect_rows(&format!("output of {}", down.name), rows, down.shape.outputs, out);
         if !fits || rows == 0 {
             return;
         }
         // Sized by what the output has room for, so that it is made once.
-        let count = out.rows * selection.chosen * down.outputs;
+        let count = out.rows * selection.chosen * down.shape.outputs;
         let what = format!("products of {}", down.name);
         if let Err(error) = grow(&mut self.products, &mut self.memory, &mut self.recorder, &what, count) {
             return self.recorder.refuse(error);
         }
         let Some(products) = self.products.as_ref() else { return };
-        let pairs = self.pairs(selection, down.experts);
-        let kernel = matrix_kernel(Kernel::ExpertDownInt8, down.is_float, pairs.sharing);
+        let pairs = self.pairs(selection, down.shape.experts);
+        let kernel = Kernel::ExpertDown(self.variant(down, pairs.sharing));
         let op = expert_down::Params {
-            inputs: down.inputs as u32,
-            outputs: down.outputs as u32,
-            groups: down.groups as u32,
+            inputs: down.shape.inputs as u32,
+            outputs: down.shape.outputs as u32,
+            groups: down.shape.groups as u32,
             chosen: selection.chosen as u32,
         };
+        self.rounded.make(&mut self.memory, &mut self.recorder, self.precision, down, hidden, rows * selection.chosen);
+        let [x, factors] = self.rounded.bindings(self.precision, down, hidden);
         for shard in &down.shards {
             let params = expert_params(op, &pairs, shard);
-            let buffers = [&hidden.buffer, pairs.choice, &shard.buffer, &down.scales, products];
+            let buffers = [x, factors, pairs.choice, &shard.chunks, shard.scales(), products];
             let groups = [pairs.groups, shard.blocks.len() as u32, 1];
             self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work(&pairs, down, shard));
         }
-        let params = CombineParams { outputs: down.outputs as u32, chosen: selection.chosen as u32 };
+        let params = CombineParams { outputs: down.shape.outputs as u32, chosen: selection.chosen as u32 };
         let buffers = [&selection.probabilities, products, &out.buffer];
-        let groups = [workgroups(down.outputs), rows as u32, 1];
+        let groups = [workgroups(down.shape.outputs), rows as u32, 1];
         self.recorder.dispatch(Kernel::ExpertCombine, &params, &buffers, groups, 0);
     }
 
@@ -192,5 +193,5 @@ fn expert_params<P>(op: P, pairs: &Pairs<'_>, shard: &super::matrix::Shard) -> E
 /// Multiply-adds of one matrix over a shard, if the pairs are spread evenly.
 fn work(pairs: &Pairs<'_>, matrix: &GpuMatrix, shard: &super::matrix::Shard) -> u64 {
     let columns = (shard.blocks.len() * LANES) as u64;
-    (pairs.count * matrix.inputs) as u64 * columns * shard.experts.len() as u64 / matrix.experts as u64
+    (pairs.count * matrix.shape.inputs) as u64 * columns * shard.experts.len() as u64 / matrix.shape.experts as u64
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use grokpipe_model::{Format, Layout, MatrixSpec};
 
-use super::{GpuBackend, matrix};
+use super::{GpuBackend, matrix, matrix::Shape};
 use crate::{Backend, KernelError};
 
 /// Time that a measurement may take after its first run.
@@ -52,7 +52,7 @@ impl GpuBackend {
             format: Format::Int8 { groups: 1 },
             layout: Layout::InOut,
         };
-        let w = matrix::zeros(&mut self.memory, &mut self.recorder, &spec)?;
+        let w = matrix::allocate(&mut self.memory, &mut self.recorder, &spec.name, Shape::new(&spec)?)?;
         let x = self.activations(product.rows, product.inputs)?;
         let mut out = self.activations(product.rows, product.outputs)?;
         let mut best = Duration::MAX;

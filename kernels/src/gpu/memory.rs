@@ -75,6 +75,12 @@ impl Memory {
         }
     }
 
+    /// Bytes of all buffers, for tests.
+    #[cfg(test)]
+    pub(super) fn allocated(&self) -> u64 {
+        self.allocated.load(Ordering::Relaxed)
+    }
+
     /// Largest buffer that a kernel can be given.
     pub(super) fn binding_bytes(&self) -> u64 {
         self.binding_bytes
@@ -160,7 +166,12 @@ pub(super) fn whole(buffer: &wgpu::Buffer, bytes: u64) -> wgpu::BindingResource<
     wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset: 0, size: NonZeroU64::new(bytes) })
 }
 
-/// `count * 4`, unless that is no number of bytes.
+/// The product of sizes, unless it is no number of bytes.
+pub(super) fn product(sizes: &[usize]) -> Option<u64> {
+    sizes.iter().try_fold(1u64, |bytes, &size| bytes.checked_mul(size as u64))
+}
+
+/// Bytes of so many 32-bit words, unless that is no number.
 pub(super) fn words(counts: &[usize]) -> Option<u64> {
-    counts.iter().try_fold(4u64, |bytes, &count| bytes.checked_mul(count as u64))
+    product(counts)?.checked_mul(4)
 }

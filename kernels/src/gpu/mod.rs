@@ -5,40 +5,51 @@
 //! what is to be done; `finish` submits a step as one compute pass and reads what is wanted, so that a decode step
 //! costs one submission however many layers it has. Nothing here panics on what a driver does: failures become [`KernelError`]s.
 //!
-//! `device.rs` opens an adapter, `failure.rs` keeps why it failed, `memory.rs` counts buffers, `matrix.rs` lays weights out and
-//! loads them, `shaders.rs` and `pipelines.rs` hold the kernels, `recorder.rs` submits them, `batch.rs` is what a step's rows become,
+//! `device.rs` opens an adapter, `failure.rs` keeps why it failed, `memory.rs` counts buffers. `format.rs` says how weights are
+//! held, `matrix.rs` lays them out, `blocks.rs` and `upload.rs` get them there. `shaders.rs` and `pipelines.rs` hold the kernels,
+//! `recorder.rs` submits them, `batch.rs` is what a step's rows become, `rounded.rs` what precision `fast` makes of rows,
 //! `attention.rs` and `experts.rs` are the operations of several dispatches, `measure.rs` times the device.
 
 mod attention;
 mod batch;
+mod blocks;
 mod device;
 mod experts;
 mod failure;
+#[cfg(test)]
+mod fast_tests;
+mod format;
 mod matrix;
 mod measure;
 mod memory;
 mod pipelines;
 mod recorder;
+mod rounded;
 mod shaders;
 #[cfg(test)]
 mod tests;
+mod upload;
 
-use grokpipe_model::{Format, MatrixSource, MatrixSpec};
+use grokpipe_model::{MatrixSource, MatrixSpec};
 
 use self::{
     batch::StepBatch,
+    matrix::Shape,
     memory::{GpuBuffer, Memory, words},
-    pipelines::{Kernel, Sharing, TILE_ROWS, TILES_PER_WORKGROUP, matrix_kernel},
+    pipelines::{Kernel, Sharing, TILE_ROWS, TILES_PER_WORKGROUP, Variant},
     recorder::Recorder,
+    rounded::RoundedRows,
     shaders::{GatherParams, MatmulParams},
+    upload::Expanded,
 };
 pub use self::{
     device::GpuChoice,
     matrix::GpuMatrix,
+    pipelines::gpu_kernels,
     shaders::{SHADERS, Shader},
 };
 use crate::{
-    AttentionParams, Backend, Batch, DeviceInfo, KernelError,
+    AttentionParams, Backend, Batch, DeviceInfo, KernelError, Precision,
     ops::{gather, matmul, rms_norm},
 };
 
@@ -48,6 +59,8 @@ const DECODE_ROWS_MAX: usize = 33;
 /// What may be asked of a device when it is opened.
 #[derive(Clone, Debug, Default)]
 pub struct GpuOptions {
+    /// How exactly products are computed.
+    pub precision: Precision,
     /// Cut weights into buffers of at most this size, although the device could hold larger ones. Results do not change.
     pub max_shard_bytes: Option<u64>,
 }
@@ -56,6 +69,7 @@ pub struct GpuOptions {
 pub struct GpuBackend {
     info: DeviceInfo,
     software: bool,
+    precision: Precision,
     recorder: Recorder,
     memory: Memory,
     /// The step's rows on the device.
@@ -66,6 +80,8 @@ pub struct GpuBackend {
     products: Option<GpuBuffer>,
     /// Blocks of keys before they are combined.
     partials: Option<GpuBuffer>,
+    /// Inputs of products in precision `fast`.
+    rounded: RoundedRows,
 }
 
 /// A norm's scale on the device.
@@ -105,7 +121,7 @@ struct KvLayer {
 }
 
 impl GpuBackend {
-    /// Opens the adapter that `choice` names and compiles the kernels.
+    /// Opens the adapter that `choice` names and compiles the kernels that every model needs.
     ///
     /// # Errors
     /// [`KernelError::NoDevice`] listing the adapters there are, [`KernelError::Limit`] when the adapter is too small for any
@@ -119,19 +135,43 @@ impl GpuBackend {
     /// # Errors
     /// As there.
     pub fn open_with(choice: &GpuChoice, options: &GpuOptions) -> Result<Self, KernelError> {
-        let opened = device::open(choice)?;
+        let opened = device::open(choice, options.precision)?;
         let memory_bytes = opened.info.memory_bytes;
         let memory = Memory::new(&opened.device, &opened.failure, memory_bytes, options.max_shard_bytes);
         Ok(Self {
             info: opened.info,
             software: opened.software,
+            precision: options.precision,
             recorder: Recorder::new(opened.device, opened.queue, opened.failure)?,
             memory,
             batch: StepBatch::default(),
             rows: 0,
             products: None,
             partials: None,
+            rounded: RoundedRows::default(),
         })
+    }
+
+    /// The variant of a kernel for a matrix.
+    fn variant(&self, matrix: &GpuMatrix, sharing: Sharing) -> Variant {
+        let shape = matrix.shape;
+        let (precision, whole) = (shape.precision(self.precision), shape.is_whole());
+        Variant { held: shape.held, precision, whole, sharing, unrolled: !self.software }
+    }
+
+    /// Compiles what a matrix will be multiplied with.
+    fn compile_for(&mut self, matrix: &GpuMatrix) -> Result<(), KernelError> {
+        let one_row = if self.software { Sharing::Wide } else { Sharing::One };
+        for sharing in [one_row, Sharing::Tiled] {
+            let variant = self.variant(matrix, sharing);
+            if matrix.shape.experts == 1 {
+                self.recorder.compile(Kernel::Matmul(variant))?;
+            } else {
+                self.recorder.compile(Kernel::GatedGelu(variant))?;
+                self.recorder.compile(Kernel::ExpertDown(variant))?;
+            }
+        }
+        Ok(())
     }
 
     /// Keeps the step's first shape error; operations return nothing, `finish` tells it.
@@ -189,15 +229,25 @@ impl Backend for GpuBackend {
         source: &dyn MatrixSource,
         progress: &mut dyn FnMut(u64),
     ) -> Result<GpuMatrix, KernelError> {
-        matrix::load(&mut self.memory, &mut self.recorder, source, progress)
+        let matrix = upload::load(&mut self.memory, &mut self.recorder, source, progress)?;
+        self.compile_for(&matrix)?;
+        Ok(matrix)
+    }
+
+    /// As f32, which is what its kernel reads.
+    fn load_router(
+        &mut self,
+        source: &dyn MatrixSource,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<GpuMatrix, KernelError> {
+        let expanded = Expanded::new(source);
+        let source = expanded.as_ref().map_or(source, |expanded| expanded as &dyn MatrixSource);
+        upload::load(&mut self.memory, &mut self.recorder, source, progress)
     }
 
     fn held_bytes(&self, spec: &MatrixSpec) -> u64 {
-        match spec.format {
-            // Blocks become floats on their way to the device.
-            Format::F32 | Format::Blocks(_) => 4 * (spec.experts * spec.inputs * spec.outputs) as u64,
-            Format::Int8 { .. } => spec.weight_bytes(),
-        }
+        // A shape that cannot be loaded is refused when that is tried.
+        Shape::new(spec).ok().and_then(Shape::held_bytes).unwrap_or_else(|| spec.weight_bytes())
     }
 
     fn load_vector(&mut self, values: &[f32]) -> Result<GpuVector, KernelError> {
@@ -268,10 +318,10 @@ impl Backend for GpuBackend {
     }
 
     fn matmul(&mut self, x: &GpuActivations, w: &GpuMatrix, factor: f32, out: &mut GpuActivations) {
-        let rows = self.rows;
-        let fits = self.expect(&format!("experts of {}", w.name), 1, w.experts)
-            && self.expect_rows(&format!("input of {}", w.name), rows, w.inputs, x)
-            && self.expect_rows(&format!("output of {}", w.name), rows, w.outputs, out);
+        let (rows, shape) = (self.rows, w.shape);
+        let fits = self.expect(&format!("experts of {}", w.name), 1, shape.experts)
+            && self.expect_rows(&format!("input of {}", w.name), rows, shape.inputs, x)
+            && self.expect_rows(&format!("output of {}", w.name), rows, shape.outputs, out);
         if !fits {
             return;
         }
@@ -280,14 +330,21 @@ impl Backend for GpuBackend {
             (1, true) => (Sharing::Wide, 1),
             _ => (Sharing::Tiled, TILE_ROWS * TILES_PER_WORKGROUP),
         };
-        let kernel = matrix_kernel(Kernel::MatmulInt8, w.is_float, sharing);
-        let op = matmul::Params { inputs: w.inputs as u32, outputs: w.outputs as u32, groups: w.groups as u32, factor };
+        let kernel = Kernel::Matmul(self.variant(w, sharing));
+        let op = matmul::Params {
+            inputs: shape.inputs as u32,
+            outputs: shape.outputs as u32,
+            groups: shape.groups as u32,
+            factor,
+        };
+        self.rounded.make(&mut self.memory, &mut self.recorder, self.precision, w, x, rows);
+        let [x, factors] = self.rounded.bindings(self.precision, w, x);
         for shard in &w.shards {
             let column_begin = (shard.blocks.start * matrix::LANES) as u32;
             let params = MatmulParams { op, rows: rows as u32, column_begin };
             let groups = [rows.div_ceil(rows_per_workgroup) as u32, shard.blocks.len() as u32, 1];
-            let work = (rows * w.inputs) as u64 * (shard.blocks.len() * matrix::LANES) as u64;
-            let buffers = [&x.buffer, &shard.buffer, &w.scales, &out.buffer];
+            let work = (rows * shape.inputs) as u64 * (shard.blocks.len() * matrix::LANES) as u64;
+            let buffers = [x, factors, &shard.chunks, shard.scales(), &out.buffer];
             self.recorder.dispatch(kernel, &params, &buffers, groups, work);
         }
     }

@@ -1,40 +1,29 @@
-//! The compiled kernels. All are made when the device is opened, so that a driver that cannot compile one says so at once.
+//! The kernels: shaders with their constants, and the pipelines that a device has made of them.
+//!
+//! Kernels that multiply by weights come in one variant for each way in which weights are held; a device compiles those that its
+//! matrices need when these are loaded, and all others when it is opened. So a driver that cannot compile one says so before the
+//! first step.
+
+use std::collections::HashMap;
 
 use super::{
     failure::Failure,
+    format::Held,
     memory::scoped,
     shaders::{self, Shader},
 };
-use crate::KernelError;
+use crate::{KernelError, Precision};
 
-/// A kernel: a shader with its constants. A faster variant for an adapter's features is another entry of [`KERNELS`].
+/// A kernel: a shader with its constants. A faster variant for an adapter's features is another entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(usize)]
 pub(super) enum Kernel {
-    /// Matrix kernels: one row (or pair) and one column a thread.
-    MatmulInt8,
-    MatmulF32,
-    GatedGeluInt8,
-    GatedGeluF32,
-    ExpertDownInt8,
-    ExpertDownF32,
-    /// One row, four columns.
-    MatmulInt8Wide,
-    MatmulF32Wide,
-    GatedGeluInt8Wide,
-    GatedGeluF32Wide,
-    ExpertDownInt8Wide,
-    ExpertDownF32Wide,
-    /// Four rows, four columns, four such tiles a workgroup.
-    MatmulInt8Tiled,
-    MatmulF32Tiled,
-    GatedGeluInt8Tiled,
-    GatedGeluF32Tiled,
-    ExpertDownInt8Tiled,
-    ExpertDownF32Tiled,
+    Matmul(Variant),
+    GatedGelu(Variant),
+    ExpertDown(Variant),
     ExpertCombine,
     MoeRouter,
     ExpertTiles,
+    Quantise,
     RmsNorm,
     RmsNormAdd,
     Rope,
@@ -44,23 +33,32 @@ pub(super) enum Kernel {
     Gather,
 }
 
-type Constants = &'static [(&'static str, f64)];
+/// The kernels that have no variants.
+const ALWAYS: [Kernel; 11] = [
+    Kernel::ExpertCombine,
+    Kernel::MoeRouter,
+    Kernel::ExpertTiles,
+    Kernel::Quantise,
+    Kernel::RmsNorm,
+    Kernel::RmsNormAdd,
+    Kernel::Rope,
+    Kernel::MarkSlots,
+    Kernel::Attention,
+    Kernel::AttentionCombine,
+    Kernel::Gather,
+];
 
-const F32: (&str, f64) = ("FLOAT_WEIGHTS", 1.0);
-const COLUMNS: (&str, f64) = ("COLUMNS_PER_THREAD", 4.0);
-const THREADS: (&str, f64) = ("COLUMN_THREADS", 16.0);
-const ROWS: (&str, f64) = ("ROWS_PER_THREAD", 4.0);
-const PAIRS: (&str, f64) = ("PAIRS_PER_THREAD", 4.0);
-const ROW_TILES: (&str, f64) = ("ROW_TILES", TILES_PER_WORKGROUP as f64);
-const PAIR_TILES: (&str, f64) = ("TILES", TILES_PER_WORKGROUP as f64);
-const ONE: Constants = &[];
-const F32_ONE: Constants = &[F32];
-const WIDE: Constants = &[COLUMNS, THREADS];
-const F32_WIDE: Constants = &[F32, COLUMNS, THREADS];
-const TILED_ROWS: Constants = &[COLUMNS, THREADS, ROWS, ROW_TILES];
-const F32_TILED_ROWS: Constants = &[F32, COLUMNS, THREADS, ROWS, ROW_TILES];
-const TILED_PAIRS: Constants = &[COLUMNS, THREADS, PAIRS, PAIR_TILES];
-const F32_TILED_PAIRS: Constants = &[F32, COLUMNS, THREADS, PAIRS, PAIR_TILES];
+/// A variant of a kernel that multiplies by weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Variant {
+    pub(super) held: Held,
+    pub(super) precision: Precision,
+    /// Whether groups of inputs are whole chunks.
+    pub(super) whole: bool,
+    pub(super) sharing: Sharing,
+    /// Whether the driver may repeat loops' bodies.
+    pub(super) unrolled: bool,
+}
 
 /// Rows, or pairs, of a tile of the tiled matrix kernels.
 pub(super) const TILE_ROWS: usize = 4;
@@ -68,7 +66,7 @@ pub(super) const TILE_ROWS: usize = 4;
 pub(super) const TILES_PER_WORKGROUP: usize = 4;
 
 /// How a matrix kernel shares its work among threads. The bits of a result do not depend on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Sharing {
     /// One row and one column a thread: the most threads, for GPUs in decode.
     One,
@@ -79,80 +77,137 @@ pub(super) enum Sharing {
     Tiled,
 }
 
-/// The kernel of a matrix operation: its variants stand in groups of six, as in [`Kernel`].
-pub(super) fn matrix_kernel(op: Kernel, is_float: bool, sharing: Sharing) -> Kernel {
-    KERNELS[op as usize + usize::from(is_float) + 6 * sharing as usize].0
+/// Values of a shader's `override` constants.
+type Constants = Vec<(&'static str, f64)>;
+
+impl Variant {
+    fn of(self, exact: &'static Shader, fast: &'static Shader) -> &'static Shader {
+        match self.precision {
+            Precision::Exact => exact,
+            Precision::Fast => fast,
+        }
+    }
+
+    fn constants(self) -> Constants {
+        let mut constants = self.held.constants();
+        constants.push(("WHOLE", f64::from(u8::from(self.whole))));
+        constants.push(("UNROLLED", f64::from(u8::from(self.unrolled))));
+        if self.sharing != Sharing::One {
+            constants.extend([("COLUMNS_PER_THREAD", 4.0), ("COLUMN_THREADS", 16.0)]);
+        }
+        if self.sharing == Sharing::Tiled {
+            constants.extend([("ROWS_PER_THREAD", TILE_ROWS as f64), ("TILES", TILES_PER_WORKGROUP as f64)]);
+        }
+        constants
+    }
 }
 
-/// One entry for each [`Kernel`], in its order.
-const KERNELS: &[(Kernel, Shader, Constants)] = &[
-    (Kernel::MatmulInt8, shaders::MATMUL, ONE),
-    (Kernel::MatmulF32, shaders::MATMUL, F32_ONE),
-    (Kernel::GatedGeluInt8, shaders::GATED_GELU, ONE),
-    (Kernel::GatedGeluF32, shaders::GATED_GELU, F32_ONE),
-    (Kernel::ExpertDownInt8, shaders::EXPERT_DOWN, ONE),
-    (Kernel::ExpertDownF32, shaders::EXPERT_DOWN, F32_ONE),
-    (Kernel::MatmulInt8Wide, shaders::MATMUL, WIDE),
-    (Kernel::MatmulF32Wide, shaders::MATMUL, F32_WIDE),
-    (Kernel::GatedGeluInt8Wide, shaders::GATED_GELU, WIDE),
-    (Kernel::GatedGeluF32Wide, shaders::GATED_GELU, F32_WIDE),
-    (Kernel::ExpertDownInt8Wide, shaders::EXPERT_DOWN, WIDE),
-    (Kernel::ExpertDownF32Wide, shaders::EXPERT_DOWN, F32_WIDE),
-    (Kernel::MatmulInt8Tiled, shaders::MATMUL, TILED_ROWS),
-    (Kernel::MatmulF32Tiled, shaders::MATMUL, F32_TILED_ROWS),
-    (Kernel::GatedGeluInt8Tiled, shaders::GATED_GELU, TILED_PAIRS),
-    (Kernel::GatedGeluF32Tiled, shaders::GATED_GELU, F32_TILED_PAIRS),
-    (Kernel::ExpertDownInt8Tiled, shaders::EXPERT_DOWN, TILED_PAIRS),
-    (Kernel::ExpertDownF32Tiled, shaders::EXPERT_DOWN, F32_TILED_PAIRS),
-    (Kernel::ExpertCombine, shaders::EXPERT_COMBINE, &[]),
-    (Kernel::MoeRouter, shaders::MOE_ROUTER, &[]),
-    (Kernel::ExpertTiles, shaders::EXPERT_TILES, &[]),
-    (Kernel::RmsNorm, shaders::RMS_NORM, &[]),
-    (Kernel::RmsNormAdd, shaders::RMS_NORM, &[("ADD", 1.0)]),
-    (Kernel::Rope, shaders::ROPE, &[]),
-    (Kernel::MarkSlots, shaders::MARK_SLOTS, &[]),
-    (Kernel::Attention, shaders::ATTENTION, &[]),
-    (Kernel::AttentionCombine, shaders::ATTENTION_COMBINE, &[]),
-    (Kernel::Gather, shaders::GATHER, &[]),
-];
+impl Kernel {
+    fn shader(self) -> (&'static Shader, Constants) {
+        match self {
+            Self::Matmul(variant) => (variant.of(&shaders::MATMUL, &shaders::MATMUL_FAST), variant.constants()),
+            Self::GatedGelu(variant) => {
+                (variant.of(&shaders::GATED_GELU, &shaders::GATED_GELU_FAST), variant.constants())
+            }
+            Self::ExpertDown(variant) => {
+                (variant.of(&shaders::EXPERT_DOWN, &shaders::EXPERT_DOWN_FAST), variant.constants())
+            }
+            Self::ExpertCombine => (&shaders::EXPERT_COMBINE, Vec::new()),
+            Self::MoeRouter => (&shaders::MOE_ROUTER, Vec::new()),
+            Self::ExpertTiles => (&shaders::EXPERT_TILES, Vec::new()),
+            Self::Quantise => (&shaders::QUANTISE, Vec::new()),
+            Self::RmsNorm => (&shaders::RMS_NORM, Vec::new()),
+            Self::RmsNormAdd => (&shaders::RMS_NORM, vec![("ADD", 1.0)]),
+            Self::Rope => (&shaders::ROPE, Vec::new()),
+            Self::MarkSlots => (&shaders::MARK_SLOTS, Vec::new()),
+            Self::Attention => (&shaders::ATTENTION, Vec::new()),
+            Self::AttentionCombine => (&shaders::ATTENTION_COMBINE, Vec::new()),
+            Self::Gather => (&shaders::GATHER, Vec::new()),
+        }
+    }
+}
+
+/// Every kernel that any device may be given, for tools and tests.
+pub fn gpu_kernels() -> Vec<(&'static Shader, Vec<(&'static str, f64)>)> {
+    let mut kernels = ALWAYS.to_vec();
+    let hardware = [Sharing::One, Sharing::Tiled].map(|sharing| (sharing, true));
+    let software = [Sharing::Wide, Sharing::Tiled].map(|sharing| (sharing, false));
+    for held in Held::all() {
+        for (precision, whole) in [(Precision::Exact, true), (Precision::Exact, false), (Precision::Fast, true)] {
+            if precision == Precision::Fast && !held.has_fast() {
+                continue;
+            }
+            for (sharing, unrolled) in hardware.into_iter().chain(software) {
+                let variant = Variant { held, precision, whole, sharing, unrolled };
+                kernels.extend([Kernel::Matmul(variant), Kernel::GatedGelu(variant), Kernel::ExpertDown(variant)]);
+            }
+        }
+    }
+    kernels.into_iter().map(Kernel::shader).collect()
+}
 
 /// A compiled kernel.
 pub(super) struct Pipeline {
     pub(super) pipeline: wgpu::ComputePipeline,
     pub(super) layout: wgpu::BindGroupLayout,
     pub(super) params_bytes: u64,
+    /// Whether each binding from 1 on is written.
+    pub(super) written: &'static [bool],
 }
 
-/// All kernels of a device.
-pub(super) struct Pipelines(Vec<Pipeline>);
+/// The compiled kernels of a device.
+pub(super) struct Pipelines(HashMap<Kernel, Pipeline>);
 
 impl Pipelines {
-    /// Compiles every kernel.
+    /// Compiles the kernels that have no variants.
+    ///
+    /// # Errors
+    /// As [`Pipelines::compile`].
+    pub(super) fn new(device: &wgpu::Device, failure: &Failure) -> Result<Self, KernelError> {
+        let mut made = Self(HashMap::new());
+        for kernel in ALWAYS {
+            made.compile(device, failure, kernel)?;
+        }
+        Ok(made)
+    }
+
+    /// Compiles a kernel, unless it is there.
     ///
     /// # Errors
     /// [`KernelError::DeviceLost`] naming the kernel that the driver refused, and why.
-    pub(super) fn new(device: &wgpu::Device, failure: &Failure) -> Result<Self, KernelError> {
-        let mut made = Vec::with_capacity(KERNELS.len());
-        for (index, (kernel, shader, constants)) in KERNELS.iter().enumerate() {
-            assert_eq!(index, *kernel as usize, "kernels stand in the order of their enum");
-            match failure.guard(|| scoped(device, || pipeline(device, shader, constants)))? {
-                Ok(pipeline) => made.push(pipeline),
-                Err(error) => failure.set(format!("kernel {kernel:?} was refused: {error}")),
-            }
-            failure.check()?;
+    pub(super) fn compile(
+        &mut self,
+        device: &wgpu::Device,
+        failure: &Failure,
+        kernel: Kernel,
+    ) -> Result<(), KernelError> {
+        if self.0.contains_key(&kernel) {
+            return Ok(());
         }
-        Ok(Self(made))
+        let (shader, constants) = kernel.shader();
+        match failure.guard(|| scoped(device, || pipeline(device, shader, &constants)))? {
+            Ok(pipeline) => drop(self.0.insert(kernel, pipeline)),
+            Err(error) => failure.set(format!("kernel {kernel:?} was refused: {error}")),
+        }
+        failure.check()
     }
 
-    pub(super) fn get(&self, kernel: Kernel) -> &Pipeline {
-        &self.0[kernel as usize]
+    /// How many there are.
+    #[cfg(test)]
+    pub(super) fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// `None` when it was not compiled.
+    pub(super) fn get(&self, kernel: Kernel) -> Option<&Pipeline> {
+        self.0.get(&kernel)
     }
 }
 
-fn pipeline(device: &wgpu::Device, shader: &Shader, constants: Constants) -> Pipeline {
+fn pipeline(device: &wgpu::Device, shader: &Shader, constants: &[(&str, f64)]) -> Pipeline {
     let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
         label: Some(shader.name),
-        source: wgpu::ShaderSource::Wgsl(shader.source.into()),
+        source: wgpu::ShaderSource::Wgsl(shader.source().into()),
     });
     let entry = |binding: usize, ty, has_dynamic_offset| wgpu::BindGroupLayoutEntry {
         binding: binding as u32,
@@ -183,5 +238,5 @@ fn pipeline(device: &wgpu::Device, shader: &Shader, constants: Constants) -> Pip
         },
         cache: None,
     });
-    Pipeline { pipeline, layout, params_bytes: shader.params_bytes as u64 }
+    Pipeline { pipeline, layout, params_bytes: shader.params_bytes as u64, written: shader.written }
 }

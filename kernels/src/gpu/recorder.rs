@@ -49,13 +49,15 @@ pub(super) struct Recorder {
     groups: HashMap<GroupKey, wgpu::BindGroup>,
     work: u64,
     may_cut: bool,
+    /// A buffer that was not written since it was to be watched.
+    watched: Option<u64>,
     error: Option<KernelError>,
     staging: Option<wgpu::Buffer>,
     submissions: u64,
 }
 
 impl Recorder {
-    /// Compiles the kernels and makes the uniform buffer.
+    /// Compiles the kernels that every model needs and makes the uniform buffer.
     pub(super) fn new(device: wgpu::Device, queue: wgpu::Queue, failure: Failure) -> Result<Self, KernelError> {
         let pipelines = Pipelines::new(&device, &failure)?;
         let uniforms = device.create_buffer(&wgpu::BufferDescriptor {
@@ -76,6 +78,7 @@ impl Recorder {
             groups: HashMap::new(),
             work: 0,
             may_cut: false,
+            watched: None,
             error: None,
             staging: None,
             submissions: 0,
@@ -87,6 +90,17 @@ impl Recorder {
         self.drop_pending();
         self.error = None;
         self.may_cut = may_cut;
+        self.watched = None;
+    }
+
+    /// Watches one buffer, and no other, for whether it is written.
+    pub(super) fn watch(&mut self, buffer: &GpuBuffer) {
+        self.watched = Some(buffer.id);
+    }
+
+    /// Whether a buffer is the watched one and was not written in this step since.
+    pub(super) fn is_as_watched(&self, buffer: &GpuBuffer) -> bool {
+        self.watched == Some(buffer.id)
     }
 
     /// Keeps the step's first error.
@@ -103,6 +117,12 @@ impl Recorder {
     #[cfg(test)]
     pub(super) fn submissions(&self) -> u64 {
         self.submissions
+    }
+
+    /// Kernels that were compiled, for tests.
+    #[cfg(test)]
+    pub(super) fn compiled(&self) -> usize {
+        self.pipelines.count()
     }
 
     /// Pretends that what is recorded is more work, for tests.
@@ -127,8 +147,18 @@ impl Recorder {
         if !self.pending.is_empty() && (over || self.pending.len() == DISPATCHES_MAX) {
             self.submit();
         }
+        // Kernels of loaded matrices are there; one that is used in another way than foreseen is compiled now.
+        if let Err(error) = self.compile(kernel) {
+            return self.refuse(error);
+        }
+        let Some(pipeline) = self.pipelines.get(kernel) else { return };
         let bytes = bytemuck::bytes_of(params);
-        assert_eq!(bytes.len() as u64, self.pipelines.get(kernel).params_bytes, "{kernel:?} is given other parameters");
+        assert_eq!(bytes.len() as u64, pipeline.params_bytes, "{kernel:?} is given other parameters");
+        let written =
+            buffers.iter().zip(pipeline.written).any(|(buffer, written)| *written && Some(buffer.id) == self.watched);
+        if written {
+            self.watched = None;
+        }
         let offset = self.uniform_bytes.len();
         self.uniform_bytes.extend_from_slice(bytes);
         self.uniform_bytes.resize(offset + UNIFORM_STRIDE, 0);
@@ -137,16 +167,25 @@ impl Recorder {
             *id = buffer.id;
         }
         let key = (kernel, ids);
-        let group = self.bind_group(key, buffers);
+        let Some(group) = self.bind_group(key, buffers) else { return };
         self.pending.push(Dispatch { kernel, key, group, offset: offset as u32, workgroups });
         self.work = self.work.saturating_add(work);
     }
 
-    fn bind_group(&mut self, key: GroupKey, buffers: &[&GpuBuffer]) -> wgpu::BindGroup {
+    /// Compiles a kernel, unless it is there.
+    ///
+    /// # Errors
+    /// As [`Pipelines::compile`].
+    pub(super) fn compile(&mut self, kernel: Kernel) -> Result<(), KernelError> {
+        self.pipelines.compile(&self.device, &self.failure, kernel)
+    }
+
+    /// `None` when the kernel was not compiled.
+    fn bind_group(&mut self, key: GroupKey, buffers: &[&GpuBuffer]) -> Option<wgpu::BindGroup> {
         if let Some(group) = self.groups.get(&key) {
-            return group.clone();
+            return Some(group.clone());
         }
-        let pipeline = self.pipelines.get(key.0);
+        let pipeline = self.pipelines.get(key.0)?;
         let mut entries =
             vec![wgpu::BindGroupEntry { binding: 0, resource: whole(&self.uniforms, pipeline.params_bytes) }];
         for (index, buffer) in buffers.iter().enumerate() {
@@ -164,7 +203,7 @@ impl Recorder {
             self.groups.clear();
         }
         self.groups.insert(key, group.clone());
-        group
+        Some(group)
     }
 
     /// Writes into a buffer now, after everything that was recorded and uses it.
@@ -174,6 +213,9 @@ impl Recorder {
         }
         if self.pending.iter().any(|dispatch| dispatch.key.1.contains(&buffer.id)) {
             self.submit();
+        }
+        if self.is_as_watched(buffer) {
+            self.watched = None;
         }
         let written = self.failure.guard(|| self.queue.write_buffer(&buffer.buffer, offset, bytes));
         if let Err(error) = written {
@@ -293,7 +335,9 @@ impl Recorder {
         let mut current = None;
         for dispatch in &self.pending {
             if current != Some(dispatch.kernel) {
-                pass.set_pipeline(&self.pipelines.get(dispatch.kernel).pipeline);
+                // What is pending was compiled when it was recorded.
+                let Some(pipeline) = self.pipelines.get(dispatch.kernel) else { continue };
+                pass.set_pipeline(&pipeline.pipeline);
                 current = Some(dispatch.kernel);
             }
             pass.set_bind_group(0, &dispatch.group, &[dispatch.offset]);

@@ -5,31 +5,74 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::ops::{attention, expert_down, gated_gelu, gather, matmul, moe_router, rms_norm, rope};
+use crate::{
+    Precision,
+    ops::{attention, expert_down, gated_gelu, gather, matmul, moe_router, quantise, rms_norm, rope},
+};
 
 /// A shader's source and how its bindings are used. Its entry point has its name.
 #[derive(Clone, Copy, Debug)]
 pub struct Shader {
     /// Name of file, entry point and label.
     pub name: &'static str,
-    /// The text.
-    pub source: &'static str,
+    text: &'static str,
+    joined: Joined,
     /// Size of its uniform parameters in Rust.
     pub params_bytes: usize,
     /// Whether each storage binding, from binding 1 on, is written.
     pub written: &'static [bool],
 }
 
+/// What a shader is joined with: WGSL cannot give an array of weights to a function, so each such array gets functions of its own.
+#[derive(Clone, Copy, Debug)]
+enum Joined {
+    Alone,
+    /// Products of rows with the bindings of these names.
+    Products(Precision, &'static [&'static str]),
+    /// The same for pairs of rows and experts.
+    PairProducts(Precision, &'static [&'static str]),
+}
+
+/// A file that shaders are joined with.
+macro_rules! shared {
+    ($name:literal) => {
+        include_str!(concat!("../ops/product/", $name, ".wgsl"))
+    };
+}
+
+impl Shader {
+    /// The whole text: the shader's file, and what it is joined with. `MATRIX` in files that stand for one matrix becomes its name.
+    pub fn source(&self) -> String {
+        let mut source = self.text.to_owned();
+        let (precision, names) = match self.joined {
+            Joined::Alone => return source,
+            Joined::Products(precision, names) => (precision, names),
+            Joined::PairProducts(precision, names) => {
+                source.push_str(shared!("pairs"));
+                (precision, names)
+            }
+        };
+        let (inputs, product) = match precision {
+            Precision::Exact => (shared!("inputs"), shared!("product")),
+            Precision::Fast => (shared!("inputs_fast"), shared!("product_fast")),
+        };
+        source.push_str(shared!("columns"));
+        source.push_str(inputs);
+        for name in names {
+            source.push_str(&shared!("matrix").replace("MATRIX", name));
+            source.push_str(&product.replace("MATRIX", name));
+        }
+        source
+    }
+}
+
 macro_rules! shaders {
-    ($($constant:ident = $op:literal / $name:literal $(with $shared:literal)?,
-        $params:ty, [$($written:literal),*];)*) => {
+    ($($constant:ident = $op:literal / $name:literal, $joined:expr, $params:ty, [$($written:literal),*];)*) => {
         $(
             pub(super) const $constant: Shader = Shader {
                 name: $name,
-                source: concat!(
-                    include_str!(concat!("../ops/", $op, "/", $name, ".wgsl")),
-                    $(include_str!(concat!("../ops/", $shared, ".wgsl")))?
-                ),
+                text: include_str!(concat!("../ops/", $op, "/", $name, ".wgsl")),
+                joined: $joined,
                 params_bytes: size_of::<$params>(),
                 written: &[$($written),*],
             };
@@ -40,20 +83,27 @@ macro_rules! shaders {
 }
 
 shaders! {
-    MATMUL = "matmul" / "matmul" with "columns", MatmulParams, [false, false, false, true];
-    GATED_GELU = "gated_gelu" / "gated_gelu" with "columns", ExpertParams<gated_gelu::Params>,
-        [false, false, false, false, false, false, true];
-    EXPERT_DOWN = "expert_down" / "expert_down" with "columns", ExpertParams<expert_down::Params>,
-        [false, false, false, false, true];
-    EXPERT_COMBINE = "expert_down" / "expert_combine", CombineParams, [false, false, true];
-    MOE_ROUTER = "moe_router" / "moe_router", moe_router::Params, [false, false, true, true];
-    EXPERT_TILES = "moe_router" / "expert_tiles", TilesParams, [false, true];
-    RMS_NORM = "rms_norm" / "rms_norm", rms_norm::Params, [false, false, true];
-    ROPE = "rope" / "rope", RopeParams, [true, false, false, false, false, true, true];
-    MARK_SLOTS = "attention" / "mark_slots", MarkParams, [false, true];
-    ATTENTION = "attention" / "attention", AttentionUniform, [false, false, false, false, false, false, true, true];
-    ATTENTION_COMBINE = "attention" / "attention_combine", AttentionCombineParams, [false, false, true];
-    GATHER = "gather" / "gather", GatherParams, [false, false, true];
+    MATMUL = "matmul" / "matmul", Joined::Products(Precision::Exact, &["weights"]), MatmulParams, [false, false, false, false, true];
+    GATED_GELU = "gated_gelu" / "gated_gelu", Joined::PairProducts(Precision::Exact, &["gate", "up"]), ExpertParams<gated_gelu::Params>,
+        [false, false, false, false, false, false, false, true];
+    EXPERT_DOWN = "expert_down" / "expert_down", Joined::PairProducts(Precision::Exact, &["down"]), ExpertParams<expert_down::Params>,
+        [false, false, false, false, false, true];
+    MATMUL_FAST = "matmul" / "matmul", Joined::Products(Precision::Fast, &["weights"]), MatmulParams, [false, false, false, false, true];
+    GATED_GELU_FAST = "gated_gelu" / "gated_gelu", Joined::PairProducts(Precision::Fast, &["gate", "up"]), ExpertParams<gated_gelu::Params>,
+        [false, false, false, false, false, false, false, true];
+    EXPERT_DOWN_FAST = "expert_down" / "expert_down", Joined::PairProducts(Precision::Fast, &["down"]), ExpertParams<expert_down::Params>,
+        [false, false, false, false, false, true];
+    QUANTISE = "quantise" / "quantise", Joined::Alone, quantise::Params, [false, true, true];
+    EXPERT_COMBINE = "expert_down" / "expert_combine", Joined::Alone, CombineParams, [false, false, true];
+    MOE_ROUTER = "moe_router" / "moe_router", Joined::Alone, moe_router::Params, [false, false, true, true];
+    EXPERT_TILES = "moe_router" / "expert_tiles", Joined::Alone, TilesParams, [false, true];
+    RMS_NORM = "rms_norm" / "rms_norm", Joined::Alone, rms_norm::Params, [false, false, true];
+    ROPE = "rope" / "rope", Joined::Alone, RopeParams, [true, false, false, false, false, true, true];
+    MARK_SLOTS = "attention" / "mark_slots", Joined::Alone, MarkParams, [false, true];
+    ATTENTION = "attention" / "attention", Joined::Alone, AttentionUniform,
+        [false, false, false, false, false, false, true, true];
+    ATTENTION_COMBINE = "attention" / "attention_combine", Joined::Alone, AttentionCombineParams, [false, false, true];
+    GATHER = "gather" / "gather", Joined::Alone, GatherParams, [false, false, true];
 }
 
 #[repr(C)]

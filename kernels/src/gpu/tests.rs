@@ -2,14 +2,16 @@
 //!
 //! `GPU_REQUIRED=1` makes a missing adapter fail; else tests say that they are skipped. `GPU_NAME` picks an adapter by name.
 
-use grokpipe_model::{Format, Layout};
+use std::ops::Range;
 
-use super::{GpuBackend, GpuChoice, GpuOptions};
+use grokpipe_model::{BlockType, Format, Layout};
+
+use super::{GpuBackend, GpuChoice, GpuMatrix, GpuOptions};
 use crate::{
     Backend, KernelError, check_batch_invariance,
     ops::{
         self,
-        testing::{Random, TestMatrix, compare_bits, download, single_tokens, upload},
+        testing::{Random, TestMatrix, compare_bits, download, seed, single_tokens, upload},
     },
 };
 
@@ -18,8 +20,12 @@ fn choice() -> GpuChoice {
 }
 
 /// A backend whose shards have at most `shard_bytes`, or `None` where there is no adapter.
-fn open(shard_bytes: Option<u64>) -> Option<GpuBackend> {
-    match GpuBackend::open_with(&choice(), &GpuOptions { max_shard_bytes: shard_bytes }) {
+pub(super) fn open(shard_bytes: Option<u64>) -> Option<GpuBackend> {
+    open_with(&GpuOptions { max_shard_bytes: shard_bytes, ..GpuOptions::default() })
+}
+
+pub(super) fn open_with(options: &GpuOptions) -> Option<GpuBackend> {
+    match GpuBackend::open_with(&choice(), options) {
         Ok(backend) => Some(backend),
         Err(error @ KernelError::NoDevice { .. }) => {
             assert!(std::env::var_os("GPU_REQUIRED").is_none(), "a GPU is required: {error}");
@@ -63,15 +69,21 @@ fn one_row_alone_and_among_thirty_three_has_the_same_bits() {
 }
 
 /// All that an expert layer computes from `x`, and a product of `x` with a float matrix as a head has it.
-fn expert_layer(backend: &mut GpuBackend, seed: u64, format: Format, rows: usize) -> Vec<f32> {
-    let (hidden, ffn) = (96, 264);
+fn expert_layer(
+    backend: &mut GpuBackend,
+    seed: u64,
+    format: Format,
+    (hidden, ffn): (usize, usize),
+    rows: usize,
+) -> Vec<f32> {
+    let layout = if matches!(format, Format::Blocks(_)) { Layout::OutIn } else { Layout::InOut };
     let mut random = Random::new(seed);
     let random = &mut random;
     let x = random.floats(rows * hidden, 2.0);
     let matrix = |random: &mut Random, shape, format, layout| TestMatrix::random(random, shape, format, layout);
     let router = matrix(random, (1, hidden, 8), Format::F32, Layout::InOut);
-    let [gate, up] = [(); 2].map(|()| matrix(random, (8, hidden, ffn), format, Layout::InOut));
-    let down = matrix(random, (8, ffn, hidden), format, Layout::InOut);
+    let [gate, up] = [(); 2].map(|()| matrix(random, (8, hidden, ffn), format, layout));
+    let down = matrix(random, (8, ffn, hidden), format, layout);
     let head = matrix(random, (1, hidden, 301), Format::F32, Layout::OutIn);
     let mut load = |matrix: &TestMatrix| backend.load_matrix(matrix, &mut |_| ()).unwrap();
     let (router, gate, up, down, head) = (load(&router), load(&gate), load(&up), load(&down), load(&head));
@@ -87,21 +99,154 @@ fn expert_layer(backend: &mut GpuBackend, seed: u64, format: Format, rows: usize
     download(backend, &logits, rows)
 }
 
+/// Each way in which a format is held and may be cut: f32, int8 with padded groups, and blocks with every kind of scales.
+const CUT: [Format; 7] = [
+    Format::F32,
+    Format::Int8 { groups: 1 },
+    Format::Int8 { groups: 8 },
+    Format::Blocks(BlockType::Bf16),
+    Format::Blocks(BlockType::Q4_0),
+    Format::Blocks(BlockType::Q4K),
+    Format::Blocks(BlockType::Q6K),
+];
+
 #[test]
 fn shards_do_not_show() {
-    let formats = [Format::Int8 { groups: 1 }, Format::Int8 { groups: 8 }, Format::F32];
-    for format in formats {
+    let Some(mut whole) = open(None) else { return };
+    // One block of columns a shard, one expert in parts, some experts a shard.
+    let mut cut: Vec<_> = [70_000, 150_000, 400_000].into_iter().filter_map(|bytes| open(Some(bytes))).collect();
+    for format in CUT {
+        let sizes = if matches!(format, Format::Blocks(_)) { (256, 256) } else { (96, 264) };
         for rows in [1, 9] {
-            let Some(mut whole) = open(None) else { return };
-            let want = expert_layer(&mut whole, 5, format, rows);
-            // Some experts a shard, one expert in parts, one block of columns a shard.
-            for bytes in [300_000, 130_000, 80_000] {
-                let Some(mut cut) = open(Some(bytes)) else { return };
-                let got = expert_layer(&mut cut, 5, format, rows);
-                compare_bits("expert layer", &(format, rows, bytes), "shards", 5, &got, &want);
+            let want = expert_layer(&mut whole, 5, format, sizes, rows);
+            for (index, backend) in cut.iter_mut().enumerate() {
+                let got = expert_layer(backend, 5, format, sizes, rows);
+                compare_bits("expert layer", &(format, rows, index), "shards", 5, &got, &want);
             }
         }
     }
+}
+
+/// What the operations with weights give for each row, when the rows come in these chunks: hidden of the experts, their sum, and
+/// a product.
+fn in_chunks(backend: &mut GpuBackend, weights: &[GpuMatrix; 5], x: &[f32], chunks: &[Range<usize>]) -> [Vec<f32>; 3] {
+    let [router, gate, up, down, head] = weights;
+    let (hidden, ffn, outputs) = (gate.shape.inputs, gate.shape.outputs, head.shape.outputs);
+    let mut all = [const { Vec::new() }; 3];
+    for chunk in chunks {
+        let rows = chunk.len();
+        let input = upload(backend, &single_tokens(rows), hidden, &x[chunk.start * hidden..chunk.end * hidden]);
+        let mut selection = backend.selection(rows, 2).unwrap();
+        let mut inner = backend.activations(rows * 2, ffn).unwrap();
+        let mut out = backend.activations(rows, down.shape.outputs).unwrap();
+        let mut product = backend.activations(rows, outputs).unwrap();
+        backend.route(&input, router, &mut selection);
+        backend.expert_gate_up(&input, &selection, gate, up, &mut inner);
+        backend.expert_down(&inner, &selection, down, &mut out);
+        backend.matmul(&input, head, 0.5, &mut product);
+        let found = backend.finish(&[(&inner, rows * 2), (&out, rows), (&product, rows)]).unwrap();
+        all.iter_mut().zip(found).for_each(|(all, found)| all.extend(found));
+    }
+    all
+}
+
+/// In every format: rows of a batch of up to 65, in any chunks, have the bits that each has alone.
+pub(super) fn rows_alone_and_in_chunks_have_the_same_bits(backend: &mut GpuBackend) {
+    let seed = seed(31);
+    let mut random = Random::new(seed);
+    let int8 = [(1, 96), (8, 96), (3, 51)].map(|(groups, inputs)| (Format::Int8 { groups }, inputs));
+    let floats = [(Format::F32, 33), (Format::F32, 64), (Format::Blocks(BlockType::F16), 37)];
+    let blocks = BlockType::all().map(|kind| (Format::Blocks(kind), if kind.weights() > 32 { 256 } else { 96 }));
+    for (format, width) in int8.into_iter().chain(floats).chain(blocks) {
+        let layout = if matches!(format, Format::Blocks(_)) { Layout::OutIn } else { Layout::InOut };
+        let router = TestMatrix::random(&mut random, (1, width, 4), Format::F32, Layout::InOut);
+        let shapes = [(4, width, width), (4, width, width), (4, width, 5), (1, width, 70)];
+        let [gate, up, down, head] = shapes.map(|shape| TestMatrix::random(&mut random, shape, format, layout));
+        let matrices = [router, gate, up, down, head];
+        let weights = matrices.map(|matrix| backend.load_matrix(&matrix, &mut |_| ()).unwrap());
+        let rows = 1 + random.below(65);
+        let x = random.floats(rows * width, 1.7);
+        let singles: Vec<_> = (0..rows).map(|row| row..row + 1).collect();
+        let alone = in_chunks(backend, &weights, &x, &singles);
+        let mut chunks = Vec::new();
+        while chunks.last().map_or(0, |chunk: &Range<usize>| chunk.end) < rows {
+            let first = chunks.last().map_or(0, |chunk| chunk.end);
+            chunks.push(first..first + 1 + random.below(rows - first));
+        }
+        let among = in_chunks(backend, &weights, &x, &chunks);
+        for (what, (among, alone)) in ["gate and up", "down", "product"].into_iter().zip(among.iter().zip(&alone)) {
+            compare_bits(what, &(format, width, &chunks), "rows in chunks", seed, among, alone);
+        }
+    }
+}
+
+#[test]
+fn rows_of_every_format_alone_and_in_chunks_have_the_same_bits() {
+    if let Some(mut backend) = open(None) {
+        rows_alone_and_in_chunks_have_the_same_bits(&mut backend);
+    }
+}
+
+#[test]
+fn what_a_matrix_takes_is_known_before_it_is_loaded() {
+    for shard_bytes in [None, Some(100_000)] {
+        let Some(mut backend) = open(shard_bytes) else { return };
+        let int8 = [1, 8].map(|groups| (Format::Int8 { groups }, (3, 88, 70)));
+        let blocks = BlockType::all().map(|kind| (Format::Blocks(kind), (3, 512, 70)));
+        for (format, shape) in int8.into_iter().chain([(Format::F32, (1, 35, 7))]).chain(blocks) {
+            let matrix = TestMatrix::random(&mut Random::new(3), shape, format, Layout::OutIn);
+            let before = backend.memory.allocated();
+            let held = backend.load_matrix(&matrix, &mut |_| ()).unwrap();
+            assert_eq!(backend.held_bytes(&matrix.spec), backend.memory.allocated() - before, "{format}");
+            let limit = backend.memory.shard_bytes();
+            let buffers = held.shards.iter().flat_map(|shard| [&shard.chunks, shard.scales()]);
+            assert!(buffers.into_iter().all(|buffer| buffer.bytes() <= limit), "{format}");
+        }
+        // A full block of columns is held in about the bytes of the file.
+        for (kind, most) in
+            [(BlockType::Q4_0, 1.0), (BlockType::Q8_0, 1.0), (BlockType::Q4K, 1.06), (BlockType::Q6K, 1.32)]
+        {
+            let spec = TestMatrix::random(&mut Random::new(3), (1, 512, 64), Format::Blocks(kind), Layout::OutIn).spec;
+            let (held, stored) = (backend.held_bytes(&spec) as f64, spec.weight_bytes() as f64);
+            assert!(held <= most * stored, "{kind:?}: {held} bytes for {stored}");
+        }
+    }
+}
+
+#[test]
+fn kernels_of_a_matrix_are_compiled_when_it_is_loaded() {
+    let Some(mut backend) = open(None) else { return };
+    let format = Format::Blocks(BlockType::Q4_1);
+    let w = TestMatrix::random(&mut Random::new(6), (1, 64, 64), format, Layout::OutIn);
+    let before = backend.recorder.compiled();
+    let w = backend.load_matrix(&w, &mut |_| ()).unwrap();
+    let loaded = backend.recorder.compiled();
+    assert!(loaded > before);
+    for rows in [1, 5] {
+        let x = upload(&mut backend, &single_tokens(rows), 64, &vec![1.0; rows * 64]);
+        let mut out = backend.activations(rows, 64).unwrap();
+        backend.matmul(&x, &w, 1.0, &mut out);
+        download(&mut backend, &out, rows);
+    }
+    assert_eq!(backend.recorder.compiled(), loaded);
+}
+
+#[test]
+fn a_router_in_blocks_chooses_as_its_numbers_in_f32_do() {
+    let Some(mut backend) = open(None) else { return };
+    let random = &mut Random::new(8);
+    let blocks = TestMatrix::random(random, (1, 64, 8), Format::Blocks(BlockType::Q8_0), Layout::OutIn);
+    let numbers = (0..8).flat_map(|n| (0..64).map(move |k| (k, n))).map(|(k, n)| blocks.at(0, k, n) as f32);
+    let mut floats = TestMatrix::random(random, (1, 64, 8), Format::F32, Layout::OutIn);
+    floats.bytes = numbers.flat_map(f32::to_le_bytes).collect();
+    let x = upload(&mut backend, &single_tokens(5), 64, &random.floats(5 * 64, 2.0));
+    let mut chosen = |matrix: &TestMatrix| {
+        let router = backend.load_router(matrix, &mut |_| ()).unwrap();
+        let mut selection = backend.selection(5, 2).unwrap();
+        backend.route(&x, &router, &mut selection);
+        backend.read_selection(&selection, 5).unwrap()
+    };
+    assert_eq!(chosen(&blocks), chosen(&floats));
 }
 
 #[test]

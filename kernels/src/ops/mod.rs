@@ -10,6 +10,7 @@ pub(crate) mod gated_gelu;
 pub(crate) mod gather;
 pub(crate) mod matmul;
 pub(crate) mod moe_router;
+pub(crate) mod quantise;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 

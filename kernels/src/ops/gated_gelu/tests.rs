@@ -1,6 +1,6 @@
 //! Bound 1e-5 of the largest result: two products as in `matmul`, multiplied, and a `tanh` near 0 whose argument has their error.
 
-use grokpipe_model::{Format, Layout};
+use grokpipe_model::{BlockType, Format, Layout};
 
 use super::{Params, cpu::expert_gate_up};
 use crate::{
@@ -17,7 +17,17 @@ pub(crate) fn check<B: Backend>(backend: &mut B) {
     for (rows, inputs, outputs, size) in
         [(1, 16, 16, 1.0), (1, 17, 5, 1.0), (5, 64, 88, 1.7), (33, 96, 24, 1.7), (2, 64, 130, 60.0), (9, 31, 33, 100.0)]
     {
-        check_one(backend, &mut random, seed, (rows, inputs, outputs), size);
+        let int8 = (Format::Int8 { groups: 1 }, Layout::InOut);
+        check_one(backend, &mut random, seed, (rows, inputs, outputs), size, int8);
+    }
+    for (rows, inputs, outputs) in [(1, 7, 5), (9, 66, 70)] {
+        check_one(backend, &mut random, seed, (rows, inputs, outputs), 1.7, (Format::F32, Layout::OutIn));
+    }
+    for kind in BlockType::all() {
+        for (rows, blocks, outputs) in [(1, 2, 5), (9, 1, 70)] {
+            let shape = (rows, blocks * kind.weights(), outputs);
+            check_one(backend, &mut random, seed, shape, 1.7, (Format::Blocks(kind), Layout::OutIn));
+        }
     }
 }
 
@@ -27,10 +37,11 @@ fn check_one<B: Backend>(
     seed: u64,
     (rows, inputs, outputs): (usize, usize, usize),
     size: f32,
+    (format, layout): (Format, Layout),
 ) {
     let device = backend.info().name.clone();
     let shape = (8, inputs, outputs);
-    let [gate, up] = [(); 2].map(|()| TestMatrix::random(random, shape, Format::Int8 { groups: 1 }, Layout::InOut));
+    let [gate, up] = [(); 2].map(|()| TestMatrix::random(random, shape, format, layout));
     let router = TestMatrix::random(random, (1, inputs, 8), Format::F32, Layout::InOut);
     let x = random.floats(rows * inputs, size);
     let (gates, ups) =
@@ -45,7 +56,7 @@ fn check_one<B: Backend>(
     let (ids, _) = backend.read_selection(&selection, rows).unwrap();
     let params = Params { inputs: inputs as u32, outputs: outputs as u32, groups: 1, chosen: 2 };
     let want = expert_gate_up(params, &x, &ids, &gate, &up);
-    compare("expert_gate_up", &(rows, params, size), &device, seed, &got, &want, BOUND);
+    compare("expert_gate_up", &(rows, params, size, format), &device, seed, &got, &want, BOUND);
 }
 
 /// Gate values of exactly plus and minus 50, and 0, with `up` 1: 50, 0 and 0, all finite.

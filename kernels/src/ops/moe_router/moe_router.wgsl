@@ -1,5 +1,5 @@
 // moe_router: p = softmax(x[t] @ router); the `num_experts_per_tok` largest are chosen, best first, the lower index on a tie.
-// Shapes (row-major): x [rows, hidden_size] f32; router f32 in the layout of columns.wgsl, one block: [hidden_size, 64];
+// Shapes (row-major): x [rows, hidden_size] f32; router f32 as in product/columns.wgsl, one block: [hidden_size / 4, 64, 4];
 // ids u32 and probabilities f32 [rows, num_experts_per_tok].
 // Order of a logit's sum: PARTS partial sums (k mod PARTS) by ascending k, then the parts ascending.
 // Dispatch: one workgroup a row, (rows, 1, 1). At most 64 experts. CPU reference: cpu.rs.
@@ -10,7 +10,7 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> x: array<f32>;                    // [rows, hidden_size]
-@group(0) @binding(2) var<storage, read> router: array<f32>;               // [hidden_size, 64]
+@group(0) @binding(2) var<storage, read> router: array<vec4<f32>>;         // [hidden_size / 4, 64]
 @group(0) @binding(3) var<storage, read_write> ids: array<u32>;            // [rows, num_experts_per_tok]
 @group(0) @binding(4) var<storage, read_write> probabilities: array<f32>;  // [rows, num_experts_per_tok]
 const WORKGROUP: u32 = 128u;
@@ -27,7 +27,7 @@ fn moe_router(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoca
         let expert = task % experts;
         var sum = 0.0;
         for (var k = task / experts; k < params.hidden_size; k += PARTS) {
-            sum = fma(x[row * params.hidden_size + k], router[k * LANES + expert], sum);
+            sum = fma(x[row * params.hidden_size + k], router[k / 4u * LANES + expert][k % 4u], sum);
         }
         partial[task] = sum;
     }

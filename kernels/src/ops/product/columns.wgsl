@@ -1,0 +1,135 @@
+// columns: weights as the device holds them, and how a thread's sums are kept; joined to every shader that multiplies by weights.
+// Columns (outputs) stand in blocks of 64. A chunk is 16 bytes of neighbouring inputs of one column, and the chunks of a block's 64
+// columns stand side by side, [blocks, chunks, 64]: neighbouring threads read neighbouring chunks. What a chunk holds says NUMBERS.
+// A group of inputs shares a scale, and with MINIMA a minimum: w = scale * number - minimum. The last chunk of a group is filled
+// with zeros, and inputs are not read there; so are the columns of the last block beyond the outputs. With HALVED two groups share
+// a chunk. Words of scales stand as chunks do, [blocks, words, 64]; what they hold says SCALES.
+// Order of a sum, whatever the other constants are: in a group four partial sums (k mod 4) by ascending k; groups ascending.
+override NUMBERS: u32 = 0u;
+override OFFSET: f32 = 0.0;             // what NIBBLES are too large by
+override QUADS: u32 = 1u;               // quads of inputs in a chunk; in half of one with HALVED
+override HALVED: bool = false;
+override SCALES: u32 = 0u;
+override MINIMA: bool = false;
+override SUPER: u32 = 8u;               // groups of a super-block
+override WHOLE: bool = false;           // groups are whole chunks
+override UNROLLED: bool = true;         // loops may be unrolled; a software adapter takes seconds to compile that
+override COLUMNS_PER_THREAD: u32 = 1u;  // 1 or 4, COLUMN_THREADS apart
+override COLUMN_THREADS: u32 = 64u;     // 64 / COLUMNS_PER_THREAD
+override ROWS_PER_THREAD: u32 = 1u;     // 1 or 4
+const LANES: u32 = 64u;
+
+// NUMBERS: four f32, eight halves of either kind, sixteen signed bytes, or 32 numbers of four bits: word j has inputs 8 j..8 j + 4
+// in the low halves of its bytes and the next four in the high ones. CODES stand for the values of IQ4_VALUES.
+const F32: u32 = 0u;
+const F16: u32 = 1u;
+const BF16: u32 = 2u;
+const BYTES: u32 = 3u;
+const NIBBLES: u32 = 4u;
+const CODES: u32 = 5u;
+
+// SCALES: none; an f32 a group; a half a group, two groups a word; with MINIMA the half of the minimum beside it; or for SUPER
+// groups a word of two halves (scale and minimum), then a signed byte a group for the scale, then one a group for the minimum.
+const GROUPS: u32 = 1u;
+const HALVES: u32 = 2u;
+const SUPERS: u32 = 3u;
+
+// Something of up to four columns.
+struct Columns {
+    a: vec4<f32>,
+    b: vec4<f32>,
+    c: vec4<f32>,
+    d: vec4<f32>,
+}
+
+struct Chunks {
+    a: vec4<u32>,
+    b: vec4<u32>,
+    c: vec4<u32>,
+    d: vec4<u32>,
+}
+
+// Of a group, a component for each column.
+struct Scales {
+    scale: vec4<f32>,
+    minimum: vec4<f32>,
+}
+
+// Results of up to four rows, a component for each column.
+struct Rows {
+    a: vec4<f32>,
+    b: vec4<f32>,
+    c: vec4<f32>,
+    d: vec4<f32>,
+}
+
+// What the codes -127, -104, ... 113 of IQ4_NL and IQ4_XS stand for, four a word.
+fn iq4(codes: vec4<u32>) -> vec4<i32> {
+    let low = select(vec4<u32>(0xbfad9881u), vec4<u32>(0xf6eaddcfu), (codes & vec4<u32>(4u)) != vec4<u32>());
+    let high = select(vec4<u32>(0x26190d01u), vec4<u32>(0x71594535u), (codes & vec4<u32>(4u)) != vec4<u32>());
+    let word = select(low, high, (codes & vec4<u32>(8u)) != vec4<u32>());
+    return bitcast<vec4<i32>>(word << (vec4<u32>(24u) - 8u * (codes & vec4<u32>(3u)))) >> vec4<u32>(24u);
+}
+
+// Quad `quad` of a chunk of four-bit numbers.
+fn nibbles_of(chunk: vec4<u32>, quad: u32) -> vec4<u32> {
+    return unpack4xU8((chunk[quad / 2u] >> (4u * (quad % 2u))) & 0x0f0f0f0fu);
+}
+
+fn quad_of(chunk: vec4<u32>, quad: u32) -> vec4<f32> {
+    if NUMBERS == F32 { return bitcast<vec4<f32>>(chunk); }
+    if NUMBERS == F16 {
+        return vec4<f32>(unpack2x16float(chunk[2u * quad]), unpack2x16float(chunk[2u * quad + 1u]));
+    }
+    if NUMBERS == BF16 {
+        let pairs = vec2<u32>(chunk[2u * quad], chunk[2u * quad + 1u]);
+        return bitcast<vec4<f32>>(pairs.xxyy << vec4<u32>(16u, 0u, 16u, 0u) & vec4<u32>(0xffff0000u));
+    }
+    if NUMBERS == BYTES { return vec4<f32>(unpack4xI8(chunk[quad])); }
+    if NUMBERS == CODES { return vec4<f32>(iq4(nibbles_of(chunk, quad))); }
+    return vec4<f32>(nibbles_of(chunk, quad)) - OFFSET;
+}
+
+fn quads_of(chunks: Chunks, quad: u32) -> Columns {
+    var w = Columns();
+    w.a = quad_of(chunks.a, quad);
+    if COLUMNS_PER_THREAD > 1u {
+        w.b = quad_of(chunks.b, quad);
+        w.c = quad_of(chunks.c, quad);
+        w.d = quad_of(chunks.d, quad);
+    }
+    return w;
+}
+
+// With HALVED a chunk's second half, so that it can be read as the first one.
+fn second_half(chunks: Chunks) -> Chunks {
+    return Chunks(chunks.a.zwxy, chunks.b.zwxy, chunks.c.zwxy, chunks.d.zwxy);
+}
+
+fn chunks_of_column(groups: u32, length: u32) -> u32 {
+    if HALVED { return groups / 2u; }
+    return groups * ((length + 4u * QUADS - 1u) / (4u * QUADS));
+}
+
+// Words of scales that a column has.
+fn scale_words(groups: u32) -> u32 {
+    if SCALES == GROUPS || (SCALES == HALVES && MINIMA) { return groups; }
+    if SCALES == HALVES { return (groups + 1u) / 2u; }
+    if SCALES == SUPERS { return groups / SUPER * words_of_super(); }
+    return 0u;
+}
+
+fn words_of_super() -> u32 {
+    return 1u + select(1u, 2u, MINIMA) * SUPER / 4u;
+}
+
+// The low (0) or high (1) halves of words.
+fn halves(words: vec4<u32>, high: u32) -> vec4<f32> {
+    let bits = words >> vec4<u32>(16u * high);
+    return vec4<f32>(
+        unpack2x16float(bits.x).x, unpack2x16float(bits.y).x, unpack2x16float(bits.z).x, unpack2x16float(bits.w).x);
+}
+
+fn signed_bytes(words: vec4<u32>, index: u32) -> vec4<f32> {
+    return vec4<f32>(bitcast<vec4<i32>>(words << vec4<u32>(24u - 8u * index)) >> vec4<u32>(24u));
+}
