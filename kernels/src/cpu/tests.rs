@@ -8,7 +8,10 @@ use crate::{
     Backend, KernelError, Precision,
     ops::{
         matmul,
-        testing::{Bound, Random, TestMatrix, compare, compare_bits, download, seed, single_tokens, upload},
+        testing::{
+            Bound, Random, TestMatrix, check_rows_in_chunks, compare, compare_bits, download, seed, single_tokens,
+            upload,
+        },
     },
 };
 
@@ -161,6 +164,15 @@ fn fast_products_have_the_same_bits_on_every_path_and_among_any_rows() {
                 let got = product(backend, &matrix, rows, &x[..rows * 512]);
                 compare_bits("fast matmul", &(rows, format), &name, seed, &got, &want[..rows * 300]);
             }
+        }
+    }
+}
+
+#[test]
+fn rows_of_every_format_and_precision_alone_and_in_chunks_have_the_same_bits() {
+    for precision in [Precision::Exact, Precision::Fast] {
+        for backend in &mut backends_of(precision) {
+            check_rows_in_chunks(backend);
         }
     }
 }

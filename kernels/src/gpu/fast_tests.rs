@@ -4,13 +4,16 @@ use grokpipe_model::{BlockType, Format, Layout};
 
 use super::{
     GpuBackend, GpuOptions,
-    tests::{open, open_with, rows_alone_and_in_chunks_have_the_same_bits},
+    tests::{open, open_with},
 };
 use crate::{
     Backend, CpuBackend, Precision, check_batch_invariance,
     ops::{
         self,
-        testing::{Bound, Random, TestMatrix, compare, compare_bits, download, seed, single_tokens, upload},
+        testing::{
+            Bound, Random, TestMatrix, check_rows_in_chunks, compare, compare_bits, download, seed, single_tokens,
+            upload,
+        },
     },
 };
 
@@ -28,7 +31,7 @@ fn in_fast_one_row_alone_and_among_thirty_three_has_the_same_bits() {
 #[test]
 fn in_fast_rows_of_every_format_alone_and_in_chunks_have_the_same_bits() {
     if let Some(mut backend) = open_fast() {
-        rows_alone_and_in_chunks_have_the_same_bits(&mut backend);
+        check_rows_in_chunks(&mut backend);
     }
 }
 

@@ -2,9 +2,9 @@
 //!
 //! `SEED=17 cargo test` replays a run; without it every test has a fixed seed of its own, printed when it fails.
 
-use std::fmt::Debug;
+use std::{fmt::Debug, ops::Range};
 
-use grokpipe_model::{Format, Layout, MatrixSource, MatrixSpec, ModelError};
+use grokpipe_model::{BlockType, Format, Layout, MatrixSource, MatrixSpec, ModelError};
 
 use crate::{Backend, Batch, KV_BLOCK_TOKENS, Row, synthetic::SyntheticMatrix};
 
@@ -194,4 +194,63 @@ pub(crate) fn upload<B: Backend>(backend: &mut B, batch: &Batch, width: usize, v
 /// The one buffer that a test reads.
 pub(crate) fn download<B: Backend>(backend: &mut B, x: &B::Activations, rows: usize) -> Vec<f32> {
     backend.finish(&[(x, rows)]).unwrap().pop().unwrap()
+}
+
+/// What the operations with weights give for each row, when the rows come in these chunks: hidden of the experts, their sum, and
+/// a product.
+fn in_chunks<B: Backend>(
+    backend: &mut B,
+    weights: &[B::Matrix; 5],
+    [hidden, reduced, outputs]: [usize; 3],
+    x: &[f32],
+    chunks: &[Range<usize>],
+) -> [Vec<f32>; 3] {
+    let [router, gate, up, down, head] = weights;
+    let mut all = [const { Vec::new() }; 3];
+    for chunk in chunks {
+        let rows = chunk.len();
+        let input = upload(backend, &single_tokens(rows), hidden, &x[chunk.start * hidden..chunk.end * hidden]);
+        let mut selection = backend.selection(rows, 2).unwrap();
+        let mut inner = backend.activations(rows * 2, hidden).unwrap();
+        let mut out = backend.activations(rows, reduced).unwrap();
+        let mut product = backend.activations(rows, outputs).unwrap();
+        backend.route(&input, router, &mut selection);
+        backend.expert_gate_up(&input, &selection, gate, up, &mut inner);
+        backend.expert_down(&inner, &selection, down, &mut out);
+        backend.matmul(&input, head, 0.5, &mut product);
+        let found = backend.finish(&[(&inner, rows * 2), (&out, rows), (&product, rows)]).unwrap();
+        all.iter_mut().zip(found).for_each(|(all, found)| all.extend(found));
+    }
+    all
+}
+
+/// In every format: rows of a batch of up to 65, in any chunks, have the bits that each has alone.
+pub(crate) fn check_rows_in_chunks<B: Backend>(backend: &mut B) {
+    let seed = seed(31);
+    let device = backend.info().name.clone();
+    let mut random = Random::new(seed);
+    let int8 = [(1, 96), (8, 96), (3, 51)].map(|(groups, inputs)| (Format::Int8 { groups }, inputs));
+    let floats = [(Format::F32, 33), (Format::F32, 64), (Format::Blocks(BlockType::F16), 37)];
+    let blocks = BlockType::all().map(|kind| (Format::Blocks(kind), if kind.weights() > 32 { 256 } else { 96 }));
+    for (format, width) in int8.into_iter().chain(floats).chain(blocks) {
+        let layout = if matches!(format, Format::Blocks(_)) { Layout::OutIn } else { Layout::InOut };
+        let router = TestMatrix::random(&mut random, (1, width, 4), Format::F32, Layout::InOut);
+        let shapes = [(4, width, width), (4, width, width), (4, width, 5), (1, width, 70)];
+        let [gate, up, down, head] = shapes.map(|shape| TestMatrix::random(&mut random, shape, format, layout));
+        let matrices = [router, gate, up, down, head];
+        let weights = matrices.map(|matrix| backend.load_matrix(&matrix, &mut |_| ()).unwrap());
+        let rows = 1 + random.below(65);
+        let x = random.floats(rows * width, 1.7);
+        let singles: Vec<_> = (0..rows).map(|row| row..row + 1).collect();
+        let alone = in_chunks(backend, &weights, [width, 5, 70], &x, &singles);
+        let mut chunks = Vec::new();
+        while chunks.last().map_or(0, |chunk: &Range<usize>| chunk.end) < rows {
+            let first = chunks.last().map_or(0, |chunk| chunk.end);
+            chunks.push(first..first + 1 + random.below(rows - first));
+        }
+        let among = in_chunks(backend, &weights, [width, 5, 70], &x, &chunks);
+        for (what, (among, alone)) in ["gate and up", "down", "product"].into_iter().zip(among.iter().zip(&alone)) {
+            compare_bits(what, &(format, width, &chunks), &device, seed, among, alone);
+        }
+    }
 }
