@@ -450,7 +450,8 @@ impl Simulation {
     fn drain(&mut self) {
         let chunks = |length: &u32| u64::from(length.div_ceil(self.config.prefill_chunk_tokens)) + 1;
         let work: u64 = self.live.values().map(|(length, wanted, _)| chunks(length) + u64::from(*wanted)).sum();
-        for _step in 0..=work {
+        // What was cancelled under way comes back too.
+        for _step in 0..=work + self.under_way.len() as u64 {
             self.complete_one();
             self.scheduler.check_invariants();
             self.issue();
@@ -467,10 +468,19 @@ proptest! {
 
     #[test]
     fn every_sequence_gets_exactly_its_tokens_and_nothing_leaks(seed: u64) {
-        let mut simulation = Simulation::new(seed);
-        for _step in 0..600 {
-            simulation.step();
-        }
-        simulation.drain();
+        simulate(seed);
     }
+}
+
+fn simulate(seed: u64) {
+    let mut simulation = Simulation::new(seed);
+    for _step in 0..600 {
+        simulation.step();
+    }
+    simulation.drain();
+}
+
+#[test]
+fn what_was_cancelled_under_way_comes_back_when_nobody_else_is_left() {
+    simulate(11_685_830_754_803_041_441);
 }
