@@ -95,6 +95,8 @@ fn small_step<B: Backend>(backend: &mut B, layers: u32) -> Result<f64, KernelErr
         num_key_value_heads: 1,
         head_dim: 16,
         intermediate_size: 32,
+        // Groups of whole blocks, as in Grok-1: what rounds inputs to 8 bits is part of what is measured.
+        scale_groups_row_parallel: 1,
         ..ModelConfig::grok_1()
     };
     let weights = SyntheticWeights::new(config.clone(), 1);

@@ -296,9 +296,14 @@ fn difference(alone: &Frame, split: &Frame) -> Option<String> {
     let numbers =
         |data: &[u8]| -> Vec<f32> { data.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect() };
     let (a, b) = (numbers(&alone.data), numbers(&split.data));
-    let at = (0..a.len().min(b.len())).find(|&at| a[at].to_bits() != b[at].to_bits())?;
+    let common = a.len().min(b.len());
+    // Data of which one is only longer differ behind the common part.
+    let at = (0..common).find(|&at| a[at].to_bits() != b[at].to_bits()).unwrap_or(common);
+    let (Some(one), Some(other)) = (a.get(at), b.get(at)) else {
+        return Some(format!("{} numbers of one worker, {} of several", a.len(), b.len()));
+    };
     let (row, column) = (at / (alone.width as usize).max(1), at % (alone.width as usize).max(1));
-    Some(format!("row {row}, column {column}: {:e} of one worker, {:e} of several", a[at], b[at]))
+    Some(format!("row {row}, column {column}: {one:e} of one worker, {other:e} of several"))
 }
 
 #[cfg(test)]
@@ -355,5 +360,6 @@ mod tests {
         assert_eq!(difference(&one, &one.clone()), None);
         let text = difference(&one, &frame(&[1.0, 2.0, -0.0, 5.0])).unwrap();
         assert!(text.starts_with("row 1, column 0"), "{text}: equal numbers of other bytes differ too");
+        assert!(difference(&one, &frame(&[1.0, 2.0])).unwrap().starts_with("4 numbers"));
     }
 }

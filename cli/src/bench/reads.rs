@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use grokpipe_model::{LayerTensor, ModelConfig, TensorName, WeightSource, layer_matrices};
 
+use super::CHUNK_ROWS;
 use crate::error::CliError;
 
 /// Bytes of weights that steps read.
@@ -51,6 +52,13 @@ impl Reads {
         let left_out = 1.0 - self.chosen as f64 / self.num_experts as f64;
         self.fixed as f64 + self.experts as f64 * (1.0 - left_out.powi(tokens as i32))
     }
+
+    /// Bytes of a prompt of this many tokens, chunk after chunk.
+    pub(super) fn prompt_bytes(&self, tokens: u32) -> f64 {
+        let rest = tokens % CHUNK_ROWS;
+        let whole = f64::from(tokens / CHUNK_ROWS) * self.step_bytes(CHUNK_ROWS);
+        whole + if rest > 0 { self.step_bytes(rest) } else { 0.0 }
+    }
 }
 
 #[cfg(test)]
@@ -70,5 +78,8 @@ mod tests {
         assert!((numbers..numbers + 3e6).contains(&one), "{one}");
         let all = f64::from(88_080_384) + 8.0 * 3.0 * 6144.0 * 32_768.0;
         assert!((reads.step_bytes(64) / all - 1.0).abs() < 1e-3);
+        // A chunk reads them, whatever the chunks before it read.
+        assert_eq!(reads.prompt_bytes(100), reads.step_bytes(100));
+        assert_eq!(reads.prompt_bytes(1025), 2.0 * reads.step_bytes(512) + one);
     }
 }

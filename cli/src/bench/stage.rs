@@ -219,7 +219,7 @@ impl Report {
     fn bytes_a_token(&self, measured: &Measured) -> f64 {
         match measured.test {
             "decode" => self.reads.step_bytes(measured.batch) / f64::from(measured.batch),
-            _ => self.reads.step_bytes(measured.prompt) / f64::from(measured.prompt),
+            _ => self.reads.prompt_bytes(measured.prompt) / f64::from(measured.prompt),
         }
     }
 

@@ -384,7 +384,9 @@ impl Cluster {
     /// prediction is.
     pub fn step_done(&mut self, epoch: u64, tokens: usize, seconds: f64, timings: &[StageTiming]) {
         let is_planned_for = tokens == self.settings.wishes.batch_tokens as usize && epoch == self.epoch;
-        if let Some(active) = self.active.as_mut().filter(|_| is_planned_for) {
+        if let Some(active) = self.active.as_mut().filter(|_| is_planned_for)
+            && active.stages.len() == timings.len()
+        {
             active.measured.step(seconds, timings);
         }
     }

@@ -132,8 +132,10 @@ impl Report {
 
     /// Bytes that each token of a test reads.
     fn bytes_a_token(&self, test: Test) -> f64 {
-        let tokens = test.batch().max(test.prompt());
-        self.reads.step_bytes(tokens) / f64::from(tokens)
+        match test {
+            Test::Decode { batch, .. } => self.reads.step_bytes(batch) / f64::from(batch),
+            Test::Prefill { prompt } => self.reads.prompt_bytes(prompt) / f64::from(prompt),
+        }
     }
 
     pub(super) fn to_json(&self) -> Value {

@@ -51,7 +51,7 @@ impl Simd for Portable {
 
 impl Dots for Portable {
     const PACKING: Packing = Packing { parts: 1, flip: 0 };
-    const MANY_REGISTERS: bool = cfg!(target_arch = "aarch64");
+    const MANY_REGISTERS: bool = false;
     type W = Word;
     type F = [f32; LANES];
     type I = [i32; LANES];
