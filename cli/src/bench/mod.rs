@@ -10,10 +10,14 @@ mod stage;
 
 use std::{error::Error, ops::Range, path::Path};
 
+use grokpipe_kernels::Precision;
 use grokpipe_model::ModelError;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::weights::{Shape, SyntheticArgs, Weights};
+use crate::{
+    config::parse_precision,
+    weights::{Shape, SyntheticArgs, Weights},
+};
 
 /// Decode steps before the ones that count: caches, clocks and page tables settle.
 const WARM_UP_STEPS: u32 = 2;
@@ -25,6 +29,26 @@ const CHUNK_ROWS: u32 = 512;
 pub(crate) struct Args {
     #[command(subcommand)]
     what: What,
+}
+
+/// What `stage` and `pipeline` time, how often, and how they tell it.
+#[derive(Clone, Debug, clap::Args)]
+struct TestArgs {
+    /// fast multiplies quantised weights by 8-bit inputs, exact by f32
+    #[arg(long, value_name = "exact|fast", value_parser = parse_precision, default_value = "fast")]
+    precision: Precision,
+    /// Lengths of prompts whose prefill is timed
+    #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=8192))]
+    prompt: Vec<u32>,
+    /// Numbers of sequences that decode together
+    #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64), default_value = "1")]
+    batch: Vec<u32>,
+    /// Times that everything is measured
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100), default_value_t = 3)]
+    repeat: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, clap::Subcommand)]

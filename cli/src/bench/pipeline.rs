@@ -15,7 +15,6 @@ use grokpipe_coordinator::{
     facts::{self, ModelFacts, PlanWishes},
     planner::{self, Objective, Overhead, WorkerResources},
 };
-use grokpipe_kernels::Precision;
 use grokpipe_proto::v1::Frame;
 
 use self::{
@@ -23,10 +22,10 @@ use self::{
     stages::{Arrangement, Cluster, Member, Setup},
     workload::Test,
 };
-use super::{open, parse_layers, progress_bar, reads::Reads};
+use super::{TestArgs, open, parse_layers, progress_bar, reads::Reads};
 use crate::{
     common,
-    config::parse_precision,
+    config::precision_name,
     error::CliError,
     machine,
     plan::even_shares,
@@ -52,24 +51,11 @@ pub(super) struct Args {
     /// CPU threads of each worker
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024), default_value_t = 1)]
     threads: u32,
-    /// fast multiplies quantised weights by 8-bit inputs, exact by f32
-    #[arg(long, value_name = "exact|fast", value_parser = parse_precision, default_value = "fast")]
-    precision: Precision,
-    /// Lengths of prompts whose prefill is timed
-    #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=8192))]
-    prompt: Vec<u32>,
     /// Tokens that each sequence decodes
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096), default_value_t = 64)]
     r#gen: u32,
-    /// Numbers of sequences that decode together
-    #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64), default_value = "1")]
-    batch: Vec<u32>,
-    /// Times that everything is measured
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100), default_value_t = 3)]
-    repeat: u32,
-    /// Print one JSON object
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    tests: TestArgs,
 }
 
 /// Runs `bench pipeline`; no process is left when it returns.
@@ -86,7 +72,7 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let measured = runtime.block_on(measure(args, &weights, layers));
     runtime.shutdown_background();
     let report = measured?;
-    if args.json {
+    if args.tests.json {
         println!("{}", report.to_json());
     } else {
         print!("{}", report.render());
@@ -139,7 +125,7 @@ async fn measure(args: &Args, weights: &Weights, layers: Range<u32>) -> Result<R
             let mut bench = Bench::new(&mut cluster, &arrangements, weights, layers.start == 0);
             let mut tested = Vec::new();
             for &test in &tests {
-                let mut found = bench.test(test, args.repeat).await?;
+                let mut found = bench.test(test, args.tests.repeat).await?;
                 found.alone.predicted = predicted(&facts, &arrangements[0], test)?;
                 found.split.predicted = predicted(&facts, &arrangements[1], test)?;
                 tested.push(found);
@@ -149,7 +135,7 @@ async fn measure(args: &Args, weights: &Weights, layers: Range<u32>) -> Result<R
                 model: weights.config.name.clone(),
                 device: hello.device.clone(),
                 threads: args.threads,
-                precision: precision(args),
+                precision: precision_name(args.tests.precision),
                 layers,
                 workers: args.workers,
                 bandwidth: hello.read_bandwidth,
@@ -189,13 +175,9 @@ fn predicted(facts: &ModelFacts, arrangement: &Arrangement, test: Test) -> Resul
     Ok(Some(f64::from(test.batch()) / seconds))
 }
 
-fn precision(args: &Args) -> &'static str {
-    if args.precision == Precision::Fast { "fast" } else { "exact" }
-}
-
 fn tests(args: &Args) -> Vec<Test> {
-    let decodes = args.batch.iter().map(|&batch| Test::Decode { batch, tokens: args.r#gen });
-    decodes.chain(args.prompt.iter().map(|&prompt| Test::Prefill { prompt })).collect()
+    let decodes = args.tests.batch.iter().map(|&batch| Test::Decode { batch, tokens: args.r#gen });
+    decodes.chain(args.tests.prompt.iter().map(|&prompt| Test::Prefill { prompt })).collect()
 }
 
 /// What every worker is told of its weights and its device.
@@ -209,7 +191,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         }
     };
     let threads = args.threads.to_string();
-    let more = ["--device", &args.device, "--threads", &threads, "--precision", precision(args)];
+    let more = ["--device", &args.device, "--threads", &threads, "--precision", precision_name(args.tests.precision)];
     flags.extend(more.map(OsString::from));
     flags
 }

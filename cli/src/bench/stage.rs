@@ -9,9 +9,9 @@ use grokpipe_kernels::{Batch, KV_BLOCK_TOKENS, Precision, Row, Stage, StageOptio
 use grokpipe_model::ModelConfig;
 use serde_json::{Value, json};
 
-use super::{CHUNK_ROWS, WARM_UP_STEPS, inputs, open, parse_layers, progress_bar, reads::Reads, repeated};
+use super::{CHUNK_ROWS, TestArgs, WARM_UP_STEPS, inputs, open, parse_layers, progress_bar, reads::Reads, repeated};
 use crate::{
-    config::parse_precision,
+    config::precision_name,
     error::CliError,
     machine,
     text::Table,
@@ -34,24 +34,11 @@ pub(super) struct Args {
     /// Threads of the CPU backend; all cores if not given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
-    /// fast multiplies quantised weights by 8-bit inputs, exact by f32
-    #[arg(long, value_name = "exact|fast", value_parser = parse_precision, default_value = "fast")]
-    precision: Precision,
-    /// Lengths of prompts whose prefill is timed
-    #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=8192))]
-    prompt: Vec<u32>,
     /// Tokens that each sequence decodes
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096), default_value_t = 16)]
     r#gen: u32,
-    /// Numbers of sequences that decode together
-    #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64), default_value = "1")]
-    batch: Vec<u32>,
-    /// Times that everything is measured
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100), default_value_t = 3)]
-    repeat: u32,
-    /// Print one JSON object
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    tests: TestArgs,
 }
 
 /// Runs `bench stage`.
@@ -68,10 +55,10 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
             .into());
     }
     let threads = args.threads.unwrap_or_else(machine::cores) as usize;
-    let mut device = select_device(&args.device, threads, args.precision)?;
+    let mut device = select_device(&args.device, threads, args.tests.precision)?;
     let bandwidth = device.measure_read_bandwidth()?;
-    let longest = args.prompt.iter().copied().max().unwrap_or(0);
-    let sequences = args.batch.iter().copied().max().unwrap_or(1);
+    let longest = args.tests.prompt.iter().copied().max().unwrap_or(0);
+    let sequences = args.tests.batch.iter().copied().max().unwrap_or(1);
     let decoded = WARM_UP_STEPS + args.r#gen;
     let blocks = |tokens: u32| tokens.div_ceil(KV_BLOCK_TOKENS as u32);
     let options = StageOptions {
@@ -93,19 +80,19 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let load_seconds = started.elapsed().as_secs_f64();
     let mut bench = Bench { stage: stage.as_mut(), config: &config, is_first: layers.start == 0, has_head };
     let mut results = Vec::new();
-    for &batch in &args.batch {
-        let seconds = repeated(args.repeat, || bench.decode(batch, args.r#gen))?;
+    for &batch in &args.tests.batch {
+        let seconds = repeated(args.tests.repeat, || bench.decode(batch, args.r#gen))?;
         results.push(Measured { test: "decode", batch, prompt: 0, tokens: batch * args.r#gen, seconds });
     }
-    for &prompt in &args.prompt {
-        let seconds = repeated(args.repeat, || bench.prefill(prompt))?;
+    for &prompt in &args.tests.prompt {
+        let seconds = repeated(args.tests.repeat, || bench.prefill(prompt))?;
         results.push(Measured { test: "prefill", batch: 1, prompt, tokens: prompt, seconds });
     }
     let report = Report {
         model: config.name.clone(),
         device: stage.device().name.clone(),
         threads,
-        precision: args.precision,
+        precision: args.tests.precision,
         layers,
         weights_bytes: stage.weights_bytes(),
         load_seconds,
@@ -114,7 +101,7 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         reads,
         results,
     };
-    if args.json {
+    if args.tests.json {
         println!("{}", report.to_json());
     } else {
         print!("{}", report.render());
@@ -223,10 +210,6 @@ impl Report {
         }
     }
 
-    fn precision(&self) -> &'static str {
-        if self.precision == Precision::Fast { "fast" } else { "exact" }
-    }
-
     fn to_json(&self) -> Value {
         let results: Vec<Value> = self
             .results
@@ -255,7 +238,7 @@ impl Report {
                 "read_gigabytes_per_second": self.bandwidth / 1e9,
             },
             "model": self.model,
-            "precision": self.precision(),
+            "precision": precision_name(self.precision),
             "layers": [self.layers.start, self.layers.end],
             "weights_bytes": self.weights_bytes,
             "load_seconds": self.load_seconds,
@@ -272,7 +255,8 @@ impl Report {
         let peak =
             self.peak_memory.map_or(String::new(), |bytes| format!(", peak memory {:.2} GB", bytes as f64 / 1e9));
         text += &format!("loaded {gigabytes:.2} GB in {:.1} s, {rate:.1} GB/s{peak}\n", self.load_seconds);
-        text += &format!("precision {}; memory reads {:.1} GB/s\n\n", self.precision(), self.bandwidth / 1e9);
+        text +=
+            &format!("precision {}; memory reads {:.1} GB/s\n\n", precision_name(self.precision), self.bandwidth / 1e9);
         let mut table =
             Table::new(&["test", "tokens/s", "least", "most", "a token", "reads", "GB/s", "of memory", "GFLOP/s"]);
         for measured in &self.results {

@@ -233,6 +233,14 @@ pub(crate) fn precision(text: &str) -> Option<Precision> {
     }
 }
 
+/// The word that [`precision`] reads.
+pub(crate) fn precision_name(precision: Precision) -> &'static str {
+    match precision {
+        Precision::Exact => "exact",
+        Precision::Fast => "fast",
+    }
+}
+
 /// As [`precision`], for a flag.
 ///
 /// # Errors

@@ -2,12 +2,11 @@
 
 use std::{ffi::OsString, path::Path, process::Stdio};
 
-use grokpipe_kernels::Precision;
 use tokio::process::Command;
 
 use super::reach::Reach;
 use crate::{
-    config::{Config, WorkerSection},
+    config::{Config, WorkerSection, precision_name},
     error::CliError,
     logging,
 };
@@ -180,8 +179,7 @@ fn worker_args(worker: &WorkerSection, reach: &Reach) -> Vec<String> {
         args.extend(["--memory".to_owned(), memory.0.to_string()]);
     }
     if let Some(precision) = worker.precision {
-        let text = if precision == Precision::Fast { "fast" } else { "exact" };
-        args.extend(["--precision".to_owned(), text.to_owned()]);
+        args.extend(["--precision".to_owned(), precision_name(precision).to_owned()]);
     }
     args
 }

@@ -8,6 +8,7 @@
 use std::ops::Range;
 
 use super::{
+    math::ROUND,
     packed::{BLOCK, Packed, SUPER, Scaling},
     simd::{Dots, Kernel, LANES, Simd},
 };
@@ -18,9 +19,6 @@ pub(super) const AHEAD: usize = 6144;
 const AHEAD_BLOCKS: usize = 16;
 /// Rows of a tile at most.
 const MOST_ROWS: usize = 4;
-
-/// Added to a number below 2^22 this rounds it to an integer, to even, and leaves the integer in the low bits.
-const ROUND: f32 = 12_582_912.0;
 
 /// Rows of inputs as 8-bit numbers.
 #[derive(Default)]

@@ -5,11 +5,12 @@
 
 use crate::ops::gated_gelu::{CUBE_FACTOR, SQRT_2_OVER_PI};
 
+/// Added to a number below 2^22 this rounds it to an integer, to even, and leaves the integer in the low bits.
+pub(super) const ROUND: f32 = 12_582_912.0;
+
 /// `e^x`, within 2 units in the last place; 0 below -87.3, where the result would not be a normal number; capped at `x = 88`.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    // Added to a number below 2^22 this rounds it to an integer, to even, and leaves the integer in the low bits.
-    const ROUND: f32 = 12_582_912.0;
     let capped = if x > 88.0 { 88.0 } else { x };
     let clamped = if capped < -87.3 { -87.3 } else { capped };
     let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);

@@ -236,13 +236,18 @@ impl Dots for Avx2 {
 
     #[inline(always)]
     fn prefetch<T>(self, place: &T, ahead: usize) {
-        // SAFETY: a prefetch reads nothing: an address without memory behind it is passed over.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(place).cast::<i8>().wrapping_add(ahead)) }
+        prefetch::<_MM_HINT_T0, T>(place, ahead);
     }
 
     #[inline(always)]
     fn prefetch_far<T>(self, place: &T, ahead: usize) {
-        // SAFETY: as in `prefetch`.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(place).cast::<i8>().wrapping_add(ahead)) }
+        prefetch::<_MM_HINT_T1, T>(place, ahead);
     }
+}
+
+/// Asks for the line `ahead` bytes behind `place`, into the cache that `HINT` means.
+#[inline(always)]
+pub(super) fn prefetch<const HINT: i32, T>(place: &T, ahead: usize) {
+    // SAFETY: a prefetch reads nothing: an address without memory behind it is passed over.
+    unsafe { _mm_prefetch::<HINT>(std::ptr::from_ref(place).cast::<i8>().wrapping_add(ahead)) }
 }

@@ -7,7 +7,7 @@
 
 use std::{arch::x86_64::*, mem::transmute};
 
-use super::{Avx2, Dots, Kernel, LANES, Packing, Simd, Word};
+use super::{Avx2, Dots, Kernel, LANES, Packing, Simd, Word, avx2::prefetch};
 
 /// Proof of AVX-512 F, BW and VNNI, and of what [`Avx2`] proves. CPUs with AVX-512 but without VNNI take the AVX2 path.
 #[derive(Clone, Copy)]
@@ -198,13 +198,11 @@ impl Dots for Avx512 {
 
     #[inline(always)]
     fn prefetch<T>(self, place: &T, ahead: usize) {
-        // SAFETY: a prefetch reads nothing: an address without memory behind it is passed over.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(place).cast::<i8>().wrapping_add(ahead)) }
+        prefetch::<_MM_HINT_T0, T>(place, ahead);
     }
 
     #[inline(always)]
     fn prefetch_far<T>(self, place: &T, ahead: usize) {
-        // SAFETY: as in `prefetch`.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(place).cast::<i8>().wrapping_add(ahead)) }
+        prefetch::<_MM_HINT_T1, T>(place, ahead);
     }
 }
