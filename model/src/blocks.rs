@@ -44,7 +44,7 @@ const TABLE: [(BlockType, &str, u32, usize, usize); 14] = [
 ];
 
 /// What the sixteen codes of the IQ4 formats stand for.
-const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+pub const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 impl BlockType {
     /// All of them.
@@ -118,6 +118,15 @@ impl BlockType {
     }
 }
 
+/// What the numbers stand for that [`BlockType::unpack`] writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Codes {
+    /// `q` less this.
+    Offset(u8),
+    /// The place of a weight in [`IQ4_VALUES`].
+    Iq4,
+}
+
 /// The scales of a block as they are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct UnpackedScales {
@@ -125,19 +134,33 @@ pub struct UnpackedScales {
     pub d: u16,
     /// Half that all minima are multiplied by; 0 where there are none.
     pub m: u16,
-    /// Factor of each sixteen weights, where there is one.
+    /// Factor of each sixteen weights; 1 in blocks of 32.
     pub scales: [i8; 16],
-    /// What each thirty-two weights are lessened by, in units of `m`.
-    pub minima: [u8; 8],
+    /// What each sixteen weights are lessened by, in units of `m`; 1 in blocks of 32 that have a minimum.
+    pub minima: [u8; 16],
 }
 
-/// This format has no whole-number weights of the kind that [`BlockType::unpack`] gives.
+/// This format has no whole-number weights of the kind that [`BlockType::unpack`] gives: F16 and BF16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotUnpacked;
 
 impl BlockType {
-    /// Whole-number weights of one block, and its scales. A weight is `d * scales * (q - offset) - m * minima`: `q` is what this
-    /// writes, the offset 8 for Q4_0, 0 for Q4_K and Q5_K, else 128, and factors that a format lacks are 1.
+    /// What the numbers stand for that [`Self::unpack`] writes; `None` where there are none.
+    pub fn codes(self) -> Option<Codes> {
+        Some(match self {
+            Self::F16 | Self::Bf16 => return None,
+            Self::Iq4Nl | Self::Iq4Xs => Codes::Iq4,
+            Self::Q8_0 => Codes::Offset(128),
+            Self::Q6K => Codes::Offset(32),
+            Self::Q5_0 => Codes::Offset(16),
+            Self::Q4_0 => Codes::Offset(8),
+            Self::Q3K => Codes::Offset(4),
+            Self::Q4_1 | Self::Q5_1 | Self::Q2K | Self::Q4K | Self::Q5K => Codes::Offset(0),
+        })
+    }
+
+    /// Whole-number weights of one block, and its scales. A weight is `d * scales * value - m * minima`, where `value` is what
+    /// [`Self::codes`] makes of the number `q` that this writes.
     ///
     /// # Errors
     /// [`NotUnpacked`] for the formats without such a form.
@@ -147,27 +170,43 @@ impl BlockType {
     pub fn unpack(self, block: &[u8], q: &mut [u8]) -> Result<UnpackedScales, NotUnpacked> {
         assert!(block.len() == self.bytes() && q.len() == self.weights(), "one block of {}", self.name());
         let half = |at: usize| u16::from_le_bytes([block[at], block[at + 1]]);
-        let mut scales = UnpackedScales { d: half(0), ..UnpackedScales::default() };
-        let split = |bytes: &[u8], q: &mut [u8], number: &dyn Fn(usize, u8) -> u8| {
-            for (j, byte) in bytes.iter().enumerate() {
-                (q[j], q[j + bytes.len()]) = (number(j, byte & 15), number(j + bytes.len(), byte >> 4));
-            }
+        let mut scales = UnpackedScales { d: half(0), m: 0, scales: [1; 16], minima: [0; 16] };
+        let with_fifth_bits = |q: &mut [u8], high: &[u8]| {
+            let high = fifth_bits(high);
+            q.iter_mut().enumerate().for_each(|(i, q)| *q |= high(i));
         };
-        let iq4 = |_: usize, q: u8| (IQ4_VALUES[usize::from(q)] as u8) ^ 0x80;
         match self {
             Self::Q8_0 => q.iter_mut().zip(&block[2..]).for_each(|(q, byte)| *q = byte ^ 0x80),
-            Self::Q4_0 => split(&block[2..], q, &|_, q| q),
+            Self::Q4_0 | Self::Iq4Nl => split(&block[2..], q),
             Self::Q5_0 => {
-                let high = fifth_bits(&block[2..6]);
-                split(&block[6..], q, &|i, q| (q | high(i)) + 112);
+                split(&block[6..], q);
+                with_fifth_bits(q, &block[2..6]);
             }
-            Self::Iq4Nl => split(&block[2..], q, &iq4),
+            Self::Q4_1 | Self::Q5_1 => {
+                // The minimum of these is added, not taken.
+                (scales.m, scales.minima) = (half(2) ^ 0x8000, [1; 16]);
+                if self == Self::Q5_1 {
+                    split(&block[8..], q);
+                    with_fifth_bits(q, &block[4..8]);
+                } else {
+                    split(&block[4..], q);
+                }
+            }
+            Self::Q2K => {
+                (scales.d, scales.m) = (half(80), half(82));
+                for (i, q) in q.chunks_mut(16).enumerate() {
+                    let (half, j, g) = (i / 8, i / 2 % 4, i % 2);
+                    (scales.scales[i], scales.minima[i]) = ((block[i] & 15) as i8, block[i] >> 4);
+                    for (q, byte) in q.iter_mut().zip(&block[16 + 32 * half + 16 * g..]) {
+                        *q = byte >> (2 * j) & 3;
+                    }
+                }
+            }
             Self::Q4K | Self::Q5K => {
                 scales.m = half(2);
-                for j in 0..8 {
-                    let (scale, min) = scale_and_min(&block[4..16], j);
-                    (scales.scales[2 * j], scales.scales[2 * j + 1], scales.minima[j]) =
-                        (scale as i8, scale as i8, min);
+                for i in 0..16 {
+                    let (scale, min) = scale_and_min(&block[4..16], i / 2);
+                    (scales.scales[i], scales.minima[i]) = (scale as i8, min);
                 }
                 let (high, low) =
                     if self == Self::Q5K { (&block[16..48], &block[48..]) } else { (&[][..], &block[16..]) };
@@ -186,7 +225,7 @@ impl BlockType {
                     for (l, q) in q.iter_mut().enumerate() {
                         let low = block[64 * half + 32 * (k % 2) + 16 * g + l] >> (4 * (k / 2)) & 15;
                         let high = block[128 + 32 * half + 16 * g + l] >> (2 * k) & 3;
-                        *q = (low | high << 4) + 96;
+                        *q = low | high << 4;
                     }
                 }
             }
@@ -199,7 +238,7 @@ impl BlockType {
                     for (l, q) in q.iter_mut().enumerate() {
                         let low = low[32 * half + 16 * g + l] >> (2 * j) & 3;
                         let high = mask[16 * g + l] >> (4 * half + j) & 1;
-                        *q = (low | high << 2) + 124;
+                        *q = low | high << 2;
                     }
                 }
             }
@@ -208,12 +247,20 @@ impl BlockType {
                 for (i, q) in q.chunks_mut(32).enumerate() {
                     let scale = iq4_scale(block[4 + i / 2], high, i);
                     (scales.scales[2 * i], scales.scales[2 * i + 1]) = (scale, scale);
-                    split(&block[8 + 16 * i..8 + 16 * (i + 1)], q, &iq4);
+                    split(&block[8 + 16 * i..8 + 16 * (i + 1)], q);
                 }
             }
-            Self::F16 | Self::Bf16 | Self::Q4_1 | Self::Q5_1 | Self::Q2K => return Err(NotUnpacked),
+            Self::F16 | Self::Bf16 => return Err(NotUnpacked),
         }
         Ok(scales)
+    }
+}
+
+/// Half bytes: the low ones are the first half of `q`, the high ones the second.
+fn split(bytes: &[u8], q: &mut [u8]) {
+    let (low, high) = q.split_at_mut(bytes.len());
+    for (byte, (low, high)) in bytes.iter().zip(low.iter_mut().zip(high)) {
+        (*low, *high) = (byte & 15, byte >> 4);
     }
 }
 
@@ -392,22 +439,21 @@ mod tests {
                 *byte = (state >> 24) as u8;
             }
             let mut q = vec![0; kind.weights()];
-            let Ok(scales) = kind.unpack(&block, &mut q) else { continue };
+            let Ok(scales) = kind.unpack(&block, &mut q) else {
+                assert_eq!(kind.codes(), None);
+                continue;
+            };
             let mut expected = vec![0.0; kind.weights()];
             kind.dequantize(&block, &mut expected);
-            let offset = match kind {
-                BlockType::Q4_0 => 8.0,
-                BlockType::Q4K | BlockType::Q5K => 0.0,
-                _ => 128.0,
-            };
             let (d, m) = (f16::from_bits(scales.d).to_f32(), f16::from_bits(scales.m).to_f32());
             for (i, (q, expected)) in q.iter().zip(&expected).enumerate() {
-                let (scale, min) = if kind.weights() == 32 {
-                    (1.0, 0.0)
-                } else {
-                    (f32::from(scales.scales[i / 16]), f32::from(scales.minima[i / 32]))
+                let value = match kind.codes() {
+                    Some(Codes::Iq4) => f32::from(IQ4_VALUES[usize::from(*q)]),
+                    Some(Codes::Offset(offset)) => f32::from(*q) - f32::from(offset),
+                    None => unreachable!("what was unpacked has codes"),
                 };
-                let found = d * scale * (f32::from(*q) - offset) - m * min;
+                let (scale, min) = (f32::from(scales.scales[i / 16]), f32::from(scales.minima[i / 16]));
+                let found = d * scale * value - m * min;
                 assert!(
                     found == *expected || (found.is_nan() && expected.is_nan()),
                     "{} at {i}: {found} {expected}",

@@ -16,7 +16,7 @@ pub mod checkpoint;
 pub mod convert;
 pub mod tokenizer;
 
-pub use blocks::{BlockType, NotUnpacked, UnpackedScales};
+pub use blocks::{BlockType, Codes, IQ4_VALUES, NotUnpacked, UnpackedScales};
 pub use checkpoint::Model;
 pub use config::ModelConfig;
 pub use error::ModelError;

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::{
     math::ROUND,
-    packed::{BLOCK, Packed, SUPER, Scaling},
+    packed::{BLOCK, Numbers, Packed, SUPER, Scaling},
     simd::{Dots, Kernel, LANES, Simd},
 };
 
@@ -234,16 +234,39 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
     /// The sums, column by column.
     #[inline(always)]
     fn sums<const G: usize>(&self) -> [[D::F; R]; G] {
+        use Numbers::{Codes, Nibbles, Quarters};
         let matrix = self.matrix;
-        match &matrix.scaling {
-            Scaling::Groups { scales, blocks } => self.groups(scales, *blocks),
-            Scaling::Blocks(halves) if matrix.nibbles => self.blocks(halves, |b| self.nibbles(b, |sums| sums.offset_8)),
-            Scaling::Blocks(halves) => self.blocks(halves, |b| self.centred::<8, G>(b, 0, |sums| sums.offset_128.0)),
-            Scaling::Minima { halves, bytes } if matrix.nibbles => {
-                self.minima(halves, bytes, |b| self.nibbles(b, |_| 0))
+        match (&matrix.scaling, matrix.numbers) {
+            (Scaling::Groups { scales, blocks }, _) => self.groups(scales, *blocks),
+            (Scaling::Blocks { halves, minima: false }, Nibbles) => {
+                self.blocks::<1, G>(halves, |b| self.nibbles(b, |sums| sums.offset_8))
             }
-            Scaling::Minima { halves, bytes } => self.minima(halves, bytes, |b| self.small(b)),
-            Scaling::Sixteens { halves, bytes } => self.sixteens(halves, bytes),
+            (Scaling::Blocks { halves, minima: false }, Codes) => self.blocks::<1, G>(halves, |b| self.codes(b)),
+            (Scaling::Blocks { halves, minima: false }, _) => {
+                self.blocks::<1, G>(halves, |b| self.centred::<8, G>(b, 0))
+            }
+            (Scaling::Blocks { halves, minima: true }, Nibbles) => {
+                self.blocks::<2, G>(halves, |b| self.nibbles(b, |_| 0))
+            }
+            (Scaling::Blocks { halves, minima: true }, _) => self.blocks::<2, G>(halves, |b| self.small(b)),
+            (Scaling::Supers { halves, bytes, minima: false }, Nibbles) => {
+                self.supers::<2, 2, G>(halves, bytes, |b, half| self.half_of_nibbles(b, half))
+            }
+            (Scaling::Supers { halves, bytes, minima: false }, Codes) => {
+                self.supers::<1, 1, G>(halves, bytes, |b, _| self.codes(b))
+            }
+            (Scaling::Supers { halves, bytes, minima: false }, _) => {
+                self.supers::<2, 2, G>(halves, bytes, |b, half| self.centred::<4, G>(b, half))
+            }
+            (Scaling::Supers { halves, bytes, minima: true }, Nibbles) => {
+                self.supers::<1, 2, G>(halves, bytes, |b, _| self.nibbles(b, |_| 0))
+            }
+            (Scaling::Supers { halves, bytes, minima: true }, Quarters) => {
+                self.supers::<2, 4, G>(halves, bytes, |b, half| self.quarters(b, half))
+            }
+            (Scaling::Supers { halves, bytes, minima: true }, _) => {
+                self.supers::<1, 2, G>(halves, bytes, |b, _| self.small(b))
+            }
         }
     }
 
@@ -256,7 +279,7 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
         for group in 0..groups {
             let mut sum = [[dots.zero(); R]; G];
             for b in group * a_group..(group + 1) * a_group {
-                let products = self.centred::<8, G>(b, 0, |sums| sums.offset_128.0);
+                let products = self.centred::<8, G>(b, 0);
                 for r in 0..R {
                     let scale = dots.splat(self.x[r].scales[b]);
                     for g in 0..G {
@@ -274,106 +297,105 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
         total
     }
 
+    /// Sums with scales of blocks of their own: a half, and with `H` of 2 one of the minimum.
     #[inline(always)]
-    fn blocks<const G: usize>(
+    fn blocks<const H: usize, const G: usize>(
         &self,
         halves: &[[u16; LANES]],
         products: impl Fn(usize) -> [[D::I; R]; G],
     ) -> [[D::F; R]; G] {
         let dots = self.dots;
         let blocks = self.matrix.blocks;
-        let halves: [_; G] = self.of_bands(halves, blocks);
+        let halves: [&[[u16; LANES]]; G] = self.of_bands(halves, blocks * H);
         let mut total = [[dots.zero(); R]; G];
         for b in 0..blocks {
             let products = products(b);
             for g in 0..G {
-                let half = &halves[g][b];
+                let (half, part) = (&halves[g].as_chunks::<H>().0[b], self.part(g));
                 self.ask(b, half, AHEAD_BLOCKS * size_of_val(half), G * size_of_val(halves[g]));
-                let d = dots.load_f16(half, self.part(g));
+                let d = dots.load_f16(&half[0], part);
                 for r in 0..R {
                     let scale = dots.mul(d, dots.splat(self.x[r].scales[b]));
                     total[g][r] = dots.fma(dots.to_f32(products[g][r]), scale, total[g][r]);
                 }
+                if H == 2 {
+                    let m = dots.load_f16(&half[H - 1], part);
+                    for r in 0..R {
+                        total[g][r] = dots.fma(m, dots.splat(self.x[r].sums[b].taken), total[g][r]);
+                    }
+                }
             }
         }
         total
     }
 
+    /// Sums with scales of super-blocks: `P` parts of a block with a factor each, and with `N` of twice that a minimum each.
+    /// `products` are those of a part of a block.
     #[inline(always)]
-    fn minima<const G: usize>(
+    fn supers<const P: usize, const N: usize, const G: usize>(
         &self,
-        halves: &[[[u16; LANES]; 2]],
-        bytes: &[[[u8; LANES]; 2]],
-        products: impl Fn(usize) -> [[D::I; R]; G],
+        halves: &[[u16; LANES]],
+        bytes: &[[u8; LANES]],
+        products: impl Fn(usize, usize) -> [[D::I; R]; G],
     ) -> [[D::F; R]; G] {
         let dots = self.dots;
-        let (blocks, supers) = (self.matrix.blocks, self.matrix.blocks / SUPER);
-        let halves: [_; G] = self.of_bands(halves, supers);
-        let bytes: [_; G] = self.of_bands(bytes, blocks);
+        let (blocks, supers, has_minima) = (self.matrix.blocks, self.matrix.blocks / SUPER, N > P);
+        let halves: [&[[u16; LANES]]; G] = self.of_bands(halves, supers * (N / P));
+        let bytes: [&[[u8; LANES]]; G] = self.of_bands(bytes, blocks * N);
         let mut total = [[dots.zero(); R]; G];
         for index in 0..supers {
             let (mut sum, mut minimum) = ([[dots.zero(); R]; G], [[dots.zero(); R]; G]);
             for b in index * SUPER..(index + 1) * SUPER {
-                let products = products(b);
-                for g in 0..G {
-                    let (factors, part) = (&bytes[g][b], self.part(g));
-                    self.ask(b, factors, AHEAD_BLOCKS * size_of_val(factors), G * size_of_val(bytes[g]));
-                    let (factor, min) = (dots.load_u8(&factors[0], part), dots.load_u8(&factors[1], part));
-                    for r in 0..R {
-                        let scale = self.x[r].scales[b];
-                        let factor = dots.mul(factor, dots.splat(scale));
-                        sum[g][r] = dots.fma(dots.to_f32(products[g][r]), factor, sum[g][r]);
-                        minimum[g][r] = dots.fma(min, dots.splat(self.x[r].sums[b].taken), minimum[g][r]);
-                    }
-                }
-            }
-            for g in 0..G {
-                let (half, part) = (&halves[g][index], self.part(g));
-                let ahead = AHEAD_BLOCKS / SUPER * size_of_val(half);
-                self.ask(index * SUPER, half, ahead, G * size_of_val(halves[g]));
-                let (d, m) = (dots.load_f16(&half[0], part), dots.load_f16(&half[1], part));
-                for r in 0..R {
-                    total[g][r] = dots.fma(m, minimum[g][r], dots.fma(d, sum[g][r], total[g][r]));
-                }
-            }
-        }
-        total
-    }
-
-    #[inline(always)]
-    fn sixteens<const G: usize>(&self, halves: &[[u16; LANES]], bytes: &[[[i8; LANES]; 2]]) -> [[D::F; R]; G] {
-        let dots = self.dots;
-        let (blocks, supers) = (self.matrix.blocks, self.matrix.blocks / SUPER);
-        let halves: [_; G] = self.of_bands(halves, supers);
-        let bytes: [_; G] = self.of_bands(bytes, blocks);
-        let mut total = [[dots.zero(); R]; G];
-        for index in 0..supers {
-            let mut sum = [[dots.zero(); R]; G];
-            for b in index * SUPER..(index + 1) * SUPER {
-                for half in 0..2 {
-                    let products = self.centred::<4, G>(b, half, |sums| sums.offset_128.1[half]);
+                for p in 0..P {
+                    let products = products(b, p);
                     for g in 0..G {
-                        let factors = &bytes[g][b];
-                        self.ask(b, factors, AHEAD_BLOCKS * size_of_val(factors), G * size_of_val(bytes[g]));
-                        let factor = dots.load_i8(&factors[half], self.part(g));
+                        let (factors, part) = (&bytes[g].as_chunks::<N>().0[b], self.part(g));
+                        if p == 0 {
+                            self.ask(b, factors, AHEAD_BLOCKS * size_of_val(factors), G * size_of_val(bytes[g]));
+                        }
+                        let factor = if has_minima {
+                            dots.load_u8(&factors[p], part)
+                        } else {
+                            dots.load_i8(bytemuck::cast_ref(&factors[p]), part)
+                        };
                         for r in 0..R {
                             let factor = dots.mul(factor, dots.splat(self.x[r].scales[b]));
                             sum[g][r] = dots.fma(dots.to_f32(products[g][r]), factor, sum[g][r]);
+                        }
+                        if has_minima {
+                            let min = dots.load_u8(&factors[N - P + p], part);
+                            for r in 0..R {
+                                let taken = self.taken::<P>(r, b, p);
+                                minimum[g][r] = dots.fma(min, dots.splat(taken), minimum[g][r]);
+                            }
                         }
                     }
                 }
             }
             for g in 0..G {
-                let half = &halves[g][index];
+                let (half, part) = (&halves[g][index * (N / P)..][..N / P], self.part(g));
                 let ahead = AHEAD_BLOCKS / SUPER * size_of_val(half);
-                self.ask(index * SUPER, half, ahead, G * size_of_val(halves[g]));
-                let d = dots.load_f16(half, self.part(g));
+                self.ask(index * SUPER, &half[0], ahead, G * size_of_val(halves[g]));
+                let d = dots.load_f16(&half[0], part);
                 for r in 0..R {
                     total[g][r] = dots.fma(d, sum[g][r], total[g][r]);
+                }
+                if has_minima {
+                    let m = dots.load_f16(&half[N / P - 1], part);
+                    for r in 0..R {
+                        total[g][r] = dots.fma(m, minimum[g][r], total[g][r]);
+                    }
                 }
             }
         }
         total
+    }
+
+    /// What a minimum takes of part `p` of `P` of block `b`.
+    #[inline(always)]
+    fn taken<const P: usize>(&self, r: usize, b: usize, p: usize) -> f32 {
+        let sums = &self.x[r].sums[b];
+        if P == 1 { sums.taken } else { self.x[r].scales[b] * (sums.offset_128.1[p] >> 7) as f32 }
     }
 
     /// Block `b` of each column.
@@ -384,18 +406,14 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
         std::array::from_fn(|g| &words[(self.column + g) * a_column..][..a_column].as_chunks::<N>().0[b])
     }
 
-    /// Sums of `4 N` inputs of block `b`, from its `half` on, with weights that are 128 too large, by which `offset` is too large.
+    /// Sums of `4 N` inputs of block `b`, all or a `half`, with bytes that are 128 too large.
     #[inline(always)]
-    fn centred<const N: usize, const G: usize>(
-        &self,
-        b: usize,
-        half: usize,
-        offset: impl Fn(&Sums) -> i32,
-    ) -> [[D::I; R]; G] {
+    fn centred<const N: usize, const G: usize>(&self, b: usize, half: usize) -> [[D::I; R]; G] {
         let dots = self.dots;
         let mut start = [dots.small(); R];
         for r in 0..R {
-            start[r] = dots.centred(offset(&self.x[r].sums[b]));
+            let (all, halves) = self.x[r].sums[b].offset_128;
+            start[r] = dots.centred(if N == 8 { all } else { halves[half] });
         }
         self.bytes(b, N * half..N * (half + 1), start, |sums, word, x| dots.add_centred(sums, word, x))
     }
@@ -438,13 +456,84 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
     #[inline(always)]
     fn nibbles<const G: usize>(&self, b: usize, offset: impl Fn(&Sums) -> i32) -> [[D::I; R]; G] {
         let dots = self.dots;
-        let words: [&[D::W; 4]; G] = self.words(b);
+        self.parts::<4, G>(b, 0..4, offset, |sums, word, block, k| {
+            let sums = dots.add_bits::<4, 0>(sums, word, quad(block, k));
+            dots.add_bits::<4, 4>(sums, word, quad(block, 4 + k))
+        })
+    }
+
+    /// Sums of half of block `b` with weights of half a byte, 8 too large.
+    #[inline(always)]
+    fn half_of_nibbles<const G: usize>(&self, b: usize, half: usize) -> [[D::I; R]; G] {
+        let dots = self.dots;
+        let offset = |sums: &Sums| sums.offset_128.1[half] >> 4;
+        if half == 0 {
+            self.parts::<4, G>(b, 0..4, offset, |sums, w, block, k| dots.add_bits::<4, 0>(sums, w, quad(block, k)))
+        } else {
+            self.parts::<4, G>(b, 0..4, offset, |sums, w, block, k| dots.add_bits::<4, 4>(sums, w, quad(block, 4 + k)))
+        }
+    }
+
+    /// Sums of half of block `b` with weights of a quarter of a byte.
+    #[inline(always)]
+    fn quarters<const G: usize>(&self, b: usize, half: usize) -> [[D::I; R]; G] {
+        let dots = self.dots;
+        self.parts::<2, G>(b, half..half + 1, |_| 0, |sums, word, block, half| {
+            let sums = dots.add_bits::<2, 0>(sums, word, quad(block, 4 * half));
+            let sums = dots.add_bits::<2, 2>(sums, word, quad(block, 4 * half + 1));
+            let sums = dots.add_bits::<2, 4>(sums, word, quad(block, 4 * half + 2));
+            dots.add_bits::<2, 6>(sums, word, quad(block, 4 * half + 3))
+        })
+    }
+
+    /// Sums over the words `range` of block `b`, of `N`, whose bytes are several weights; by which `offset` is too large.
+    #[inline(always)]
+    fn parts<const N: usize, const G: usize>(
+        &self,
+        b: usize,
+        range: Range<usize>,
+        offset: impl Fn(&Sums) -> i32,
+        add: impl Fn(D::N, &D::W, &[i8; BLOCK], usize) -> D::N,
+    ) -> [[D::I; R]; G] {
+        let dots = self.dots;
+        let words: [&[D::W; N]; G] = self.words(b);
         let far = G * self.matrix.blocks * size_of_val(words[0]);
         // Loops and no `map`: its closure would be compiled without the instructions of this path.
-        let mut sums = [[dots.nibbles(0); R]; G];
+        let mut sums = [[dots.bits(0); R]; G];
         for r in 0..R {
             for g in 0..G {
-                sums[g][r] = dots.nibbles(offset(&self.x[r].sums[b]));
+                sums[g][r] = dots.bits(offset(&self.x[r].sums[b]));
+            }
+        }
+        for k in range {
+            for g in 0..G {
+                self.ask(b, &words[g][k], AHEAD, far);
+            }
+            for r in 0..R {
+                for g in 0..G {
+                    sums[g][r] = add(sums[g][r], &words[g][k], &self.x[r].values[b], k);
+                }
+            }
+        }
+        let mut whole = [[dots.small(); R]; G];
+        for g in 0..G {
+            for r in 0..R {
+                whole[g][r] = dots.sum_bits(sums[g][r], offset(&self.x[r].sums[b]));
+            }
+        }
+        whole
+    }
+
+    /// Sums of block `b` with weights that half bytes stand for.
+    #[inline(always)]
+    fn codes<const G: usize>(&self, b: usize) -> [[D::I; R]; G] {
+        let dots = self.dots;
+        let words: [&[D::W; 4]; G] = self.words(b);
+        let far = G * self.matrix.blocks * size_of_val(words[0]);
+        let mut sums = [[dots.small(); R]; G];
+        for r in 0..R {
+            for g in 0..G {
+                sums[g][r] = dots.centred(self.x[r].sums[b].offset_128.0);
             }
         }
         for k in 0..4 {
@@ -453,19 +542,13 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
             }
             for r in 0..R {
                 let block = &self.x[r].values[b];
-                let (low, high) = (quad(block, k), quad(block, 4 + k));
                 for g in 0..G {
-                    sums[g][r] = dots.add_nibbles(sums[g][r], &words[g][k], low, high);
+                    sums[g][r] = dots.add_codes::<0>(sums[g][r], &words[g][k], quad(block, k));
+                    sums[g][r] = dots.add_codes::<4>(sums[g][r], &words[g][k], quad(block, 4 + k));
                 }
             }
         }
-        let mut whole = [[dots.small(); R]; G];
-        for g in 0..G {
-            for r in 0..R {
-                whole[g][r] = dots.sum_nibbles(sums[g][r], offset(&self.x[r].sums[b]));
-            }
-        }
-        whole
+        sums
     }
 
     /// Asks for what lies behind `place`, which belongs to block `b`: `near` bytes, or `far` where the next columns are.

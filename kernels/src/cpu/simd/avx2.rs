@@ -1,5 +1,5 @@
-//! AVX2 with fused multiply-add and halves. Sixteen lanes are two registers; with 8-bit inputs a register holds eight outputs, so
-//! that sums of several rows stay in the sixteen registers there are.
+//! AVX2 with fused multiply-add and halves, with or without the byte products of AVX-VNNI. Sixteen lanes are two registers; with
+//! 8-bit inputs a register holds eight outputs, so that sums of several rows stay in the sixteen registers there are.
 
 #![expect(
     unsafe_code,
@@ -8,32 +8,56 @@
 
 use std::{arch::x86_64::*, mem::transmute};
 
-use super::{Dots, Kernel, LANES, Packing, Simd};
+use super::{Dots, Kernel, LANES, Packing, Simd, dots::CODES};
 
 /// Outputs of a register.
 const PART: usize = LANES / 2;
 
-/// Proof of AVX2, FMA and F16C.
+/// Proof of AVX2, FMA and F16C, with `VNNI` also of AVX-VNNI.
 #[derive(Clone, Copy)]
-pub(super) struct Avx2(());
+pub(super) struct Avx2<const VNNI: bool>(());
 
-impl Avx2 {
+impl<const VNNI: bool> Avx2<VNNI> {
     /// The proof that this CPU has the instructions, if it has.
     #[inline]
     pub(super) fn detect() -> Option<Self> {
-        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"))
-            .then_some(Self(()))
+        let has_floats = is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        let has_bytes = !VNNI || is_x86_feature_detected!("avxvnni");
+        (is_x86_feature_detected!("avx2") && has_floats && has_bytes).then_some(Self(()))
     }
 
     /// Runs a kernel, compiled for these instructions.
     #[inline]
     pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         #[target_feature(enable = "avx2,fma,f16c")]
-        fn inner<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
+        fn plain<const VNNI: bool, K: Kernel>(simd: Avx2<VNNI>, kernel: K) -> K::Output {
             kernel.run(simd)
         }
-        // SAFETY: `self` exists only after `detect` found AVX2, FMA and F16C.
-        unsafe { inner(self, kernel) }
+        #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+        fn vnni<const VNNI: bool, K: Kernel>(simd: Avx2<VNNI>, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        if VNNI {
+            // SAFETY: `self` exists only after `detect` found AVX2, FMA, F16C and AVX-VNNI.
+            unsafe { vnni(self, kernel) }
+        } else {
+            // SAFETY: `self` exists only after `detect` found AVX2, FMA and F16C.
+            unsafe { plain(self, kernel) }
+        }
+    }
+
+    /// Adds products of four neighbours each, unsigned weights times inputs. Only with `VNNI`.
+    #[inline(always)]
+    fn add_quads(self, sums: __m256i, w: __m256i, x: [i8; 4]) -> __m256i {
+        // SAFETY: it is called with `VNNI` alone, when `self` proves AVX-VNNI.
+        unsafe { _mm256_dpbusd_avx_epi32(sums, w, self.inputs(x)) }
+    }
+
+    /// `value`, once an output.
+    #[inline(always)]
+    fn integers(self, value: i32) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_set1_epi32(value) }
     }
 
     /// The weights as a register.
@@ -56,9 +80,30 @@ impl Avx2 {
         // SAFETY: `self` proves AVX2.
         unsafe { _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)) }
     }
+
+    /// `BITS` bits of each byte, those `SHIFT` bits up.
+    #[inline(always)]
+    fn part<const BITS: i32, const SHIFT: i32>(self, w: &[u8; 4 * PART]) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let shifted = _mm256_srl_epi16(self.weights(w), _mm_cvtsi32_si128(SHIFT));
+            _mm256_and_si256(shifted, _mm256_set1_epi8((1 << BITS) - 1))
+        }
+    }
+
+    /// Adds products of `x` with signed weights. The multiply-add of bytes saturates, so that the weights' signs go to the inputs: no
+    /// pair then exceeds 2 * 128 * 127.
+    #[inline(always)]
+    fn add_signed(self, sums: __m256i, w: __m256i, x: [i8; 4]) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(self.inputs(x), w));
+            _mm256_add_epi32(sums, self.add_pairs(pairs))
+        }
+    }
 }
 
-impl Simd for Avx2 {
+impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type V = [__m256; 2];
     const MANY_REGISTERS: bool = false;
 
@@ -105,14 +150,14 @@ impl Simd for Avx2 {
     }
 }
 
-impl Dots for Avx2 {
-    /// Signed, since a weight's sign is given to its input.
-    const PACKING: Packing = Packing { parts: LANES / PART, flip: 0x80 };
+impl<const VNNI: bool> Dots for Avx2<VNNI> {
+    /// Signed where a weight's sign is given to its input.
+    const PACKING: Packing = Packing { parts: LANES / PART, flip: if VNNI { 0 } else { 0x80 } };
     const MANY_REGISTERS: bool = false;
     type W = [u8; 4 * PART];
     type F = __m256;
     type I = __m256i;
-    /// Two sums of 16 bits an output, of at most 16 products each: 16 * 15 * 127 is less than 2^15.
+    /// Without VNNI two sums of 16 bits an output, of at most 16 products each: 16 * 15 * 127 is less than 2^15.
     type N = __m256i;
 
     #[inline(always)]
@@ -182,56 +227,63 @@ impl Dots for Avx2 {
     }
 
     #[inline(always)]
-    fn centred(self, _offset: i32) -> Self::I {
-        self.small()
+    fn centred(self, offset: i32) -> Self::I {
+        self.integers(if VNNI { offset } else { 0 })
     }
 
-    /// The multiply-add of bytes saturates, so that the weights' signs go to the inputs: no pair then exceeds 2 * 128 * 127.
     #[inline(always)]
     fn add_centred(self, sums: Self::I, w: &Self::W, x: [i8; 4]) -> Self::I {
-        // SAFETY: `self` proves AVX2.
-        unsafe {
-            let w = self.weights(w);
-            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(self.inputs(x), w));
-            _mm256_add_epi32(sums, self.add_pairs(pairs))
-        }
+        if VNNI { self.add_quads(sums, self.weights(w), x) } else { self.add_signed(sums, self.weights(w), x) }
     }
 
     #[inline(always)]
     fn small(self) -> Self::I {
-        // SAFETY: `self` proves AVX2.
-        unsafe { _mm256_setzero_si256() }
+        self.integers(0)
     }
 
     #[inline(always)]
     fn add_small(self, sums: Self::I, w: &Self::W, x: [i8; 4]) -> Self::I {
-        // SAFETY: `self` proves AVX2.
-        unsafe {
-            let pairs = _mm256_maddubs_epi16(self.weights(w), self.inputs(x));
-            _mm256_add_epi32(sums, self.add_pairs(pairs))
+        let w = self.weights(w);
+        if VNNI {
+            return self.add_quads(sums, w, x);
         }
-    }
-
-    #[inline(always)]
-    fn nibbles(self, _offset: i32) -> Self::N {
-        self.small()
-    }
-
-    #[inline(always)]
-    fn add_nibbles(self, sums: Self::N, w: &Self::W, low: [i8; 4], high: [i8; 4]) -> Self::N {
         // SAFETY: `self` proves AVX2.
-        unsafe {
-            let (w, mask) = (self.weights(w), _mm256_set1_epi8(15));
-            let high_halves = _mm256_and_si256(_mm256_srli_epi16::<4>(w), mask);
-            let sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(_mm256_and_si256(w, mask), self.inputs(low)));
-            _mm256_add_epi16(sums, _mm256_maddubs_epi16(high_halves, self.inputs(high)))
+        unsafe { _mm256_add_epi32(sums, self.add_pairs(_mm256_maddubs_epi16(w, self.inputs(x)))) }
+    }
+
+    #[inline(always)]
+    fn add_codes<const SHIFT: i32>(self, sums: Self::I, w: &Self::W, x: [i8; 4]) -> Self::I {
+        // SAFETY: `self` proves AVX2; sixteen bytes have the size of their register, and any bits are bytes.
+        let w = unsafe {
+            let flip = _mm_set1_epi8(Self::PACKING.flip as i8);
+            let codes = _mm_xor_si128(transmute::<[u8; LANES], __m128i>(CODES), flip);
+            _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(codes), self.part::<4, SHIFT>(w))
+        };
+        if VNNI { self.add_quads(sums, w, x) } else { self.add_signed(sums, w, x) }
+    }
+
+    #[inline(always)]
+    fn bits(self, offset: i32) -> Self::N {
+        self.centred(offset)
+    }
+
+    #[inline(always)]
+    fn add_bits<const BITS: i32, const SHIFT: i32>(self, sums: Self::N, w: &Self::W, x: [i8; 4]) -> Self::N {
+        let w = self.part::<BITS, SHIFT>(w);
+        if VNNI {
+            return self.add_quads(sums, w, x);
         }
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, self.inputs(x))) }
     }
 
     #[inline(always)]
-    fn sum_nibbles(self, sums: Self::N, offset: i32) -> Self::I {
+    fn sum_bits(self, sums: Self::N, offset: i32) -> Self::I {
+        if VNNI {
+            return sums;
+        }
         // SAFETY: `self` proves AVX2.
-        unsafe { _mm256_add_epi32(self.add_pairs(sums), _mm256_set1_epi32(offset)) }
+        unsafe { _mm256_add_epi32(self.add_pairs(sums), self.integers(offset)) }
     }
 
     #[inline(always)]

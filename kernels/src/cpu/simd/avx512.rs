@@ -7,9 +7,9 @@
 
 use std::{arch::x86_64::*, mem::transmute};
 
-use super::{Avx2, Dots, Kernel, LANES, Packing, Simd, Word, avx2::prefetch};
+use super::{Avx2, Dots, Kernel, LANES, Packing, Simd, Word, avx2::prefetch, dots::CODES};
 
-/// Proof of AVX-512 F, BW and VNNI, and of what [`Avx2`] proves. CPUs with AVX-512 but without VNNI take the AVX2 path.
+/// Proof of AVX-512 F, BW and VNNI, and of what [`Avx2`] proves. CPUs with AVX-512 but without its VNNI take an AVX2 path.
 #[derive(Clone, Copy)]
 pub(super) struct Avx512(());
 
@@ -18,7 +18,7 @@ impl Avx512 {
     #[inline]
     pub(super) fn detect() -> Option<Self> {
         let has_bytes = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vnni");
-        (is_x86_feature_detected!("avx512f") && has_bytes && Avx2::detect().is_some()).then_some(Self(()))
+        (is_x86_feature_detected!("avx512f") && has_bytes && Avx2::<false>::detect().is_some()).then_some(Self(()))
     }
 
     /// Runs a kernel, compiled for these instructions.
@@ -37,6 +37,16 @@ impl Avx512 {
     fn inputs(self, x: [i8; 4]) -> __m512i {
         // SAFETY: `self` proves AVX-512 F.
         unsafe { _mm512_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8))) }
+    }
+
+    /// `BITS` bits of each byte, those `SHIFT` bits up.
+    #[inline(always)]
+    fn part<const BITS: i32, const SHIFT: i32>(self, w: &Word) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F and BW; a register has the size of a word, and any bits are bytes.
+        unsafe {
+            let shifted = _mm512_srl_epi16(transmute::<Word, __m512i>(*w), _mm_cvtsi32_si128(SHIFT));
+            _mm512_and_si512(shifted, _mm512_set1_epi8((1 << BITS) - 1))
+        }
     }
 }
 
@@ -177,22 +187,27 @@ impl Dots for Avx512 {
     }
 
     #[inline(always)]
-    fn nibbles(self, offset: i32) -> Self::N {
-        self.centred(offset)
-    }
-
-    #[inline(always)]
-    fn add_nibbles(self, sums: Self::N, w: &Word, low: [i8; 4], high: [i8; 4]) -> Self::N {
-        // SAFETY: as in `add_small`; `self` also proves AVX-512 BW.
+    fn add_codes<const SHIFT: i32>(self, sums: Self::I, w: &Word, x: [i8; 4]) -> Self::I {
+        // SAFETY: `self` proves AVX-512 BW and VNNI; sixteen bytes have the size of their register, and any bits are bytes.
         unsafe {
-            let (w, mask) = (transmute::<Word, __m512i>(*w), _mm512_set1_epi8(15));
-            let sums = _mm512_dpbusd_epi32(sums, _mm512_and_si512(w, mask), self.inputs(low));
-            _mm512_dpbusd_epi32(sums, _mm512_and_si512(_mm512_srli_epi16::<4>(w), mask), self.inputs(high))
+            let codes = _mm512_broadcast_i32x4(transmute::<[u8; LANES], __m128i>(CODES));
+            _mm512_dpbusd_epi32(sums, _mm512_shuffle_epi8(codes, self.part::<4, SHIFT>(w)), self.inputs(x))
         }
     }
 
     #[inline(always)]
-    fn sum_nibbles(self, sums: Self::N, _offset: i32) -> Self::I {
+    fn bits(self, offset: i32) -> Self::N {
+        self.centred(offset)
+    }
+
+    #[inline(always)]
+    fn add_bits<const BITS: i32, const SHIFT: i32>(self, sums: Self::N, w: &Word, x: [i8; 4]) -> Self::N {
+        // SAFETY: `self` proves AVX-512 VNNI.
+        unsafe { _mm512_dpbusd_epi32(sums, self.part::<BITS, SHIFT>(w), self.inputs(x)) }
+    }
+
+    #[inline(always)]
+    fn sum_bits(self, sums: Self::N, _offset: i32) -> Self::I {
         sums
     }
 

@@ -1,6 +1,8 @@
 //! Sums of packed weights times 8-bit inputs, in whatever steps an instruction set is best at. The sums are exact integers, so that
 //! these steps cannot show in a result.
 
+use grokpipe_model::IQ4_VALUES;
+
 use super::LANES;
 
 /// Four weights of each of sixteen outputs, in whatever order, aligned as the widest register.
@@ -13,6 +15,16 @@ impl Default for Word {
         Self([0; 4 * LANES])
     }
 }
+
+/// The weights of codes of half a byte, 128 too large.
+pub(super) const CODES: [u8; LANES] = {
+    let (mut codes, mut i) = ([0; LANES], 0);
+    while i < LANES {
+        codes[i] = IQ4_VALUES[i] as u8 ^ 0x80;
+        i += 1;
+    }
+    codes
+};
 
 /// How packed weights lie for an instruction set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,13 +45,13 @@ pub(crate) trait Dots: Copy {
     const PACKING: Packing;
     /// Whether there are registers for sums of two parts by four rows; otherwise one part at a time is summed.
     const MANY_REGISTERS: bool;
-    /// Four weights, or eight halves of bytes, of each output of a register.
+    /// Four bytes of weights of each output of a register.
     type W: bytemuck::Pod;
     /// An f32 an output.
     type F: Copy;
     /// An i32 an output.
     type I: Copy;
-    /// Unfinished sums of at most 32 products with halves of bytes.
+    /// Unfinished sums of at most 32 products with parts of bytes.
     type N: Copy;
 
     /// All 0.
@@ -72,12 +84,15 @@ pub(crate) trait Dots: Copy {
     fn small(self) -> Self::I;
     /// Adds products of `x` with weights of 0 to 127.
     fn add_small(self, sums: Self::I, w: &Self::W, x: [i8; 4]) -> Self::I;
-    /// What [`Dots::add_nibbles`] adds to. Whatever path it is, the `offset` given here and to [`Dots::sum_nibbles`] is added once.
-    fn nibbles(self, offset: i32) -> Self::N;
-    /// Adds products of `low` with the low halves of the bytes and of `high` with the high halves, each 0 to 15; at most four times.
-    fn add_nibbles(self, sums: Self::N, w: &Self::W, low: [i8; 4], high: [i8; 4]) -> Self::N;
+    /// Adds products of `x` with the weights that half bytes stand for by [`grokpipe_model::IQ4_VALUES`]: those `SHIFT` bits up, 0 or 4.
+    /// Adds to what [`Dots::centred`] gives, of an `offset` of 128 as there.
+    fn add_codes<const SHIFT: i32>(self, sums: Self::I, w: &Self::W, x: [i8; 4]) -> Self::I;
+    /// What [`Dots::add_bits`] adds to. Whatever path it is, the `offset` given here and to [`Dots::sum_bits`] is added once.
+    fn bits(self, offset: i32) -> Self::N;
+    /// Adds products of `x` with `BITS` bits of each byte, those `SHIFT` bits up: 2 or 4, at most eight times.
+    fn add_bits<const BITS: i32, const SHIFT: i32>(self, sums: Self::N, w: &Self::W, x: [i8; 4]) -> Self::N;
     /// The sums with `offset`.
-    fn sum_nibbles(self, sums: Self::N, offset: i32) -> Self::I;
+    fn sum_bits(self, sums: Self::N, offset: i32) -> Self::I;
 
     /// Asks for what will be read soon, `ahead` bytes behind `place`; it need not be there. Changes nothing.
     fn prefetch<T>(self, _place: &T, _ahead: usize) {}

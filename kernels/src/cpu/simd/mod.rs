@@ -64,6 +64,8 @@ enum Path {
     #[cfg(target_arch = "x86_64")]
     Avx2,
     #[cfg(target_arch = "x86_64")]
+    AvxVnni,
+    #[cfg(target_arch = "x86_64")]
     Avx512,
 }
 
@@ -74,8 +76,11 @@ impl Isa {
         let mut found = vec![Self(Path::Portable)];
         #[cfg(target_arch = "x86_64")]
         {
-            if Avx2::detect().is_some() {
+            if Avx2::<false>::detect().is_some() {
                 found.push(Self(Path::Avx2));
+            }
+            if Avx2::<true>::detect().is_some() {
+                found.push(Self(Path::AvxVnni));
             }
             if Avx512::detect().is_some() {
                 found.push(Self(Path::Avx512));
@@ -94,7 +99,9 @@ impl Isa {
         match self.0 {
             Path::Portable => <Portable as Dots>::PACKING,
             #[cfg(target_arch = "x86_64")]
-            Path::Avx2 => <Avx2 as Dots>::PACKING,
+            Path::Avx2 => <Avx2<false> as Dots>::PACKING,
+            #[cfg(target_arch = "x86_64")]
+            Path::AvxVnni => <Avx2<true> as Dots>::PACKING,
             #[cfg(target_arch = "x86_64")]
             Path::Avx512 => <Avx512 as Dots>::PACKING,
         }
@@ -108,6 +115,8 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Path::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
+            Path::AvxVnni => "avx-vnni",
+            #[cfg(target_arch = "x86_64")]
             Path::Avx512 => "avx512",
         }
     }
@@ -119,7 +128,12 @@ impl Isa {
             Path::Portable => kernel.run(Portable),
             // A `Path` for x86 is only made after detection; asking again costs a load and keeps this safe without trust.
             #[cfg(target_arch = "x86_64")]
-            Path::Avx2 => match Avx2::detect() {
+            Path::Avx2 => match Avx2::<false>::detect() {
+                Some(simd) => simd.run(kernel),
+                None => kernel.run(Portable),
+            },
+            #[cfg(target_arch = "x86_64")]
+            Path::AvxVnni => match Avx2::<true>::detect() {
                 Some(simd) => simd.run(kernel),
                 None => kernel.run(Portable),
             },
@@ -203,11 +217,18 @@ mod tests {
                 let (flipped, small, w) = (&flipped[part], &small[part], &w[part]);
                 let centred = d.add_centred(d.add_centred(d.centred(offset), flipped, x(0)), flipped, x(4));
                 let small = d.add_small(d.add_small(d.small(), small, x(8)), small, x(3));
-                let nibbles = (0..4).fold(d.nibbles(-77), |n, i| d.add_nibbles(n, w, x(i), x(11 - i)));
-                let nibbles = d.sum_nibbles(nibbles, -77);
+                let codes = d.add_codes::<4>(d.add_codes::<0>(d.centred(offset), w, x(0)), w, x(4));
+                let nibbles = (0..4).fold(d.bits(-77), |n, i| {
+                    d.add_bits::<4, 4>(d.add_bits::<4, 0>(n, w, x(i)), w, x(11 - i))
+                });
+                let nibbles = d.sum_bits(nibbles, -77);
+                let quarters = d.add_bits::<2, 2>(d.add_bits::<2, 0>(d.bits(5), w, x(7)), w, x(9));
+                let quarters = d.add_bits::<2, 6>(d.add_bits::<2, 4>(quarters, w, x(2)), w, x(5));
+                let quarters = d.sum_bits(quarters, 5);
                 let sum = d.fma(d.to_f32(centred), d.load(floats, part), d.load_i8(bytes, part));
                 let sum = d.fma(d.to_f32(small), d.load_u8(&unsigned, part), sum);
                 let sum = d.fma(d.mul(d.to_f32(nibbles), d.splat(0.1)), d.load_f16(&halves, part), sum);
+                let sum = d.fma(d.to_f32(quarters), d.splat(0.3), d.fma(d.to_f32(codes), d.splat(0.7), sum));
                 d.store(sum, out);
             }
             out

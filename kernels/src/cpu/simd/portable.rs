@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{Dots, LANES, Packing, Simd, Word};
+use super::{Dots, LANES, Packing, Simd, Word, dots::CODES};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Portable;
@@ -133,18 +133,22 @@ impl Dots for Portable {
     }
 
     #[inline(always)]
-    fn nibbles(self, offset: i32) -> Self::N {
+    fn add_codes<const SHIFT: i32>(self, sums: Self::I, w: &Word, x: [i8; 4]) -> Self::I {
+        self.add_small(sums, &Word(w.0.map(|byte| CODES[usize::from(byte >> SHIFT & 15)])), x)
+    }
+
+    #[inline(always)]
+    fn bits(self, offset: i32) -> Self::N {
         [offset; LANES]
     }
 
     #[inline(always)]
-    fn add_nibbles(self, sums: Self::N, w: &Word, low: [i8; 4], high: [i8; 4]) -> Self::N {
-        let sums = self.add_small(sums, &Word(w.0.map(|byte| byte & 15)), low);
-        self.add_small(sums, &Word(w.0.map(|byte| byte >> 4)), high)
+    fn add_bits<const BITS: i32, const SHIFT: i32>(self, sums: Self::N, w: &Word, x: [i8; 4]) -> Self::N {
+        self.add_small(sums, &Word(w.0.map(|byte| byte >> SHIFT & ((1 << BITS) - 1))), x)
     }
 
     #[inline(always)]
-    fn sum_nibbles(self, sums: Self::N, _offset: i32) -> Self::I {
+    fn sum_bits(self, sums: Self::N, _offset: i32) -> Self::I {
         sums
     }
 }
