@@ -20,6 +20,20 @@ const AHEAD_BLOCKS: usize = 16;
 /// Rows of a tile at most.
 const MOST_ROWS: usize = 4;
 
+// Kinds of weights, for functions that are compiled once for each.
+/// A byte each, 128 too large.
+const BYTES: u8 = 0;
+/// A byte each, below 128.
+const LOW_BYTES: u8 = 1;
+/// Half a byte each, 8 too large.
+const NIBBLES: u8 = 2;
+/// Half a byte each, as they are.
+const LOW_NIBBLES: u8 = 3;
+/// Half a byte each, which stand for others.
+const CODES: u8 = 4;
+/// A quarter of a byte each, as they are.
+const QUARTERS: u8 = 5;
+
 /// Rows of inputs as 8-bit numbers.
 #[derive(Default)]
 pub(super) struct Quantised {
@@ -142,44 +156,35 @@ impl FastProduct<'_> {
     #[inline(always)]
     fn columns<D: Dots>(mut self, dots: D) {
         let columns = self.outputs.len().div_ceil(LANES / D::PACKING.parts);
-        let mut column = 0;
-        // Many rows with two columns: an input is read once for both, and no sum waits for the one before it. Few rows wait for
-        // memory, which is fastest as one stream.
         let many = self.rows.len() > MOST_ROWS;
-        while D::MANY_REGISTERS && many && columns - column >= 2 {
-            self.rows_with::<D, 2, true>(dots, column);
-            column += 2;
-        }
+        let whole = self.rows.len() / MOST_ROWS * MOST_ROWS;
+        let mut column = 0;
         while column < columns {
-            if many {
-                self.rows_with::<D, 1, true>(dots, column)
-            } else {
-                self.rows_with::<D, 1, false>(dots, column)
+            // Many rows with two columns: an input is read once for both, and no sum waits for the one before it. Few rows wait for
+            // memory, which is fastest as one stream.
+            let together = if D::MANY_REGISTERS && many && columns - column >= 2 { 2 } else { 1 };
+            for first in (0..whole).step_by(MOST_ROWS) {
+                if together == 2 {
+                    self.tile::<D, 2, MOST_ROWS>(dots, column, first);
+                } else {
+                    self.tile::<D, 1, MOST_ROWS>(dots, column, first);
+                }
             }
-            column += 1;
-        }
-    }
-
-    /// All rows with `G` columns from `column` of the outputs on. `FAR`: there are more rows than a tile has.
-    #[inline(always)]
-    fn rows_with<D: Dots, const G: usize, const FAR: bool>(&mut self, dots: D, column: usize) {
-        let mut first = 0;
-        while self.rows.len() - first >= MOST_ROWS {
-            self.tile::<D, G, MOST_ROWS, FAR>(dots, column, first);
-            first += MOST_ROWS;
-        }
-        while self.rows.len() - first >= 2 {
-            self.tile::<D, G, 2, FAR>(dots, column, first);
-            first += 2;
-        }
-        if self.rows.len() > first {
-            self.tile::<D, G, 1, FAR>(dots, column, first);
+            for column in column..column + together {
+                match self.rows.len() - whole {
+                    3 => self.tile::<D, 1, 3>(dots, column, whole),
+                    2 => self.tile::<D, 1, 2>(dots, column, whole),
+                    1 => self.tile::<D, 1, 1>(dots, column, whole),
+                    _ => {}
+                }
+            }
+            column += together;
         }
     }
 
     /// `R` rows from `first` on.
     #[inline(always)]
-    fn tile<D: Dots, const G: usize, const R: usize, const FAR: bool>(&mut self, dots: D, column: usize, first: usize) {
+    fn tile<D: Dots, const G: usize, const R: usize>(&mut self, dots: D, column: usize, first: usize) {
         let matrix = self.matrix;
         let mut x = [QuantisedRow::default(); R];
         for (x, row) in x.iter_mut().zip(&self.rows[first..first + R]) {
@@ -187,10 +192,13 @@ impl FastProduct<'_> {
             let blocks = matrix.blocks;
             *x = QuantisedRow { values: &values[..blocks], scales: &scales[..blocks], sums: &sums[..blocks] };
         }
-        let far = first * matrix.blocks / self.rows.len()..(first + R) * matrix.blocks / self.rows.len();
+        let whole = self.rows.len() / MOST_ROWS * MOST_ROWS;
+        // The last rows, fewer than a full tile, find their weights in the cache and ask for nothing behind them.
+        let far =
+            (self.rows.len() > MOST_ROWS).then(|| first * matrix.blocks / whole..(first + R) * matrix.blocks / whole);
         let first_band = self.expert * matrix.bands + self.outputs.start / LANES;
         let column_of_all = first_band * D::PACKING.parts + column;
-        let tile = Tile::<D, R, FAR> { dots, matrix, column: column_of_all, x, far };
+        let tile = Tile::<D, R> { dots, matrix, column: column_of_all, x, far };
         let sums: [[D::F; R]; G] = tile.sums();
         let width = self.outputs.len();
         let a_column = LANES / D::PACKING.parts;
@@ -207,18 +215,18 @@ impl FastProduct<'_> {
 
 /// Some rows with some columns from `column` of the matrix on.
 ///
-/// While it computes it asks memory for what comes next: the only tile with its weights for what it will itself read soon; `FAR`
-/// tiles, of which only the first reads the weights from memory, for a share each of the bands that follow.
-struct Tile<'a, D, const R: usize, const FAR: bool> {
+/// While it computes it asks memory for what comes next: the only tile with its weights for what it will itself read soon; of several,
+/// of which only the first reads the weights from memory, each for a share of the columns that follow.
+struct Tile<'a, D, const R: usize> {
     dots: D,
     matrix: &'a Packed,
     column: usize,
     x: [QuantisedRow<'a>; R],
-    /// Blocks of which a far tile asks for those of the next bands.
-    far: Range<usize>,
+    /// One of several tiles asks for these blocks of the next columns.
+    far: Option<Range<usize>>,
 }
 
-impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
+impl<D: Dots, const R: usize> Tile<'_, D, R> {
     /// The part of its band that the `g`th column is.
     #[inline(always)]
     fn part(&self, g: usize) -> usize {
@@ -234,39 +242,28 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
     /// The sums, column by column.
     #[inline(always)]
     fn sums<const G: usize>(&self) -> [[D::F; R]; G] {
-        use Numbers::{Codes, Nibbles, Quarters};
         let matrix = self.matrix;
         match (&matrix.scaling, matrix.numbers) {
             (Scaling::Groups { scales, blocks }, _) => self.groups(scales, *blocks),
-            (Scaling::Blocks { halves, minima: false }, Nibbles) => {
-                self.blocks::<1, G>(halves, |b| self.nibbles(b, |sums| sums.offset_8))
+            (Scaling::Blocks { halves, minima: false }, Numbers::Nibbles) => self.blocks::<NIBBLES, 1, G>(halves),
+            (Scaling::Blocks { halves, minima: false }, Numbers::Codes) => self.blocks::<CODES, 1, G>(halves),
+            (Scaling::Blocks { halves, minima: false }, _) => self.blocks::<BYTES, 1, G>(halves),
+            (Scaling::Blocks { halves, minima: true }, Numbers::Nibbles) => self.blocks::<LOW_NIBBLES, 2, G>(halves),
+            (Scaling::Blocks { halves, minima: true }, _) => self.blocks::<LOW_BYTES, 2, G>(halves),
+            (Scaling::Supers { halves, bytes, minima: false }, Numbers::Nibbles) => {
+                self.supers::<NIBBLES, 2, 2, G>(halves, bytes)
             }
-            (Scaling::Blocks { halves, minima: false }, Codes) => self.blocks::<1, G>(halves, |b| self.codes(b)),
-            (Scaling::Blocks { halves, minima: false }, _) => {
-                self.blocks::<1, G>(halves, |b| self.centred::<8, G>(b, 0))
+            (Scaling::Supers { halves, bytes, minima: false }, Numbers::Codes) => {
+                self.supers::<CODES, 1, 1, G>(halves, bytes)
             }
-            (Scaling::Blocks { halves, minima: true }, Nibbles) => {
-                self.blocks::<2, G>(halves, |b| self.nibbles(b, |_| 0))
+            (Scaling::Supers { halves, bytes, minima: false }, _) => self.supers::<BYTES, 2, 2, G>(halves, bytes),
+            (Scaling::Supers { halves, bytes, minima: true }, Numbers::Nibbles) => {
+                self.supers::<LOW_NIBBLES, 1, 2, G>(halves, bytes)
             }
-            (Scaling::Blocks { halves, minima: true }, _) => self.blocks::<2, G>(halves, |b| self.small(b)),
-            (Scaling::Supers { halves, bytes, minima: false }, Nibbles) => {
-                self.supers::<2, 2, G>(halves, bytes, |b, half| self.half_of_nibbles(b, half))
+            (Scaling::Supers { halves, bytes, minima: true }, Numbers::Quarters) => {
+                self.supers::<QUARTERS, 2, 4, G>(halves, bytes)
             }
-            (Scaling::Supers { halves, bytes, minima: false }, Codes) => {
-                self.supers::<1, 1, G>(halves, bytes, |b, _| self.codes(b))
-            }
-            (Scaling::Supers { halves, bytes, minima: false }, _) => {
-                self.supers::<2, 2, G>(halves, bytes, |b, half| self.centred::<4, G>(b, half))
-            }
-            (Scaling::Supers { halves, bytes, minima: true }, Nibbles) => {
-                self.supers::<1, 2, G>(halves, bytes, |b, _| self.nibbles(b, |_| 0))
-            }
-            (Scaling::Supers { halves, bytes, minima: true }, Quarters) => {
-                self.supers::<2, 4, G>(halves, bytes, |b, half| self.quarters(b, half))
-            }
-            (Scaling::Supers { halves, bytes, minima: true }, _) => {
-                self.supers::<1, 2, G>(halves, bytes, |b, _| self.small(b))
-            }
+            (Scaling::Supers { halves, bytes, minima: true }, _) => self.supers::<LOW_BYTES, 1, 2, G>(halves, bytes),
         }
     }
 
@@ -279,7 +276,7 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
         for group in 0..groups {
             let mut sum = [[dots.zero(); R]; G];
             for b in group * a_group..(group + 1) * a_group {
-                let products = self.centred::<8, G>(b, 0);
+                let products = self.products::<BYTES, 1, G>(b, 0);
                 for r in 0..R {
                     let scale = dots.splat(self.x[r].scales[b]);
                     for g in 0..G {
@@ -299,17 +296,13 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
 
     /// Sums with scales of blocks of their own: a half, and with `H` of 2 one of the minimum.
     #[inline(always)]
-    fn blocks<const H: usize, const G: usize>(
-        &self,
-        halves: &[[u16; LANES]],
-        products: impl Fn(usize) -> [[D::I; R]; G],
-    ) -> [[D::F; R]; G] {
+    fn blocks<const KIND: u8, const H: usize, const G: usize>(&self, halves: &[[u16; LANES]]) -> [[D::F; R]; G] {
         let dots = self.dots;
         let blocks = self.matrix.blocks;
         let halves: [&[[u16; LANES]]; G] = self.of_bands(halves, blocks * H);
         let mut total = [[dots.zero(); R]; G];
         for b in 0..blocks {
-            let products = products(b);
+            let products = self.products::<KIND, 1, G>(b, 0);
             for g in 0..G {
                 let (half, part) = (&halves[g].as_chunks::<H>().0[b], self.part(g));
                 self.ask(b, half, AHEAD_BLOCKS * size_of_val(half), G * size_of_val(halves[g]));
@@ -330,13 +323,11 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
     }
 
     /// Sums with scales of super-blocks: `P` parts of a block with a factor each, and with `N` of twice that a minimum each.
-    /// `products` are those of a part of a block.
     #[inline(always)]
-    fn supers<const P: usize, const N: usize, const G: usize>(
+    fn supers<const KIND: u8, const P: usize, const N: usize, const G: usize>(
         &self,
         halves: &[[u16; LANES]],
         bytes: &[[u8; LANES]],
-        products: impl Fn(usize, usize) -> [[D::I; R]; G],
     ) -> [[D::F; R]; G] {
         let dots = self.dots;
         let (blocks, supers, has_minima) = (self.matrix.blocks, self.matrix.blocks / SUPER, N > P);
@@ -347,7 +338,7 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
             let (mut sum, mut minimum) = ([[dots.zero(); R]; G], [[dots.zero(); R]; G]);
             for b in index * SUPER..(index + 1) * SUPER {
                 for p in 0..P {
-                    let products = products(b, p);
+                    let products = self.products::<KIND, P, G>(b, p);
                     for g in 0..G {
                         let (factors, part) = (&bytes[g].as_chunks::<N>().0[b], self.part(g));
                         if p == 0 {
@@ -406,38 +397,42 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
         std::array::from_fn(|g| &words[(self.column + g) * a_column..][..a_column].as_chunks::<N>().0[b])
     }
 
-    /// Sums of `4 N` inputs of block `b`, all or a `half`, with bytes that are 128 too large.
+    /// Sums of part `p` of the `P` of block `b`. No closures do it: they could be compiled without the instructions of this path.
     #[inline(always)]
-    fn centred<const N: usize, const G: usize>(&self, b: usize, half: usize) -> [[D::I; R]; G] {
-        let dots = self.dots;
-        let mut start = [dots.small(); R];
-        for r in 0..R {
-            let (all, halves) = self.x[r].sums[b].offset_128;
-            start[r] = dots.centred(if N == 8 { all } else { halves[half] });
+    fn products<const KIND: u8, const P: usize, const G: usize>(&self, b: usize, p: usize) -> [[D::I; R]; G] {
+        match KIND {
+            BYTES | LOW_BYTES => self.bytes::<KIND, P, G>(b, p),
+            CODES => self.codes(b),
+            QUARTERS => self.quarters(b, p),
+            _ => self.nibbles::<KIND, P, G>(b, p),
         }
-        self.bytes(b, N * half..N * (half + 1), start, |sums, word, x| dots.add_centred(sums, word, x))
     }
 
-    /// Sums of block `b` with weights below 128.
+    /// What sums of part `p` of the `P` of block `b` are too large by, negative.
     #[inline(always)]
-    fn small<const G: usize>(&self, b: usize) -> [[D::I; R]; G] {
+    fn offset<const KIND: u8, const P: usize>(&self, r: usize, b: usize, p: usize) -> i32 {
+        let sums = &self.x[r].sums[b];
+        match KIND {
+            BYTES | CODES if P == 1 => sums.offset_128.0,
+            BYTES | CODES => sums.offset_128.1[p],
+            NIBBLES if P == 1 => sums.offset_8,
+            NIBBLES => sums.offset_128.1[p] >> 4,
+            _ => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn bytes<const KIND: u8, const P: usize, const G: usize>(&self, b: usize, p: usize) -> [[D::I; R]; G] {
         let dots = self.dots;
-        self.bytes(b, 0..8, [dots.small(); R], |sums, word, x| dots.add_small(sums, word, x))
-    }
-
-    /// Sums over the words `range` of block `b`, from `start` on.
-    #[inline(always)]
-    fn bytes<const G: usize>(
-        &self,
-        b: usize,
-        range: Range<usize>,
-        start: [D::I; R],
-        add: impl Fn(D::I, &D::W, [i8; 4]) -> D::I,
-    ) -> [[D::I; R]; G] {
         let words: [&[D::W; 8]; G] = self.words(b);
         let far = G * self.matrix.blocks * size_of_val(words[0]);
-        let mut sums = [start; G];
-        for k in range {
+        let mut sums = [[dots.small(); R]; G];
+        for r in 0..R {
+            for g in 0..G {
+                sums[g][r] = dots.centred(self.offset::<KIND, P>(r, b, p));
+            }
+        }
+        for k in 8 / P * p..8 / P * (p + 1) {
             // Asked word by word: the branch also keeps the compiler from loading a block's inputs all at once, into memory.
             for g in 0..G {
                 self.ask(b, &words[g][k], AHEAD, far);
@@ -445,86 +440,17 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
             for r in 0..R {
                 let quad = quad(&self.x[r].values[b], k);
                 for g in 0..G {
-                    sums[g][r] = add(sums[g][r], &words[g][k], quad);
+                    sums[g][r] = if KIND == BYTES {
+                        dots.add_centred(sums[g][r], &words[g][k], quad)
+                    } else {
+                        dots.add_small(sums[g][r], &words[g][k], quad)
+                    };
                 }
             }
         }
         sums
     }
 
-    /// Sums of block `b` with weights of half a byte, by which `offset` is too large.
-    #[inline(always)]
-    fn nibbles<const G: usize>(&self, b: usize, offset: impl Fn(&Sums) -> i32) -> [[D::I; R]; G] {
-        let dots = self.dots;
-        self.parts::<4, G>(b, 0..4, offset, |sums, word, block, k| {
-            let sums = dots.add_bits::<4, 0>(sums, word, quad(block, k));
-            dots.add_bits::<4, 4>(sums, word, quad(block, 4 + k))
-        })
-    }
-
-    /// Sums of half of block `b` with weights of half a byte, 8 too large.
-    #[inline(always)]
-    fn half_of_nibbles<const G: usize>(&self, b: usize, half: usize) -> [[D::I; R]; G] {
-        let dots = self.dots;
-        let offset = |sums: &Sums| sums.offset_128.1[half] >> 4;
-        if half == 0 {
-            self.parts::<4, G>(b, 0..4, offset, |sums, w, block, k| dots.add_bits::<4, 0>(sums, w, quad(block, k)))
-        } else {
-            self.parts::<4, G>(b, 0..4, offset, |sums, w, block, k| dots.add_bits::<4, 4>(sums, w, quad(block, 4 + k)))
-        }
-    }
-
-    /// Sums of half of block `b` with weights of a quarter of a byte.
-    #[inline(always)]
-    fn quarters<const G: usize>(&self, b: usize, half: usize) -> [[D::I; R]; G] {
-        let dots = self.dots;
-        self.parts::<2, G>(b, half..half + 1, |_| 0, |sums, word, block, half| {
-            let sums = dots.add_bits::<2, 0>(sums, word, quad(block, 4 * half));
-            let sums = dots.add_bits::<2, 2>(sums, word, quad(block, 4 * half + 1));
-            let sums = dots.add_bits::<2, 4>(sums, word, quad(block, 4 * half + 2));
-            dots.add_bits::<2, 6>(sums, word, quad(block, 4 * half + 3))
-        })
-    }
-
-    /// Sums over the words `range` of block `b`, of `N`, whose bytes are several weights; by which `offset` is too large.
-    #[inline(always)]
-    fn parts<const N: usize, const G: usize>(
-        &self,
-        b: usize,
-        range: Range<usize>,
-        offset: impl Fn(&Sums) -> i32,
-        add: impl Fn(D::N, &D::W, &[i8; BLOCK], usize) -> D::N,
-    ) -> [[D::I; R]; G] {
-        let dots = self.dots;
-        let words: [&[D::W; N]; G] = self.words(b);
-        let far = G * self.matrix.blocks * size_of_val(words[0]);
-        // Loops and no `map`: its closure would be compiled without the instructions of this path.
-        let mut sums = [[dots.bits(0); R]; G];
-        for r in 0..R {
-            for g in 0..G {
-                sums[g][r] = dots.bits(offset(&self.x[r].sums[b]));
-            }
-        }
-        for k in range {
-            for g in 0..G {
-                self.ask(b, &words[g][k], AHEAD, far);
-            }
-            for r in 0..R {
-                for g in 0..G {
-                    sums[g][r] = add(sums[g][r], &words[g][k], &self.x[r].values[b], k);
-                }
-            }
-        }
-        let mut whole = [[dots.small(); R]; G];
-        for g in 0..G {
-            for r in 0..R {
-                whole[g][r] = dots.sum_bits(sums[g][r], offset(&self.x[r].sums[b]));
-            }
-        }
-        whole
-    }
-
-    /// Sums of block `b` with weights that half bytes stand for.
     #[inline(always)]
     fn codes<const G: usize>(&self, b: usize) -> [[D::I; R]; G] {
         let dots = self.dots;
@@ -533,7 +459,7 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
         let mut sums = [[dots.small(); R]; G];
         for r in 0..R {
             for g in 0..G {
-                sums[g][r] = dots.centred(self.x[r].sums[b].offset_128.0);
+                sums[g][r] = dots.centred(self.offset::<CODES, 1>(r, b, 0));
             }
         }
         for k in 0..4 {
@@ -542,22 +468,100 @@ impl<D: Dots, const R: usize, const FAR: bool> Tile<'_, D, R, FAR> {
             }
             for r in 0..R {
                 let block = &self.x[r].values[b];
+                let (low, high) = (quad(block, k), quad(block, 4 + k));
                 for g in 0..G {
-                    sums[g][r] = dots.add_codes::<0>(sums[g][r], &words[g][k], quad(block, k));
-                    sums[g][r] = dots.add_codes::<4>(sums[g][r], &words[g][k], quad(block, 4 + k));
+                    sums[g][r] = dots.add_codes::<0>(sums[g][r], &words[g][k], low);
+                    sums[g][r] = dots.add_codes::<4>(sums[g][r], &words[g][k], high);
                 }
             }
         }
         sums
     }
 
+    #[inline(always)]
+    fn nibbles<const KIND: u8, const P: usize, const G: usize>(&self, b: usize, p: usize) -> [[D::I; R]; G] {
+        let dots = self.dots;
+        let words: [&[D::W; 4]; G] = self.words(b);
+        let far = G * self.matrix.blocks * size_of_val(words[0]);
+        let mut sums = self.begin_bits::<KIND, P, G>(b, p);
+        for k in 0..4 {
+            for g in 0..G {
+                self.ask(b, &words[g][k], AHEAD, far);
+            }
+            for r in 0..R {
+                let block = &self.x[r].values[b];
+                let (low, high) = (quad(block, k), quad(block, 4 + k));
+                for g in 0..G {
+                    if P == 1 || p == 0 {
+                        sums[g][r] = dots.add_bits::<4, 0>(sums[g][r], &words[g][k], low);
+                    }
+                    if P == 1 || p == 1 {
+                        sums[g][r] = dots.add_bits::<4, 4>(sums[g][r], &words[g][k], high);
+                    }
+                }
+            }
+        }
+        self.end_bits::<KIND, P, G>(sums, b, p)
+    }
+
+    #[inline(always)]
+    fn quarters<const G: usize>(&self, b: usize, half: usize) -> [[D::I; R]; G] {
+        let dots = self.dots;
+        let words: [&[D::W; 2]; G] = self.words(b);
+        let far = G * self.matrix.blocks * size_of_val(words[0]);
+        let mut sums = self.begin_bits::<QUARTERS, 2, G>(b, half);
+        for g in 0..G {
+            self.ask(b, &words[g][half], AHEAD, far);
+        }
+        for r in 0..R {
+            let block = &self.x[r].values[b];
+            for g in 0..G {
+                let word = &words[g][half];
+                sums[g][r] = dots.add_bits::<2, 0>(sums[g][r], word, quad(block, 4 * half));
+                sums[g][r] = dots.add_bits::<2, 2>(sums[g][r], word, quad(block, 4 * half + 1));
+                sums[g][r] = dots.add_bits::<2, 4>(sums[g][r], word, quad(block, 4 * half + 2));
+                sums[g][r] = dots.add_bits::<2, 6>(sums[g][r], word, quad(block, 4 * half + 3));
+            }
+        }
+        self.end_bits::<QUARTERS, 2, G>(sums, b, half)
+    }
+
+    /// What sums of parts of bytes begin with.
+    #[inline(always)]
+    fn begin_bits<const KIND: u8, const P: usize, const G: usize>(&self, b: usize, p: usize) -> [[D::N; R]; G] {
+        let mut sums = [[self.dots.bits(0); R]; G];
+        for r in 0..R {
+            for g in 0..G {
+                sums[g][r] = self.dots.bits(self.offset::<KIND, P>(r, b, p));
+            }
+        }
+        sums
+    }
+
+    /// Finished sums of parts of bytes.
+    #[inline(always)]
+    fn end_bits<const KIND: u8, const P: usize, const G: usize>(
+        &self,
+        sums: [[D::N; R]; G],
+        b: usize,
+        p: usize,
+    ) -> [[D::I; R]; G] {
+        let mut whole = [[self.dots.small(); R]; G];
+        for g in 0..G {
+            for r in 0..R {
+                whole[g][r] = self.dots.sum_bits(sums[g][r], self.offset::<KIND, P>(r, b, p));
+            }
+        }
+        whole
+    }
+
     /// Asks for what lies behind `place`, which belongs to block `b`: `near` bytes, or `far` where the next columns are.
     #[inline(always)]
     fn ask<T>(&self, b: usize, place: &T, near: usize, far: usize) {
-        if !FAR {
-            self.dots.prefetch(place, near);
-        } else if self.far.contains(&b) {
-            self.dots.prefetch_far(place, far);
+        match &self.far {
+            None => self.dots.prefetch(place, near),
+            Some(blocks) if blocks.contains(&b) => self.dots.prefetch_far(place, far),
+            Some(_) => {}
         }
     }
 }

@@ -184,7 +184,8 @@ impl Packed {
         let mut words: Vec<Word> = zeroed(count, name, device)?;
         let (a_band_halves, a_band_bytes) = plan.scales(blocks);
         let mut halves: Vec<Halves> = zeroed(product(&[experts, bands, a_band_halves], name, device)?, name, device)?;
-        let mut bytes: Vec<[u8; LANES]> = zeroed(product(&[experts, bands, a_band_bytes], name, device)?, name, device)?;
+        let mut bytes: Vec<[u8; LANES]> =
+            zeroed(product(&[experts, bands, a_band_bytes], name, device)?, name, device)?;
         let at_once = (PIECE_BYTES / (LANES * row_bytes)).max(1);
         let mut stored = Vec::new();
         for expert in 0..experts {
@@ -201,7 +202,12 @@ impl Packed {
                     .chunks(LANES * row_bytes)
                     .zip(words.chunks_mut(blocks * per_block))
                     .zip(halves[band * a_band_halves..].chunks_mut(a_band_halves))
-                    .map(|((stored, words), halves)| Band { stored, words, halves, bytes: bytes.next().unwrap_or_default() })
+                    .map(|((stored, words), halves)| Band {
+                        stored,
+                        words,
+                        halves,
+                        bytes: bytes.next().unwrap_or_default(),
+                    })
                     .collect();
                 threads.each(parts, stored.len(), |band| band.pack(kind, plan, packing, row_bytes));
                 progress(stored.len() as u64);

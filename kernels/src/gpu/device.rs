@@ -10,7 +10,7 @@ use crate::{DeviceInfo, KernelError, Precision};
 
 /// Version of the portable kernels' arithmetic in each precision. Raised with every change of a sum's order, so that stages of
 /// different versions do not pass for equal.
-const KERNEL_SETS: [&str; 2] = ["gpu-exact/2", "gpu-fast/1"];
+const KERNEL_SETS: [&str; 2] = ["gpu-exact/3", "gpu-fast/2"];
 
 /// Which adapter is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +47,8 @@ pub(super) struct Opened {
     pub(super) queue: wgpu::Queue,
     pub(super) info: DeviceInfo,
     pub(super) software: bool,
+    /// Whether a workgroup may have 256 threads, WebGPU's default.
+    pub(super) has_large_workgroups: bool,
     pub(super) failure: Failure,
 }
 
@@ -151,7 +153,8 @@ fn open_adapter(adapter: &Adapter, info: &AdapterInfo, precision: Precision) -> 
     let fingerprint =
         format!("{kernel_set} f32 {} driver {} {}", name, info.driver, info.driver_info).trim().to_string();
     let info_out = DeviceInfo { name, is_gpu: true, fingerprint, memory_bytes: memory_bytes(adapter, info) };
-    Ok(Opened { device, queue, info: info_out, software: is_software(info), failure })
+    let has_large_workgroups = device.limits().max_compute_invocations_per_workgroup >= 256;
+    Ok(Opened { device, queue, info: info_out, software: is_software(info), has_large_workgroups, failure })
 }
 
 /// Memory of the device: what is free of the host's for a software adapter, the device-local heaps of a Vulkan one, else 0.

@@ -95,7 +95,8 @@ impl GpuBackend {
             return;
         }
         let pairs = self.pairs(selection, gate.shape.experts);
-        let kernel = Kernel::GatedGelu(self.variant(gate, pairs.sharing));
+        let variant = self.variant(gate, pairs.sharing);
+        let kernel = Kernel::GatedGelu(variant);
         let op = gated_gelu::Params {
             inputs: gate.shape.inputs as u32,
             outputs: gate.shape.outputs as u32,
@@ -108,7 +109,7 @@ impl GpuBackend {
             let params = expert_params(op, &pairs, gates);
             let (choice, out) = (pairs.choice, &out.buffer);
             let buffers = [x, factors, choice, &gates.chunks, gates.scales(), &ups.chunks, ups.scales(), out];
-            let groups = [pairs.groups, gates.blocks.len() as u32, 1];
+            let groups = [pairs.groups, gates.blocks.len() as u32, variant.workgroups_a_block()];
             let work = 2 * work(&pairs, gate, gates);
             self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work);
         }
@@ -136,7 +137,8 @@ impl GpuBackend {
         }
         let Some(products) = self.products.as_ref() else { return };
         let pairs = self.pairs(selection, down.shape.experts);
-        let kernel = Kernel::ExpertDown(self.variant(down, pairs.sharing));
+        let variant = self.variant(down, pairs.sharing);
+        let kernel = Kernel::ExpertDown(variant);
         let op = expert_down::Params {
             inputs: down.shape.inputs as u32,
             outputs: down.shape.outputs as u32,
@@ -148,7 +150,7 @@ impl GpuBackend {
         for shard in &down.shards {
             let params = expert_params(op, &pairs, shard);
             let buffers = [x, factors, pairs.choice, &shard.chunks, shard.scales(), products];
-            let groups = [pairs.groups, shard.blocks.len() as u32, 1];
+            let groups = [pairs.groups, shard.blocks.len() as u32, variant.workgroups_a_block()];
             self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work(&pairs, down, shard));
         }
         let params = CombineParams { outputs: down.shape.outputs as u32, chosen: selection.chosen as u32 };
@@ -174,8 +176,7 @@ impl GpuBackend {
             let groups = items.div_ceil(TILES_PER_WORKGROUP) as u32;
             return Pairs { choice: &selection.tiles, groups, items, sharing: Sharing::Tiled, count };
         }
-        let sharing = if self.software { Sharing::Wide } else { Sharing::One };
-        Pairs { choice: &selection.ids, groups: count as u32, items: count, sharing, count }
+        Pairs { choice: &selection.ids, groups: count as u32, items: count, sharing: self.sharing_of_one(), count }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The GPU backend: Grok-1's operations as compute shaders, through wgpu, on any adapter that has WebGPU's default limits.
 //!
-//! This is the portable path: no subgroups, no f16, no binding arrays, one thread an output. Faster paths for an adapter's
-//! features are further kernels in `pipelines.rs`, chosen when the device is opened. The one idea: operations only record
+//! This is the portable path: no subgroups, no f16, no binding arrays. Faster paths for an adapter's features are further kernels
+//! in `pipelines.rs`, chosen when the device is opened. The one idea: operations only record
 //! what is to be done; `finish` submits a step as one compute pass and reads what is wanted, so that a decode step
 //! costs one submission however many layers it has. Nothing here panics on what a driver does: failures become [`KernelError`]s.
 //!
@@ -63,12 +63,16 @@ pub struct GpuOptions {
     pub precision: Precision,
     /// Cut weights into buffers of at most this size, although the device could hold larger ones. Results do not change.
     pub max_shard_bytes: Option<u64>,
+    /// Whether several threads share a product's sum; else hardware that has room for that does. Results do not change.
+    pub share_sums: Option<bool>,
 }
 
 /// A device behind wgpu. See the module's page.
 pub struct GpuBackend {
     info: DeviceInfo,
     software: bool,
+    /// Whether several threads share a sum.
+    sliced: bool,
     precision: Precision,
     recorder: Recorder,
     memory: Memory,
@@ -141,6 +145,7 @@ impl GpuBackend {
         Ok(Self {
             info: opened.info,
             software: opened.software,
+            sliced: options.share_sums.unwrap_or(!opened.software && opened.has_large_workgroups),
             precision: options.precision,
             recorder: Recorder::new(opened.device, opened.queue, opened.failure)?,
             memory,
@@ -156,13 +161,17 @@ impl GpuBackend {
     fn variant(&self, matrix: &GpuMatrix, sharing: Sharing) -> Variant {
         let shape = matrix.shape;
         let (precision, whole) = (shape.precision(self.precision), shape.is_whole());
-        Variant { held: shape.held, precision, whole, sharing, unrolled: !self.software }
+        Variant { held: shape.held, precision, whole, sharing, sliced: self.sliced, unrolled: !self.software }
+    }
+
+    /// How a single row is shared among threads. A software adapter's run one after the other.
+    fn sharing_of_one(&self) -> Sharing {
+        if self.software && !self.sliced { Sharing::Wide } else { Sharing::One }
     }
 
     /// Compiles what a matrix will be multiplied with.
     fn compile_for(&mut self, matrix: &GpuMatrix) -> Result<(), KernelError> {
-        let one_row = if self.software { Sharing::Wide } else { Sharing::One };
-        for sharing in [one_row, Sharing::Tiled] {
+        for sharing in [self.sharing_of_one(), Sharing::Tiled] {
             let variant = self.variant(matrix, sharing);
             if matrix.shape.experts == 1 {
                 self.recorder.compile(Kernel::Matmul(variant))?;
@@ -325,12 +334,12 @@ impl Backend for GpuBackend {
         if !fits {
             return;
         }
-        let (sharing, rows_per_workgroup) = match (rows, self.software) {
-            (1, false) => (Sharing::One, 1),
-            (1, true) => (Sharing::Wide, 1),
+        let (sharing, rows_per_workgroup) = match rows {
+            1 => (self.sharing_of_one(), 1),
             _ => (Sharing::Tiled, TILE_ROWS * TILES_PER_WORKGROUP),
         };
-        let kernel = Kernel::Matmul(self.variant(w, sharing));
+        let variant = self.variant(w, sharing);
+        let kernel = Kernel::Matmul(variant);
         let op = matmul::Params {
             inputs: shape.inputs as u32,
             outputs: shape.outputs as u32,
@@ -342,7 +351,8 @@ impl Backend for GpuBackend {
         for shard in &w.shards {
             let column_begin = (shard.blocks.start * matrix::LANES) as u32;
             let params = MatmulParams { op, rows: rows as u32, column_begin };
-            let groups = [rows.div_ceil(rows_per_workgroup) as u32, shard.blocks.len() as u32, 1];
+            let groups =
+                [rows.div_ceil(rows_per_workgroup) as u32, shard.blocks.len() as u32, variant.workgroups_a_block()];
             let work = (rows * shape.inputs) as u64 * (shard.blocks.len() * matrix::LANES) as u64;
             let buffers = [x, factors, &shard.chunks, shard.scales(), &out.buffer];
             self.recorder.dispatch(kernel, &params, &buffers, groups, work);

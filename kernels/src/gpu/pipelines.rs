@@ -56,13 +56,15 @@ pub(super) struct Variant {
     /// Whether groups of inputs are whole chunks.
     pub(super) whole: bool,
     pub(super) sharing: Sharing,
+    /// Whether several threads share a sum; not with [`Sharing::Wide`].
+    pub(super) sliced: bool,
     /// Whether the driver may repeat loops' bodies.
     pub(super) unrolled: bool,
 }
 
 /// Rows, or pairs, of a tile of the tiled matrix kernels.
 pub(super) const TILE_ROWS: usize = 4;
-/// Tiles in a workgroup of these: with 16 threads a tile, a workgroup fills the widest subgroups.
+/// Tiles in a workgroup of these: with 16 threads a tile, they fill the widest subgroups.
 pub(super) const TILES_PER_WORKGROUP: usize = 4;
 
 /// How a matrix kernel shares its work among threads. The bits of a result do not depend on it.
@@ -98,7 +100,18 @@ impl Variant {
         if self.sharing == Sharing::Tiled {
             constants.extend([("ROWS_PER_THREAD", TILE_ROWS as f64), ("TILES", TILES_PER_WORKGROUP as f64)]);
         }
+        // Both fill a workgroup of 256. A subgroup of 32 threads still reads 512 bytes side by side.
+        match (self.sharing, self.sliced) {
+            (Sharing::One, true) => constants.extend([("COLUMN_THREADS", 32.0), ("SLICE_THREADS", 8.0)]),
+            (Sharing::Tiled, true) => constants.push(("SLICE_THREADS", 4.0)),
+            _ => {}
+        }
         constants
+    }
+
+    /// Workgroups that a block's columns take.
+    pub(super) fn workgroups_a_block(self) -> u32 {
+        if self.sharing == Sharing::One && self.sliced { 2 } else { 1 }
     }
 }
 
@@ -130,15 +143,16 @@ impl Kernel {
 /// Every kernel that any device may be given, for tools and tests.
 pub fn gpu_kernels() -> Vec<(&'static Shader, Vec<(&'static str, f64)>)> {
     let mut kernels = ALWAYS.to_vec();
-    let hardware = [Sharing::One, Sharing::Tiled].map(|sharing| (sharing, true));
-    let software = [Sharing::Wide, Sharing::Tiled].map(|sharing| (sharing, false));
+    let sliced = [Sharing::One, Sharing::Tiled].map(|sharing| (sharing, true, true));
+    let small = [Sharing::One, Sharing::Tiled].map(|sharing| (sharing, false, true));
+    let software = [Sharing::Wide, Sharing::Tiled].map(|sharing| (sharing, false, false));
     for held in Held::all() {
         for (precision, whole) in [(Precision::Exact, true), (Precision::Exact, false), (Precision::Fast, true)] {
             if precision == Precision::Fast && !held.has_fast() {
                 continue;
             }
-            for (sharing, unrolled) in hardware.into_iter().chain(software) {
-                let variant = Variant { held, precision, whole, sharing, unrolled };
+            for (sharing, sliced, unrolled) in sliced.into_iter().chain(small).chain(software) {
+                let variant = Variant { held, precision, whole, sharing, sliced, unrolled };
                 kernels.extend([Kernel::Matmul(variant), Kernel::GatedGelu(variant), Kernel::ExpertDown(variant)]);
             }
         }

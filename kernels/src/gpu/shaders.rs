@@ -61,6 +61,7 @@ impl Shader {
         for name in names {
             source.push_str(&shared!("matrix").replace("MATRIX", name));
             source.push_str(&product.replace("MATRIX", name));
+            source.push_str(&shared!("sums").replace("MATRIX", name));
         }
         source
     }

@@ -6,7 +6,7 @@ use grokpipe_model::{BlockType, Format, Layout};
 
 use super::{GpuBackend, GpuChoice, GpuOptions};
 use crate::{
-    Backend, KernelError, check_batch_invariance,
+    Backend, KernelError, Precision, check_batch_invariance,
     ops::{
         self,
         testing::{Random, TestMatrix, check_rows_in_chunks, compare_bits, download, single_tokens, upload},
@@ -107,6 +107,26 @@ const CUT: [Format; 7] = [
     Format::Blocks(BlockType::Q4K),
     Format::Blocks(BlockType::Q6K),
 ];
+
+/// A software adapter runs the kernels of hardware, whose threads share sums, as slowly as its own: they must not show.
+#[test]
+fn sums_that_threads_share_do_not_show() {
+    for precision in [Precision::Exact, Precision::Fast] {
+        let options = |share_sums| GpuOptions { precision, share_sums: Some(share_sums), ..GpuOptions::default() };
+        let (Some(mut alone), Some(mut shared)) = (open_with(&options(false)), open_with(&options(true))) else {
+            return;
+        };
+        // Floats, groups with filling, and blocks.
+        for format in [Format::F32, Format::Int8 { groups: 8 }, Format::Blocks(BlockType::Q4K)] {
+            let sizes = if matches!(format, Format::Blocks(_)) { (256, 512) } else { (96, 264) };
+            for rows in [1, 9] {
+                let want = expert_layer(&mut alone, 5, format, sizes, rows);
+                let got = expert_layer(&mut shared, 5, format, sizes, rows);
+                compare_bits("expert layer", &(precision, format, rows), "sliced", 5, &got, &want);
+            }
+        }
+    }
+}
 
 #[test]
 fn shards_do_not_show() {

@@ -218,9 +218,8 @@ mod tests {
                 let centred = d.add_centred(d.add_centred(d.centred(offset), flipped, x(0)), flipped, x(4));
                 let small = d.add_small(d.add_small(d.small(), small, x(8)), small, x(3));
                 let codes = d.add_codes::<4>(d.add_codes::<0>(d.centred(offset), w, x(0)), w, x(4));
-                let nibbles = (0..4).fold(d.bits(-77), |n, i| {
-                    d.add_bits::<4, 4>(d.add_bits::<4, 0>(n, w, x(i)), w, x(11 - i))
-                });
+                let nibbles =
+                    (0..4).fold(d.bits(-77), |n, i| d.add_bits::<4, 4>(d.add_bits::<4, 0>(n, w, x(i)), w, x(11 - i)));
                 let nibbles = d.sum_bits(nibbles, -77);
                 let quarters = d.add_bits::<2, 2>(d.add_bits::<2, 0>(d.bits(5), w, x(7)), w, x(9));
                 let quarters = d.add_bits::<2, 6>(d.add_bits::<2, 4>(quarters, w, x(2)), w, x(5));

@@ -1,8 +1,9 @@
 // gated_gelu: hidden[p, n] = gelu(x[t] @ gate[e]) * (x[t] @ up[e]) for every pair p = t * chosen + j of a row and its j-th expert e,
 // for the columns n and the experts of one shard. gelu(g) = 0.5 * g * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 * g^3))).
 // Shapes (row-major): x [rows, inputs], hidden [pairs, outputs] f32. Weights, scales and the order of sums as in product/columns.wgsl,
-// one stretch of `blocks` blocks an expert. Joined with columns, pairs, inputs, and matrix and product for `gate` and `up`.
-// Dispatch: (ceil(items / TILES), blocks of the shard, 1); a thread computes ROWS_PER_THREAD pairs of COLUMNS_PER_THREAD columns.
+// one stretch of `blocks` blocks an expert. Joined with columns, pairs, inputs, and matrix, product and sums for `gate` and `up`.
+// Dispatch: (ceil(items / TILES), blocks of the shard, 64 / (COLUMN_THREADS * COLUMNS_PER_THREAD)); a thread computes ROWS_PER_THREAD
+// pairs of COLUMNS_PER_THREAD columns, or SLICE_THREADS threads do.
 // tanh is given at most 15 in magnitude: beyond, it is 1 in f32, and some GPUs return NaN. CPU reference: cpu.rs.
 @group(0) @binding(4) var<storage, read> gate: array<vec4<u32>>;    // [experts, blocks, chunks, 64]
 @group(0) @binding(5) var<storage, read> gate_scales: array<u32>;   // [experts, blocks, words, 64]
@@ -24,16 +25,17 @@ fn store(pair: u32, n: u32, g: vec4<f32>, u: vec4<f32>) {
     }
 }
 
-@compute @workgroup_size(COLUMN_THREADS, TILES)
+@compute @workgroup_size(COLUMN_THREADS, TILES, SLICE_THREADS)
 fn gated_gelu(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
-    let n = params.column_begin + workgroup.y * LANES + local.x;
     let item = item_at(workgroup.x * TILES + local.y);
-    if n >= params.outputs || !is_here(item) { return; }
+    let place = place_of(workgroup, local, is_here(item));
     let rows = filled(item) / params.chosen * params.inputs;
     let block = block_of(item, workgroup.y);
     // One after the other: fewer sums at a time, and the row is read from a cache.
-    let g = product_of_gate(rows, block, local.x);
-    let u = product_of_up(rows, block, local.x);
+    let g = product_of_gate(rows, block, place);
+    let u = product_of_up(rows, block, place);
+    if !place.is_here || place.slice > 0u { return; }
+    let n = params.column_begin + workgroup.y * LANES + place.lane;
     store(item.pairs.x, n, g.a, u.a);
     if ROWS_PER_THREAD > 1u {
         store(item.pairs.y, n, g.b, u.b);

@@ -1,8 +1,9 @@
 // matmul: out[t, n] = factor * sum_k x[t, k] * w[k, n], for the columns n of one shard of w.
 // Shapes (row-major): x [rows, inputs], out [rows, outputs] f32. Weights, scales and the order of sums as in product/columns.wgsl.
-// Joined with columns, inputs, and matrix and product for `weights`.
-// Dispatch: (ceil(rows / (ROWS_PER_THREAD * TILES)), blocks, 1); a thread computes ROWS_PER_THREAD rows of COLUMNS_PER_THREAD columns.
-// One row and column a thread suits a GPU in decode; four of each read less. CPU reference: cpu.rs.
+// Joined with columns, inputs, and matrix, product and sums for `weights`.
+// Dispatch: (ceil(rows / (ROWS_PER_THREAD * TILES)), blocks, 64 / (COLUMN_THREADS * COLUMNS_PER_THREAD)); a thread computes
+// ROWS_PER_THREAD rows of COLUMNS_PER_THREAD columns, or SLICE_THREADS threads do. One row and column a thread suits a GPU in decode;
+// four of each read less. CPU reference: cpu.rs.
 struct Params {
     inputs: u32,
     outputs: u32,
@@ -26,14 +27,15 @@ fn store(row: u32, n: u32, sum: vec4<f32>) {
     }
 }
 
-@compute @workgroup_size(COLUMN_THREADS, TILES)
+@compute @workgroup_size(COLUMN_THREADS, TILES, SLICE_THREADS)
 fn matmul(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
-    let n = params.column_begin + workgroup.y * LANES + local.x;
     let row = (workgroup.x * TILES + local.y) * ROWS_PER_THREAD;
-    if n >= params.outputs || row >= params.rows { return; }
+    let place = place_of(workgroup, local, row < params.rows);
     // Rows beyond the last one repeat it and are not stored.
     let rows = min(vec4<u32>(row, row + 1u, row + 2u, row + 3u), vec4<u32>(params.rows - 1u));
-    let sums = product_of_weights(rows * params.inputs, workgroup.y, local.x);
+    let sums = product_of_weights(rows * params.inputs, workgroup.y, place);
+    if place.slice > 0u { return; }
+    let n = params.column_begin + workgroup.y * LANES + place.lane;
     store(row, n, sums.a);
     if ROWS_PER_THREAD > 1u {
         store(row + 1u, n, sums.b);

@@ -4,7 +4,8 @@
 // A group of inputs shares a scale, and with MINIMA a minimum: w = scale * number - minimum. The last chunk of a group is filled
 // with zeros, and inputs are not read there; so are the columns of the last block beyond the outputs. With HALVED two groups share
 // a chunk. Words of scales stand as chunks do, [blocks, words, 64]; what they hold says SCALES.
-// Order of a sum, whatever the other constants are: in a group four partial sums (k mod 4) by ascending k; groups ascending.
+// Order of a sum, whatever the other constants are: the chunks of a column are cut into SLICES stretches of one length or nearly so;
+// in what a stretch has of a group four partial sums (k mod 4) by ascending k, in a stretch groups ascending, stretches ascending.
 override NUMBERS: u32 = 0u;
 override OFFSET: f32 = 0.0;             // what NIBBLES are too large by
 override QUADS: u32 = 1u;               // quads of inputs in a chunk; in half of one with HALVED
@@ -15,9 +16,11 @@ override SUPER: u32 = 8u;               // groups of a super-block
 override WHOLE: bool = false;           // groups are whole chunks
 override UNROLLED: bool = true;         // loops may be unrolled; a software adapter takes seconds to compile that
 override COLUMNS_PER_THREAD: u32 = 1u;  // 1 or 4, COLUMN_THREADS apart
-override COLUMN_THREADS: u32 = 64u;     // 64 / COLUMNS_PER_THREAD
+override COLUMN_THREADS: u32 = 64u;     // threads along a block's columns, 64 / COLUMNS_PER_THREAD or less
 override ROWS_PER_THREAD: u32 = 1u;     // 1 or 4
+override SLICE_THREADS: u32 = 1u;       // threads that share a sum: 1, 2, 4 or 8
 const LANES: u32 = 64u;
+const SLICES: u32 = 8u;
 
 // NUMBERS: four f32, eight halves of either kind, sixteen signed bytes, or 32 numbers of four bits: word j has inputs 8 j..8 j + 4
 // in the low halves of its bytes and the next four in the high ones. CODES stand for the values of IQ4_VALUES.
@@ -61,6 +64,46 @@ struct Rows {
     b: vec4<f32>,
     c: vec4<f32>,
     d: vec4<f32>,
+}
+
+// Sums that threads share; one place for each thread along columns and tiles, at most 64.
+var<workgroup> shared_sums: array<Rows, 64>;
+
+// A thread's place along the columns of a block, in its workgroup, and along the slices; and whether it has anything to sum up.
+struct Place {
+    lane: u32,
+    shared_place: u32,
+    slice: u32,
+    is_here: bool,
+}
+
+fn place_of(workgroup: vec3<u32>, local: vec3<u32>, is_here: bool) -> Place {
+    return Place(workgroup.z * COLUMN_THREADS + local.x, local.y * COLUMN_THREADS + local.x, local.z, is_here);
+}
+
+fn add_rows(sums: Rows, more: Rows) -> Rows {
+    var next = sums;
+    next.a += more.a;
+    if ROWS_PER_THREAD > 1u {
+        next.b += more.b;
+        next.c += more.c;
+        next.d += more.d;
+    }
+    return next;
+}
+
+// Adds what the threads of a place have of neighbouring slices to the place's sums, ascending. All threads of the workgroup call it.
+fn share(place: Place, round: u32, mine: Rows) {
+    for (var slice = 0u; slice < SLICE_THREADS; slice++) {
+        if place.slice == slice {
+            if round + slice == 0u {
+                shared_sums[place.shared_place] = mine;
+            } else {
+                shared_sums[place.shared_place] = add_rows(shared_sums[place.shared_place], mine);
+            }
+        }
+        workgroupBarrier();
+    }
 }
 
 // What the codes -127, -104, ... 113 of IQ4_NL and IQ4_XS stand for, four a word.

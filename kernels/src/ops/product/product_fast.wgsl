@@ -22,7 +22,7 @@ fn steps_of_block_of_MATRIX(first: u32, half: u32) -> Scales {
     return Scales(vec4<f32>(1.0), vec4<f32>());
 }
 
-fn product_of_MATRIX(rows: vec4<u32>, block: u32, lane: u32) -> Rows {
+fn slice_of_MATRIX(rows: vec4<u32>, block: u32, lane: u32, slice: u32) -> Rows {
     let blocks = params.inputs / BLOCK;
     let length = params.inputs / params.groups;
     let first = block * chunks_of_column(params.groups, length) * LANES + lane;
@@ -31,12 +31,16 @@ fn product_of_MATRIX(rows: vec4<u32>, block: u32, lane: u32) -> Rows {
     var part = blocks;
     if SCALES == GROUPS { part = length / BLOCK; }
     if SCALES == SUPERS { part = SUPER_BLOCKS; }
+    let stop = (slice + 1u) * blocks / SLICES;
+    var index = slice * blocks / SLICES;
     var a = Sums();
     var b = Sums();
     var c = Sums();
     var d = Sums();
-    for (var begin = 0u; begin < blocks; begin += part) {
-        for (var index = begin; index < begin + part; index++) {
+    while index < stop {
+        let part_index = index / part;
+        let part_stop = min((part_index + 1u) * part, stop);
+        for (; index < part_stop; index++) {
             let low = halves_of_MATRIX(first, 2u * index);
             let high = halves_of_MATRIX(first, 2u * index + 1u);
             let of_low = steps_of_block_of_MATRIX(first_scale, 2u * index);
@@ -50,8 +54,8 @@ fn product_of_MATRIX(rows: vec4<u32>, block: u32, lane: u32) -> Rows {
             }
         }
         var factors = Scales(vec4<f32>(1.0), vec4<f32>(1.0));
-        if SCALES == GROUPS { factors = scales_of_MATRIX(first_scale, begin / part); }
-        if SCALES == SUPERS { factors = factors_of_MATRIX(first_scale, begin / part); }
+        if SCALES == GROUPS { factors = scales_of_MATRIX(first_scale, part_index); }
+        if SCALES == SUPERS { factors = factors_of_MATRIX(first_scale, part_index); }
         a = add_part(a, factors);
         if ROWS_PER_THREAD > 1u {
             b = add_part(b, factors);
