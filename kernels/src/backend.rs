@@ -191,6 +191,18 @@ pub trait Backend: Send + 'static {
     fn read_selection(&mut self, selection: &Self::Selection, rows: usize)
     -> Result<(Vec<u32>, Vec<f32>), KernelError>;
 
+    /// Has the steps that follow timed by the device's own clock, if it has one, or no more.
+    fn time_by_device(&mut self, _timed: bool) {}
+
+    /// Seconds that the device's own clock counted for the last submission, which [`Backend::finish`] waited for; `None` without such
+    /// a clock, or when it was not asked for.
+    ///
+    /// # Errors
+    /// As [`Backend::finish`].
+    fn device_seconds(&mut self) -> Result<Option<f64>, KernelError> {
+        Ok(None)
+    }
+
     /// Bytes a second that the device reads from its memory, measured now (a fraction of a second).
     ///
     /// # Errors

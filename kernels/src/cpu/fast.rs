@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::{
     math::ROUND,
     packed::{BLOCK, Numbers, Packed, SUPER, Scaling},
-    simd::{Dots, Kernel, LANES, Simd},
+    simd::{Dots, Kernel, LANES, Simd, Word},
 };
 
 /// How far ahead of their use weights are asked for: the processor's own prefetching ends with a page of 4 KiB.
@@ -198,7 +198,7 @@ impl FastProduct<'_> {
             (self.rows.len() > MOST_ROWS).then(|| first * matrix.blocks / whole..(first + R) * matrix.blocks / whole);
         let first_band = self.expert * matrix.bands + self.outputs.start / LANES;
         let column_of_all = first_band * D::PACKING.parts + column;
-        let tile = Tile::<D, R> { dots, matrix, column: column_of_all, x, far };
+        let tile = Tile::<D, R> { dots, matrix, words: &matrix.words, column: column_of_all, x, far };
         let sums: [[D::F; R]; G] = tile.sums();
         let width = self.outputs.len();
         let a_column = LANES / D::PACKING.parts;
@@ -220,6 +220,8 @@ impl FastProduct<'_> {
 struct Tile<'a, D, const R: usize> {
     dots: D,
     matrix: &'a Packed,
+    /// Those of the matrix.
+    words: &'a [Word],
     column: usize,
     x: [QuantisedRow<'a>; R],
     /// One of several tiles asks for these blocks of the next columns.
@@ -392,7 +394,7 @@ impl<D: Dots, const R: usize> Tile<'_, D, R> {
     /// Block `b` of each column.
     #[inline(always)]
     fn words<const N: usize, const G: usize>(&self, b: usize) -> [&[D::W; N]; G] {
-        let words: &[D::W] = bytemuck::cast_slice(&self.matrix.words);
+        let words: &[D::W] = bytemuck::cast_slice(self.words);
         let a_column = self.matrix.blocks * N;
         std::array::from_fn(|g| &words[(self.column + g) * a_column..][..a_column].as_chunks::<N>().0[b])
     }

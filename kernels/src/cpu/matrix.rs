@@ -8,7 +8,7 @@
 use grokpipe_model::{BlockType, Format, Layout, MatrixSource, MatrixSpec};
 
 use super::{
-    memory::{product, zeroed},
+    memory::{LargeWords, product, zeroed},
     packed::{BLOCK, Packed},
     simd::{LANES, Packing, Word},
     threads::Threads,
@@ -97,7 +97,7 @@ impl CpuMatrix {
             // Each expert is filled up to whole bands.
             let stored_outputs = outputs.next_multiple_of(LANES);
             let count = product(&[experts, stored_outputs / LANES, inputs / BLOCK, 8], &spec.name, device)?;
-            let mut words: Vec<Word> = zeroed(count, &spec.name, device)?;
+            let mut words = LargeWords::zeroed(count, &spec.name, device)?;
             let rows = bytemuck::cast_slice_mut::<Word, i8>(&mut words);
             shape.fill(source, stored_outputs, rows, threads, progress)?;
             let scales = scales_by_output(source, groups)?;

@@ -7,7 +7,7 @@ use grokpipe_model::{Format, Layout, MatrixSource, MatrixSpec, ModelError};
 use super::{
     CpuBackend,
     fast::AHEAD,
-    memory::zeroed,
+    memory::LargeWords,
     simd::{Dots, Isa, Kernel, LANES, Simd, Word},
     threads::Threads,
 };
@@ -24,7 +24,9 @@ const ROWS: usize = 64;
 
 /// Bytes a second of all threads reading memory in order.
 pub(super) fn read_bandwidth(isa: Isa, threads: &Threads, device: &str) -> Result<f64, KernelError> {
-    let words: Vec<Word> = zeroed(READ_BYTES / size_of::<Word>(), "the bandwidth measurement", device)?;
+    let mut words = LargeWords::zeroed(READ_BYTES / size_of::<Word>(), "the bandwidth measurement", device)?;
+    // Memory that was never written has no pages of its own.
+    words.fill(Word([1; 64]));
     let part = words.len().div_ceil(threads.count() * 8);
     let mut best = 0.0f64;
     for _ in 0..PASSES {

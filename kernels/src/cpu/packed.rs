@@ -7,7 +7,7 @@
 use grokpipe_model::{BlockType, Codes, MatrixSource, MatrixSpec};
 
 use super::{
-    memory::{product, zeroed},
+    memory::{LargeWords, product, zeroed},
     simd::{LANES, Packing, Word},
     threads::Threads,
 };
@@ -65,7 +65,7 @@ pub(crate) struct Packed {
     /// Bands of an expert.
     pub(super) bands: usize,
     /// `[experts, bands, parts, blocks, words of a block]`, each the same inputs of every output of a part.
-    pub(super) words: Vec<Word>,
+    pub(super) words: LargeWords,
     pub(super) numbers: Numbers,
     pub(super) scaling: Scaling,
 }
@@ -140,7 +140,7 @@ impl Packed {
     /// The words are rearranged in place.
     pub(super) fn of_int8(
         spec: &MatrixSpec,
-        mut words: Vec<Word>,
+        mut words: LargeWords,
         scales: &[f32],
         groups: usize,
         packing: Packing,
@@ -181,7 +181,7 @@ impl Packed {
         let (blocks, bands) = (inputs / BLOCK, outputs.div_ceil(LANES));
         let per_block = plan.numbers.words();
         let count = product(&[experts, bands, blocks, per_block], name, device)?;
-        let mut words: Vec<Word> = zeroed(count, name, device)?;
+        let mut words = LargeWords::zeroed(count, name, device)?;
         let (a_band_halves, a_band_bytes) = plan.scales(blocks);
         let mut halves: Vec<Halves> = zeroed(product(&[experts, bands, a_band_halves], name, device)?, name, device)?;
         let mut bytes: Vec<[u8; LANES]> =
@@ -340,7 +340,7 @@ mod tests {
                 Scaling::Blocks { halves, .. } => size_of_val(halves.as_slice()),
                 Scaling::Supers { halves, bytes, .. } => size_of_val(halves.as_slice()) + size_of_val(bytes.as_slice()),
             };
-            let taken = size_of_val(packed.words.as_slice()) + scales;
+            let taken = size_of_val(&*packed.words) + scales;
             assert_eq!(held_bytes(&matrix.spec, kind), taken as u64, "{kind:?}");
         }
     }

@@ -18,7 +18,7 @@ use std::{
 use crate::KernelError;
 
 /// Multiply-adds below which handing work to other threads costs more than it saves.
-const INLINE_BELOW_WORK: usize = 100_000;
+const INLINE_BELOW_WORK: usize = 40_000;
 /// Looks for work before a thread sleeps; some tens of microseconds.
 const LOOKS: usize = 20_000;
 /// Looks for the end of work before the caller lets others have its core.

@@ -142,6 +142,8 @@ fn open_adapter(adapter: &Adapter, info: &AdapterInfo, precision: Precision) -> 
     limits.max_storage_buffer_binding_size = offered.max_storage_buffer_binding_size;
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("grokpipe"),
+        // For benchmarks alone; no kernel needs more than WebGPU's own features.
+        required_features: adapter.features() & wgpu::Features::TIMESTAMP_QUERY,
         required_limits: limits,
         memory_hints: wgpu::MemoryHints::Performance,
         ..Default::default()

@@ -8,11 +8,13 @@
 //! `device.rs` opens an adapter, `failure.rs` keeps why it failed, `memory.rs` counts buffers. `format.rs` says how weights are
 //! held, `matrix.rs` lays them out, `blocks.rs` and `upload.rs` get them there. `shaders.rs` and `pipelines.rs` hold the kernels,
 //! `recorder.rs` submits them, `batch.rs` is what a step's rows become, `rounded.rs` what precision `fast` makes of rows,
-//! `attention.rs` and `experts.rs` are the operations of several dispatches, `measure.rs` times the device.
+//! `attention.rs` and `experts.rs` are the operations of several dispatches, `measure.rs` times the device, `clock.rs` reads its own
+//! clock.
 
 mod attention;
 mod batch;
 mod blocks;
+mod clock;
 mod device;
 mod experts;
 mod failure;
@@ -447,6 +449,14 @@ impl Backend for GpuBackend {
         let ids = read.next().unwrap_or_default();
         let probabilities = read.next().unwrap_or_default().into_iter().map(f32::from_bits).collect();
         Ok((ids, probabilities))
+    }
+
+    fn time_by_device(&mut self, timed: bool) {
+        self.recorder.time_passes(timed);
+    }
+
+    fn device_seconds(&mut self) -> Result<Option<f64>, KernelError> {
+        self.recorder.pass_seconds()
     }
 
     fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {

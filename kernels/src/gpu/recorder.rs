@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use bytemuck::Pod;
 
 use super::{
+    clock::Clock,
     failure::Failure,
     memory::{GpuBuffer, scoped, whole},
     pipelines::{Kernel, Pipelines},
@@ -54,6 +55,8 @@ pub(super) struct Recorder {
     error: Option<KernelError>,
     staging: Option<wgpu::Buffer>,
     submissions: u64,
+    /// Times passes, once it was asked for.
+    clock: Option<Clock>,
 }
 
 impl Recorder {
@@ -82,6 +85,7 @@ impl Recorder {
             error: None,
             staging: None,
             submissions: 0,
+            clock: None,
         })
     }
 
@@ -111,6 +115,19 @@ impl Recorder {
     /// Bind groups hold their buffers; without this, buffers that were dropped would stay until the next allocation.
     pub(super) fn forget_bind_groups(&mut self) {
         self.groups.clear();
+    }
+
+    /// Has the submissions that follow timed by the device's clock, if it has one, or no more.
+    pub(super) fn time_passes(&mut self, timed: bool) {
+        self.clock = if timed { Clock::new(&self.device, &self.queue) } else { None };
+    }
+
+    /// Seconds of the last submission's pass by the device's clock.
+    ///
+    /// # Errors
+    /// [`KernelError::DeviceLost`].
+    pub(super) fn pass_seconds(&self) -> Result<Option<f64>, KernelError> {
+        self.clock.as_ref().map(|clock| clock.seconds(&self.device, &self.failure)).transpose()
     }
 
     /// Submissions so far, for tests.
@@ -331,7 +348,8 @@ impl Recorder {
         if self.pending.is_empty() {
             return;
         }
-        let mut pass = encoder.begin_compute_pass(&Default::default());
+        let timestamp_writes = self.clock.as_ref().map(Clock::writes);
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes });
         let mut current = None;
         for dispatch in &self.pending {
             if current != Some(dispatch.kernel) {
@@ -343,6 +361,10 @@ impl Recorder {
             pass.set_bind_group(0, &dispatch.group, &[dispatch.offset]);
             let [x, y, z] = dispatch.workgroups;
             pass.dispatch_workgroups(x, y, z);
+        }
+        drop(pass);
+        if let Some(clock) = &self.clock {
+            clock.resolve(encoder);
         }
     }
 

@@ -322,3 +322,22 @@ fn measured_speeds_are_above_nothing() {
     println!("{}: {:.2} GB/s, {:.2} GFLOP/s", backend.info().name, bytes / 1e9, flops / 1e9);
     assert!(bytes > 1e6 && flops > 1e6);
 }
+
+#[test]
+fn the_devices_clock_counts_no_more_than_the_hosts() {
+    let Some(mut backend) = open(None) else { return };
+    assert_eq!(backend.device_seconds().unwrap(), None);
+    backend.time_by_device(true);
+    let matrix = TestMatrix::random(&mut Random::new(7), (1, 512, 512), Format::F32, Layout::OutIn);
+    let w = backend.load_matrix(&matrix, &mut |_| ()).unwrap();
+    let x = upload(&mut backend, &single_tokens(1), 512, &[0.5; 512]);
+    let mut out = backend.activations(1, 512).unwrap();
+    let started = std::time::Instant::now();
+    backend.matmul(&x, &w, 1.0, &mut out);
+    backend.finish(&[]).unwrap();
+    let (found, most) = (backend.device_seconds().unwrap(), started.elapsed().as_secs_f64());
+    match found {
+        Some(seconds) => assert!(seconds > 0.0 && seconds <= most, "{seconds} of {most}"),
+        None => println!("skipped: the device has no clock"),
+    }
+}

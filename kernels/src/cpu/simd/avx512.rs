@@ -211,9 +211,10 @@ impl Dots for Avx512 {
         sums
     }
 
+    /// Into the second-level cache, which has room for more misses at a time than the first.
     #[inline(always)]
     fn prefetch<T>(self, place: &T, ahead: usize) {
-        prefetch::<_MM_HINT_T0, T>(place, ahead);
+        self.prefetch_far(place, ahead);
     }
 
     #[inline(always)]
