@@ -14,5 +14,7 @@ step "lints"
 cargo clippy --workspace --all-targets --locked -- -D warnings
 step "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
+step "the fuzz targets' lock file"
+cargo metadata --locked --format-version 1 --manifest-path tests/fuzz/Cargo.toml >/dev/null
 step "tests"
 cargo test --workspace --locked "$@"
