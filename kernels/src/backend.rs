@@ -194,8 +194,8 @@ pub trait Backend: Send + 'static {
     /// Has the steps that follow timed by the device's own clock, if it has one, or no more.
     fn time_by_device(&mut self, _timed: bool) {}
 
-    /// Seconds that the device's own clock counted for the last submission, which [`Backend::finish`] waited for; `None` without such
-    /// a clock, or when it was not asked for.
+    /// Seconds that the device's own clock counted for the step that [`Backend::finish`] waited for; `None` without such a clock, when
+    /// it was not asked for, or when the step was several submissions.
     ///
     /// # Errors
     /// As [`Backend::finish`].

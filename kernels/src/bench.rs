@@ -23,9 +23,6 @@ pub struct ProductShape {
     pub outputs: usize,
 }
 
-/// Rows whose products are never cut into several submissions.
-const ONE_SUBMISSION_ROWS: usize = 32;
-
 /// What one product took.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ProductTime {
@@ -33,7 +30,8 @@ pub struct ProductTime {
     pub rows: usize,
     /// Stored bytes of the matrix with its scales.
     pub bytes: u64,
-    /// Seconds of one product: the median of several passes over all copies, by the device's own clock where it has one.
+    /// Seconds of one product: the median of several passes over all copies, by the device's own clock where it has one and a pass is
+    /// one submission.
     pub seconds: f64,
 }
 
@@ -83,32 +81,44 @@ pub(crate) fn time_copies<B: Backend>(
     let (mut x, mut out) = (backend.activations(largest, inputs)?, backend.activations(largest, outputs)?);
     let values: Vec<f32> = (0..largest * inputs).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect();
     backend.time_by_device(true);
-    let mut times = Vec::new();
-    for &rows in rows {
-        let row = |table_offset| Row { position: 0, table_offset, attended: true };
-        let batch = Batch { rows: (0..rows as u32).map(row).collect(), block_tables: (0..rows as u32).collect() };
-        let mut seconds = Vec::with_capacity(passes);
-        // One pass more than is counted: pages and clocks settle.
-        for _ in 0..=passes {
-            backend.begin(&batch, &mut kv)?;
-            backend.write(&values[..rows * inputs], &mut x)?;
-            backend.finish(&[])?;
-            backend.begin(&batch, &mut kv)?;
-            let started = Instant::now();
-            for matrix in &matrices {
-                backend.matmul(&x, matrix, 1.0, &mut out);
-            }
-            backend.finish(&[])?;
-            let elapsed = started.elapsed().as_secs_f64();
-            // A long step is several submissions, of which the device's clock tells the last one alone.
-            let by_device = if rows <= ONE_SUBMISSION_ROWS { backend.device_seconds()? } else { None };
-            seconds.push(by_device.unwrap_or(elapsed) / copies as f64);
-        }
-        seconds.remove(0);
-        seconds.sort_by(f64::total_cmp);
-        let seconds = seconds.get(seconds.len() / 2).copied().unwrap_or_default();
-        times.push(ProductTime { rows, bytes, seconds });
-    }
+    let times = rows.iter().map(|&rows| {
+        let values = &values[..rows * inputs];
+        let seconds = median_pass(backend, &matrices, rows, values, (&mut x, &mut out), &mut kv, passes)?;
+        Ok(ProductTime { rows, bytes, seconds: seconds / copies as f64 })
+    });
+    let times = times.collect();
     backend.time_by_device(false);
-    Ok(times)
+    times
+}
+
+/// Median seconds of all matrices once, with so many rows.
+fn median_pass<B: Backend>(
+    backend: &mut B,
+    matrices: &[B::Matrix],
+    rows: usize,
+    values: &[f32],
+    (x, out): (&mut B::Activations, &mut B::Activations),
+    kv: &mut B::KvPool,
+    passes: usize,
+) -> Result<f64, KernelError> {
+    let row = |table_offset| Row { position: 0, table_offset, attended: true };
+    let batch = Batch { rows: (0..rows as u32).map(row).collect(), block_tables: (0..rows as u32).collect() };
+    let mut seconds = Vec::with_capacity(passes);
+    // One pass more than is counted: pages and clocks settle.
+    for _ in 0..=passes {
+        backend.begin(&batch, kv)?;
+        backend.write(values, x)?;
+        backend.finish(&[])?;
+        backend.begin(&batch, kv)?;
+        let started = Instant::now();
+        for matrix in matrices {
+            backend.matmul(x, matrix, 1.0, out);
+        }
+        backend.finish(&[])?;
+        let elapsed = started.elapsed().as_secs_f64();
+        seconds.push(backend.device_seconds()?.unwrap_or(elapsed));
+    }
+    seconds.remove(0);
+    seconds.sort_by(f64::total_cmp);
+    Ok(seconds.get(seconds.len() / 2).copied().unwrap_or_default())
 }

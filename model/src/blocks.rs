@@ -128,7 +128,7 @@ pub enum Codes {
 }
 
 /// The scales of a block as they are stored.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UnpackedScales {
     /// Half that all weights are multiplied by.
     pub d: u16,

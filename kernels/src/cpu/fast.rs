@@ -487,7 +487,8 @@ impl<D: Dots, const R: usize> Tile<'_, D, R> {
         let far = G * self.matrix.blocks * size_of_val(words[0]);
         let mut sums = self.begin_bits::<KIND, P, G>(b, p);
         for k in 0..4 {
-            for g in 0..G {
+            // The second part reads the same words.
+            for g in 0..if p == 0 { G } else { 0 } {
                 self.ask(b, &words[g][k], AHEAD, far);
             }
             for r in 0..R {

@@ -23,7 +23,7 @@ const LARGE_PAGE: usize = 2 << 20;
 
 /// Words in large pages, if they are many.
 pub(crate) struct LargeWords {
-    /// Begins with what lies before the first large page, which is never touched and so takes no memory.
+    /// Begins with what lies before the first large page, which is not written: of memory fresh from the system it takes none.
     bytes: Vec<u8>,
     start: usize,
 }
@@ -123,7 +123,7 @@ mod tests {
         for count in [0, 1, 32_767, 32_768, 100_003] {
             let mut words = LargeWords::zeroed(count, "numbers", "cpu").unwrap();
             assert_eq!(words.len(), count);
-            assert!(words.iter().all(|word| *word == Word::default()));
+            assert!(words.iter().all(|word| word.0 == [0; 64]));
             words.iter_mut().zip(0..).for_each(|(word, i)| word.0[63] = i as u8);
             assert!(words.iter().zip(0..).all(|(word, i)| word.0[63] == i as u8));
         }

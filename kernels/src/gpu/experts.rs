@@ -1,7 +1,7 @@
 //! The experts as dispatches: choice, grouping of pairs, the two halves, and the sum over a row's experts.
 //!
-//! The choice stays on the device: kernels read it, the host never knows it. For few rows a thread computes one pair of a
-//! row and an expert; for many, pairs are first grouped by expert, so that a weight read once serves four.
+//! The choice stays on the device: kernels read it, the host never knows it. For few rows a thread, or some that share its
+//! sums, computes one pair of a row and an expert; for many, pairs are first grouped by expert, so that a weight read once serves four.
 
 use super::{
     GpuActivations, GpuBackend, GpuMatrix, GpuSelection,

@@ -1,8 +1,8 @@
 //! Matrices in device memory: their layout, and how they are cut into shards.
 //!
-//! **Layout.** Columns (outputs) stand in blocks of 64, a workgroup's width. A chunk is sixteen bytes of neighbouring inputs of one
+//! **Layout.** Columns (outputs) stand in blocks of 64. A chunk is sixteen bytes of neighbouring inputs of one
 //! column, and the chunks of a block's columns stand side by side, `[experts, blocks, chunks, 64]`: neighbouring threads read
-//! neighbouring chunks, and a workgroup reads one stretch of memory from end to end. Words of scales stand likewise in a buffer
+//! neighbouring chunks, and those that share a slice of the inputs read one stretch of memory. Words of scales stand likewise in a buffer
 //! of their own, `[experts, blocks, words, 64]`. `format.rs` says what chunks and words hold.
 //!
 //! **Shards.** A buffer holds whole experts, or a range of blocks of one expert where one expert alone exceeds the device's limit;
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{KernelError, Precision, ops::quantise::BLOCK};
 
-/// Columns of a block; the workgroup size of the matrix kernels.
+/// Columns of a block, which one workgroup of the matrix kernels has, or two.
 pub(super) const LANES: usize = 64;
 /// Workgroups along one dimension of a dispatch.
 pub(super) const WORKGROUPS_MAX: usize = 65_535;

@@ -146,12 +146,14 @@ pub fn gpu_kernels() -> Vec<(&'static Shader, Vec<(&'static str, f64)>)> {
     let sliced = [Sharing::One, Sharing::Tiled].map(|sharing| (sharing, true, true));
     let small = [Sharing::One, Sharing::Tiled].map(|sharing| (sharing, false, true));
     let software = [Sharing::Wide, Sharing::Tiled].map(|sharing| (sharing, false, false));
+    // As a software adapter runs them that is told to share sums.
+    let both = sliced.map(|(sharing, sliced, _)| (sharing, sliced, false));
     for held in Held::all() {
         for (precision, whole) in [(Precision::Exact, true), (Precision::Exact, false), (Precision::Fast, true)] {
             if precision == Precision::Fast && !held.has_fast() {
                 continue;
             }
-            for (sharing, sliced, unrolled) in sliced.into_iter().chain(small).chain(software) {
+            for (sharing, sliced, unrolled) in sliced.into_iter().chain(small).chain(software).chain(both) {
                 let variant = Variant { held, precision, whole, sharing, sliced, unrolled };
                 kernels.extend([Kernel::Matmul(variant), Kernel::GatedGelu(variant), Kernel::ExpertDown(variant)]);
             }

@@ -57,6 +57,8 @@ pub(super) struct Recorder {
     submissions: u64,
     /// Times passes, once it was asked for.
     clock: Option<Clock>,
+    /// Passes of this step that it timed; it keeps the last one alone.
+    timed: u64,
 }
 
 impl Recorder {
@@ -86,6 +88,7 @@ impl Recorder {
             staging: None,
             submissions: 0,
             clock: None,
+            timed: 0,
         })
     }
 
@@ -95,6 +98,7 @@ impl Recorder {
         self.error = None;
         self.may_cut = may_cut;
         self.watched = None;
+        self.timed = 0;
     }
 
     /// Watches one buffer, and no other, for whether it is written.
@@ -122,12 +126,13 @@ impl Recorder {
         self.clock = if timed { Clock::new(&self.device, &self.queue) } else { None };
     }
 
-    /// Seconds of the last submission's pass by the device's clock.
+    /// Seconds of the step's pass by the device's clock; `None` when it was several or none.
     ///
     /// # Errors
     /// [`KernelError::DeviceLost`].
     pub(super) fn pass_seconds(&self) -> Result<Option<f64>, KernelError> {
-        self.clock.as_ref().map(|clock| clock.seconds(&self.device, &self.failure)).transpose()
+        let clock = self.clock.as_ref().filter(|_| self.timed == 1);
+        clock.map(|clock| clock.seconds(&self.device, &self.failure)).transpose()
     }
 
     /// Submissions so far, for tests.
@@ -340,6 +345,9 @@ impl Recorder {
             self.queue.submit([encoder.finish()]);
         })?;
         self.submissions += 1;
+        if self.clock.is_some() && !self.pending.is_empty() {
+            self.timed += 1;
+        }
         self.drop_pending();
         self.failure.check()
     }

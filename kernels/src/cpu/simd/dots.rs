@@ -10,12 +10,6 @@ use super::LANES;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub(crate) struct Word(pub(crate) [u8; 4 * LANES]);
 
-impl Default for Word {
-    fn default() -> Self {
-        Self([0; 4 * LANES])
-    }
-}
-
 /// The weights of codes of half a byte, 128 too large.
 pub(super) const CODES: [u8; LANES] = {
     let (mut codes, mut i) = ([0; LANES], 0);

@@ -4,8 +4,8 @@
 // A group of inputs shares a scale, and with MINIMA a minimum: w = scale * number - minimum. The last chunk of a group is filled
 // with zeros, and inputs are not read there; so are the columns of the last block beyond the outputs. With HALVED two groups share
 // a chunk. Words of scales stand as chunks do, [blocks, words, 64]; what they hold says SCALES.
-// Order of a sum, whatever the other constants are: the chunks of a column are cut into SLICES stretches of one length or nearly so;
-// in what a stretch has of a group four partial sums (k mod 4) by ascending k, in a stretch groups ascending, stretches ascending.
+// Order of a sum, whatever the other constants are: a column is cut into SLICES stretches of one length or nearly so, of whole chunks,
+// with 8-bit inputs of whole blocks; what stretches come to is added by ascending stretches, what is in them as the inputs' file says.
 override NUMBERS: u32 = 0u;
 override OFFSET: f32 = 0.0;             // what NIBBLES are too large by
 override QUADS: u32 = 1u;               // quads of inputs in a chunk; in half of one with HALVED

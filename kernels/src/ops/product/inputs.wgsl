@@ -1,4 +1,5 @@
 // inputs: rows of f32; joined to every shader that multiplies them by weights.
+// In a stretch, what it has of a group has four partial sums (k mod 4) by ascending k; groups ascending.
 @group(0) @binding(1) var<storage, read> x: array<f32>;              // [rows, inputs]
 @group(0) @binding(2) var<storage, read> x_quads: array<vec4<f32>>;  // the same
 

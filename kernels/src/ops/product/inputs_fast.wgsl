@@ -1,5 +1,5 @@
 // inputs_fast: rows of 8-bit numbers, as quantise.wgsl makes them; joined in place of inputs to the shaders of precision `fast`.
-// Sums of 32 inputs, or of each half of them, are exact as integers; what follows is f32, by ascending inputs.
+// Sums of 32 inputs, or of each half of them, are exact as integers; what follows is f32, in a stretch by ascending inputs.
 @group(0) @binding(1) var<storage, read> x: array<vec4<u32>>;          // [rows, inputs / 16]
 @group(0) @binding(2) var<storage, read> x_factors: array<vec2<u32>>;  // [rows, inputs / 32]
 const HALF: u32 = 16u;
