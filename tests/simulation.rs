@@ -172,6 +172,55 @@ fn a_killed_worker_ends_its_requests_with_a_typed_error_and_serves_again_after_i
     }
 }
 
+/// The last worker dies while the way from its neighbour to the coordinator is slow: a frame that the first stage sends meanwhile
+/// is refused as of an ended epoch, and that news is the first to arrive.
+#[test]
+fn a_refusal_that_arrives_before_the_news_of_a_dead_worker_does_not_end_the_request() {
+    for seed in seeds() {
+        let mut sim = simulation(seed);
+        let (killed, kill) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let for_client = Arc::clone(&kill);
+        sim.client("client", async move {
+            let channel = channel().await;
+            until_serving(&channel).await;
+            let mut streams = Vec::new();
+            for prompt in prompts() {
+                let request = request(&prompt, 150, SamplingOptions::default());
+                streams.push(InferenceServiceClient::new(channel.clone()).generate(request).await?.into_inner());
+            }
+            for stream in &mut streams {
+                stream.message().await?.expect("tokens come");
+            }
+            for_client.store(1, Ordering::Relaxed);
+            for stream in &mut streams {
+                let error = loop {
+                    match timeout(Duration::from_secs(30), stream.message()).await? {
+                        Ok(Some(_)) => {}
+                        Ok(None) => panic!("expected an error, found the end"),
+                        Err(status) => break status,
+                    }
+                };
+                assert_eq!(error.code(), Code::Unavailable, "{}", error.message());
+                assert!(error.message().contains("worker w3 with layers 4..6 was lost"), "{}", error.message());
+            }
+            Ok(())
+        });
+        loop {
+            let finished = sim.step().unwrap_or_else(|error| panic!("SEED={seed}: {error}"));
+            if kill.load(Ordering::Relaxed) == 1 && killed.swap(1, Ordering::Relaxed) == 0 {
+                for host in ["w2", "w3"] {
+                    sim.set_link_latency(host, "coordinator", Duration::from_millis(700));
+                }
+                sim.crash("w3");
+            }
+            if finished {
+                break;
+            }
+        }
+        assert_eq!(killed.load(Ordering::Relaxed), 1, "SEED={seed}: the worker was killed");
+    }
+}
+
 #[test]
 fn a_partition_of_a_stage_is_noticed_and_heals() {
     for seed in seeds() {

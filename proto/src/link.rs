@@ -227,6 +227,17 @@ impl LinkTask {
             warn!(micro_batch = refusal.micro_batch_id, worker = self.worker, "frame damaged on the way, sent again");
             return self.transmit(kept.frame, kept.resends + 1).await;
         }
+        if reason == RefusalReason::StaleEpoch {
+            // The next stage has left this epoch, and says why on a way of its own: a frame is not what failed. Whoever waits for
+            // it hears of that loss, or sees the pipeline stuck.
+            debug!(
+                micro_batch = refusal.micro_batch_id,
+                worker = self.worker,
+                refusal.message,
+                "frame of an ended epoch"
+            );
+            return None;
+        }
         let message = format!("worker {} refused a frame: {}", self.worker, refusal.message);
         let event = LinkEvent::FrameFailed { micro_batch_id: refusal.micro_batch_id, message };
         self.events.send(event).await.is_err().then(|| "nobody listens to this link".to_owned())
