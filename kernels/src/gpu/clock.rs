@@ -61,29 +61,10 @@ impl Clock {
     /// # Errors
     /// [`KernelError::DeviceLost`].
     pub(super) fn seconds(&self, device: &wgpu::Device, failure: &Failure) -> Result<f64, KernelError> {
-        let on_mapped = failure.clone();
-        failure.guard(|| {
-            self.staging.map_async(wgpu::MapMode::Read, 0..BYTES, move |mapped| {
-                if let Err(error) = mapped {
-                    on_mapped.set(format!("times cannot be read: {error}"));
-                }
-            });
+        let ticks = failure.read(device, &self.staging, BYTES, "times", |bytes| {
+            let times = bytemuck::pod_collect_to_vec::<u8, u64>(bytes);
+            times[1].saturating_sub(times[0])
         })?;
-        failure.wait(device)?;
-        let ticks = failure.guard(|| {
-            let ticks = self.staging.get_mapped_range(0..BYTES).map(|view| {
-                let times = bytemuck::pod_collect_to_vec::<u8, u64>(&view);
-                times[1].saturating_sub(times[0])
-            });
-            self.staging.unmap();
-            ticks
-        })?;
-        match ticks {
-            Ok(ticks) => Ok(ticks as f64 * self.tick),
-            Err(error) => {
-                failure.set(format!("times cannot be read: {error}"));
-                failure.check().map(|()| 0.0)
-            }
-        }
+        Ok(ticks as f64 * self.tick)
     }
 }

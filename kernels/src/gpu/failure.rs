@@ -65,10 +65,45 @@ impl Failure {
             Err(panic) => {
                 let text = panic.downcast_ref::<String>().cloned();
                 let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_string()));
-                self.set(text.unwrap_or_else(|| "the driver's interface panicked".into()));
-                self.check()?;
-                unreachable!("a reason was set just now")
+                Err(self.error(text.unwrap_or_else(|| "the driver's interface panicked".into())))
             }
+        }
+    }
+
+    /// What `read` makes of the first `size` bytes of a buffer that can be mapped, once all submitted work is done. `what` they are, for
+    /// messages.
+    pub(super) fn read<T>(
+        &self,
+        device: &wgpu::Device,
+        buffer: &wgpu::Buffer,
+        size: u64,
+        what: &'static str,
+        read: impl FnOnce(&[u8]) -> T,
+    ) -> Result<T, KernelError> {
+        let on_mapped = self.clone();
+        self.guard(|| {
+            buffer.map_async(wgpu::MapMode::Read, 0..size, move |mapped| {
+                if let Err(error) = mapped {
+                    on_mapped.set(format!("{what} cannot be read: {error}"));
+                }
+            });
+        })?;
+        self.wait(device)?;
+        let found = self.guard(|| {
+            let found = buffer.get_mapped_range(0..size).map(|view| read(&view));
+            buffer.unmap();
+            found
+        })?;
+        self.check()?;
+        found.map_err(|error| self.error(format!("{what} cannot be read: {error}")))
+    }
+
+    /// Notes a reason; the error for the first.
+    fn error(&self, reason: String) -> KernelError {
+        self.set(reason.clone());
+        match self.check() {
+            Err(first) => first,
+            Ok(()) => KernelError::DeviceLost { device: self.device.clone(), reason },
         }
     }
 }

@@ -283,33 +283,12 @@ impl Recorder {
             offset += bytes.next_multiple_of(16);
         }
         self.submit_with(&copies)?;
-        let failure = self.failure.clone();
-        let on_mapped = failure.clone();
-        failure.guard(|| {
-            staging.map_async(wgpu::MapMode::Read, 0..total, move |mapped| {
-                if let Err(error) = mapped {
-                    on_mapped.set(format!("results cannot be read: {error}"));
-                }
-            });
-        })?;
-        failure.wait(&self.device)?;
-        let results = failure.guard(|| {
-            let view = match staging.get_mapped_range(0..total) {
-                Ok(view) => view,
-                Err(error) => {
-                    failure.set(format!("results cannot be read: {error}"));
-                    return Vec::new();
-                }
-            };
-            let bytes: &[u8] = &view;
+        self.failure.read(&self.device, &staging, total, "results", |bytes| {
             let read = |(_, _, offset, length): &(&GpuBuffer, &wgpu::Buffer, u64, u64)| {
                 bytemuck::pod_collect_to_vec::<u8, T>(&bytes[*offset as usize..(*offset + *length) as usize])
             };
             copies.iter().map(read).collect()
-        })?;
-        failure.guard(|| staging.unmap())?;
-        failure.check()?;
-        Ok(results)
+        })
     }
 
     /// The step's first error, if any; what was recorded after it is dropped.
