@@ -8,7 +8,8 @@ use super::{
     simd::{Isa, Kernel, Simd},
 };
 
-/// The pairs (row, choice) of each expert that anybody chose, experts ascending, pairs ascending.
+/// The pairs (row, choice) of each expert that anybody chose, experts ascending, pairs ascending. A matrix without experts is one that
+/// every row chose.
 pub(super) struct Groups {
     /// Expert and its place in `pairs`.
     pub(super) experts: Vec<(usize, Range<usize>)>,
@@ -17,6 +18,11 @@ pub(super) struct Groups {
 }
 
 impl Groups {
+    /// So many rows and no choice.
+    pub(super) fn all(rows: usize) -> Self {
+        Self { experts: vec![(0, 0..rows)], pairs: (0..rows).collect() }
+    }
+
     /// Groups `ids`, `[rows, chosen]`.
     pub(super) fn new(ids: &[u32], num_experts: usize) -> Self {
         let mut pairs: Vec<usize> = (0..ids.len()).collect();

@@ -51,7 +51,7 @@ impl Kernel for Read<'_> {
         for words in bytemuck::cast_slice::<Word, <S::Dots as Dots>::W>(self.0).as_chunks::<4>().0 {
             for (sum, word) in sums.iter_mut().zip(words) {
                 dots.prefetch(word, AHEAD);
-                *sum = dots.add_small(*sum, word, [1; 4]);
+                *sum = dots.add_small(*sum, word, 0x0101_0101);
             }
         }
         for sum in sums {

@@ -17,6 +17,7 @@ mod packed;
 mod panels;
 mod product;
 mod simd;
+mod strips;
 #[cfg(test)]
 pub(crate) mod tests;
 mod threads;
@@ -27,13 +28,12 @@ pub use self::matrix::CpuMatrix;
 use self::{
     attention::{Attention, AttentionRow, Keys},
     experts::{Choose, Gelu, Groups, Piece, pieces},
-    fast::Quantised,
     matrix::Values,
     memory::{product as checked_product, zeroed},
     norm::Norm,
-    panels::PanelRow,
     product::{Product, Rows},
     simd::Isa,
+    strips::{FIELDS, Quantise, height},
     threads::Threads,
 };
 use crate::{
@@ -104,7 +104,7 @@ struct RowScratch {
     /// With groups filled up.
     padded: Vec<f32>,
     /// In 8 bits.
-    quantised: Quantised,
+    strips: Vec<i32>,
 }
 
 impl CpuBackend {
@@ -144,22 +144,22 @@ impl CpuBackend {
     fn product(&mut self, x: &[f32], w: &CpuMatrix, factor: f32, out: &mut [f32]) {
         let Self { isa, threads, panels, scratch, .. } = self;
         let (isa, count) = (*isa, x.len() / w.inputs);
-        let rows = scratch.rows(isa, threads, w, x);
-        let step = threads.outputs_a_piece(w.outputs);
+        let groups = Groups::all(count);
+        let rows = scratch.rows(isa, threads, w, x, &groups, 1);
+        let step = threads.outputs_a_piece(w.outputs, count);
         if count != 1 {
             panels.resize(count * w.outputs, 0.0);
         }
         // The panels of a single row are that row.
         let results: &mut [f32] = if count == 1 { &mut *out } else { panels };
-        let parts: Vec<(usize, &mut [f32])> = results.chunks_mut(step * count.max(1)).enumerate().collect();
-        threads.each(parts, count * w.work(), |(part, out)| {
-            let outputs = part * step..((part + 1) * step).min(w.outputs);
-            Product { matrix: w, expert: 0, outputs, rows: &rows, out }.run_on(isa);
+        let parts = pieces(&groups, w, step, results);
+        threads.each(parts, count * w.work(), |Piece { expert, pairs, outputs, out }| {
+            Product { matrix: w, expert, outputs, rows: rows.of(pairs), out }.run_on(isa);
         });
         if count != 1 {
-            let rows: Vec<_> = out.chunks_mut(w.outputs).enumerate().collect();
-            threads.each(rows, count * w.outputs, |(index, out)| {
-                let parts = PanelRow { start: 0, rows: count, index }.parts(panels, w.outputs, step);
+            let rows: Vec<_> = out.chunks_mut(w.outputs).zip(groups.places(w.outputs)).collect();
+            threads.each(rows, count * w.outputs, |(out, place)| {
+                let parts = place.parts(panels, w.outputs, step);
                 parts.zip(out.chunks_mut(step)).for_each(|(part, out)| out.copy_from_slice(part));
             });
         }
@@ -179,15 +179,36 @@ impl CpuBackend {
 }
 
 impl RowScratch {
-    /// Rows for products with `w`: those of `x`, copies with their groups filled up, or in 8 bits.
-    fn rows<'a>(&'a mut self, isa: Isa, threads: &Threads, w: &CpuMatrix, x: &'a [f32]) -> Rows<'a> {
+    /// Rows for products with `w`: those of `x`, copies with their groups filled up, or in 8 bits; `chosen` pairs of `groups` have one.
+    fn rows<'a>(
+        &'a mut self,
+        isa: Isa,
+        threads: &Threads,
+        w: &CpuMatrix,
+        x: &'a [f32],
+        groups: &Groups,
+        chosen: usize,
+    ) -> Rows<'a> {
         if let Values::Packed(_) = w.values {
-            let parts = self.quantised.parts(x, w.inputs);
-            threads.each(parts, x.len(), |part| isa.run(part));
-            return Rows::Quantised(self.quantised.rows(w.inputs));
+            let a_row = w.inputs / packed::BLOCK * FIELDS;
+            self.strips.resize(groups.pairs.len() * a_row, 0);
+            let (mut parts, mut strips) = (Vec::new(), self.strips.as_mut_slice());
+            for (_, range) in &groups.experts {
+                let mut pairs = &groups.pairs[range.clone()];
+                while !pairs.is_empty() {
+                    let (these, rest) = pairs.split_at(height(pairs.len(), isa.packing().strip));
+                    let (strip, others) = strips.split_at_mut(these.len() * a_row);
+                    let rows = these.iter().map(|pair| &x[pair / chosen * w.inputs..][..w.inputs]).collect();
+                    parts.push(Quantise { rows, strip });
+                    (pairs, strips) = (rest, others);
+                }
+            }
+            threads.each(parts, groups.pairs.len() * w.inputs, |part| isa.run(part));
+            return Rows::Strips(&self.strips, a_row);
         }
+        let picked = |rows: Vec<&'a [f32]>| groups.pairs.iter().map(|pair| rows[pair / chosen]).collect();
         if !w.is_padded() {
-            return Rows::Floats(x.chunks_exact(w.inputs).collect());
+            return Rows::Floats(picked(x.chunks_exact(w.inputs).collect()));
         }
         let padded = &mut self.padded;
         let (from, to) = (w.group, w.padded_group);
@@ -196,7 +217,7 @@ impl RowScratch {
         for (group, padded) in x.chunks_exact(from).zip(padded.chunks_exact_mut(to)) {
             padded[..from].copy_from_slice(group);
         }
-        Rows::Floats(padded.chunks_exact(w.padded_inputs()).collect())
+        Rows::Floats(picked(padded.chunks_exact(w.padded_inputs()).collect()))
     }
 }
 
@@ -418,15 +439,15 @@ impl Backend for CpuBackend {
         let Self { isa, threads, panels, scratch, .. } = self;
         let (isa, chosen, pairs) = (*isa, selection.chosen, selection.rows * selection.chosen);
         let groups = Groups::new(&selection.ids[..pairs], gate.experts);
-        let rows = scratch.rows(isa, threads, gate, x.used());
-        let step = threads.outputs_a_piece(gate.outputs);
+        let rows = scratch.rows(isa, threads, gate, x.used(), &groups, chosen);
+        let step = threads.outputs_a_piece(gate.outputs, pairs);
         panels.resize(pairs * gate.outputs, 0.0);
         let parts = pieces(&groups, gate, step, panels);
         threads.each(parts, 2 * pairs * gate.work(), |Piece { expert, pairs, outputs, out }| {
-            let rows = rows.picked(groups.pairs[pairs].iter().map(|pair| pair / chosen));
+            let rows = rows.of(pairs);
             let mut other = vec![0.0; out.len()];
-            Product { matrix: gate, expert, outputs: outputs.clone(), rows: &rows, out: &mut *out }.run_on(isa);
-            Product { matrix: up, expert, outputs, rows: &rows, out: &mut other }.run_on(isa);
+            Product { matrix: gate, expert, outputs: outputs.clone(), rows, out: &mut *out }.run_on(isa);
+            Product { matrix: up, expert, outputs, rows, out: &mut other }.run_on(isa);
             isa.run(Gelu { gate: out, up: &other });
         });
         let width = out.width;
@@ -447,13 +468,12 @@ impl Backend for CpuBackend {
         let Self { isa, threads, panels, scratch, .. } = self;
         let (isa, chosen, pairs) = (*isa, selection.chosen, selection.rows * selection.chosen);
         let groups = Groups::new(&selection.ids[..pairs], down.experts);
-        let rows = scratch.rows(isa, threads, down, hidden.used());
-        let step = threads.outputs_a_piece(down.outputs);
+        let rows = scratch.rows(isa, threads, down, hidden.used(), &groups, 1);
+        let step = threads.outputs_a_piece(down.outputs, pairs);
         panels.resize(pairs * down.outputs, 0.0);
         let parts = pieces(&groups, down, step, panels);
         threads.each(parts, pairs * down.work(), |Piece { expert, pairs, outputs, out }| {
-            let rows = rows.picked(groups.pairs[pairs].iter().copied());
-            Product { matrix: down, expert, outputs, rows: &rows, out }.run_on(isa);
+            Product { matrix: down, expert, outputs, rows: rows.of(pairs), out }.run_on(isa);
         });
         let width = out.width;
         let places = groups.places(width);

@@ -38,7 +38,7 @@ pub(super) enum Numbers {
 
 impl Numbers {
     /// Words of a block of sixteen outputs: the bits of a number.
-    fn words(self) -> usize {
+    pub(super) fn words(self) -> usize {
         match self {
             Self::Bytes => 8,
             Self::Nibbles | Self::Codes => 4,

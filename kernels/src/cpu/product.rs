@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::{
-    fast::{FastProduct, QuantisedRow},
+    fast::FastProduct,
     matrix::{CpuMatrix, Values},
     simd::{Isa, Kernel, LANES, Simd, reduce},
 };
@@ -38,25 +38,32 @@ pub(super) struct Product<'a> {
     pub(super) matrix: &'a CpuMatrix,
     pub(super) expert: usize,
     pub(super) outputs: Range<usize>,
-    pub(super) rows: &'a Rows<'a>,
-    /// `[rows.len(), outputs.len()]`.
+    pub(super) rows: SomeRows<'a>,
+    /// `[rows, outputs.len()]`.
     pub(super) out: &'a mut [f32],
 }
 
-/// Rows of inputs as a matrix wants them.
+/// Rows of inputs as a matrix wants them, those of each of its experts together.
 pub(super) enum Rows<'a> {
     /// Of `padded_inputs`.
     Floats(Vec<&'a [f32]>),
-    /// For packed weights.
-    Quantised(Vec<QuantisedRow<'a>>),
+    /// For packed weights: the strips of each expert's rows, with so many words a row.
+    Strips(&'a [i32], usize),
+}
+
+/// The rows of one expert.
+#[derive(Clone, Copy)]
+pub(super) enum SomeRows<'a> {
+    Floats(&'a [&'a [f32]]),
+    Strips(&'a [i32]),
 }
 
 impl Rows<'_> {
-    /// Some of the rows, in this order.
-    pub(super) fn picked(&self, indices: impl Iterator<Item = usize>) -> Self {
+    /// Those of one expert.
+    pub(super) fn of(&self, range: Range<usize>) -> SomeRows<'_> {
         match self {
-            Self::Floats(rows) => Self::Floats(indices.map(|index| rows[index]).collect()),
-            Self::Quantised(rows) => Self::Quantised(indices.map(|index| rows[index]).collect()),
+            Self::Floats(rows) => SomeRows::Floats(&rows[range]),
+            Self::Strips(words, a_row) => SomeRows::Strips(&words[range.start * a_row..range.end * a_row]),
         }
     }
 }
@@ -65,16 +72,15 @@ impl Product<'_> {
     /// Computes `out`.
     pub(super) fn run_on(self, isa: Isa) {
         match (&self.matrix.values, self.rows) {
-            (Values::Packed(matrix), Rows::Quantised(rows)) => {
-                debug_assert_eq!(self.out.len(), self.outputs.len() * rows.len());
-                isa.run(FastProduct { matrix, expert: self.expert, outputs: self.outputs, rows, out: self.out });
+            (Values::Packed(matrix), SomeRows::Strips(strips)) => {
+                isa.run(FastProduct { matrix, expert: self.expert, outputs: self.outputs, strips, out: self.out });
             }
-            (_, Rows::Floats(rows)) => {
+            (_, SomeRows::Floats(rows)) => {
                 debug_assert_eq!(self.out.len(), self.outputs.len() * rows.len());
                 let Self { matrix, expert, outputs, out, .. } = self;
                 isa.run(ExactProduct { matrix, expert, outputs, rows, out });
             }
-            (_, Rows::Quantised(_)) => unreachable!("rows are made for their matrix"),
+            (_, SomeRows::Strips(_)) => unreachable!("rows are made for their matrix"),
         }
     }
 }

@@ -69,12 +69,14 @@ impl Threads {
         });
     }
 
-    /// How many outputs a piece of a product with `outputs` should have: a multiple of sixteen, several pieces a thread.
-    pub(crate) fn outputs_a_piece(&self, outputs: usize) -> usize {
+    /// How many outputs a piece of a product of `rows` with `outputs` should have: a multiple of sixteen; several pieces a thread, so that
+    /// all end at about the same time, and many outputs, since a piece begins with weights that nobody asked for, and many rows are to
+    /// come into the cache for many outputs.
+    pub(crate) fn outputs_a_piece(&self, outputs: usize, rows: usize) -> usize {
         if self.count == 1 {
-            return 64;
+            return 256;
         }
-        (outputs / (self.count * 8)).next_multiple_of(16).clamp(16, 64)
+        (outputs / (self.count * 8)).next_multiple_of(16).clamp(16, if rows < 64 { 128 } else { 256 })
     }
 }
 

@@ -48,7 +48,7 @@ impl<const VNNI: bool> Avx2<VNNI> {
 
     /// Adds products of four neighbours each, unsigned weights times inputs. Only with `VNNI`.
     #[inline(always)]
-    fn add_quads(self, sums: __m256i, w: __m256i, x: [i8; 4]) -> __m256i {
+    fn add_quads(self, sums: __m256i, w: __m256i, x: i32) -> __m256i {
         // SAFETY: it is called with `VNNI` alone, when `self` proves AVX-VNNI.
         unsafe { _mm256_dpbusd_avx_epi32(sums, w, self.inputs(x)) }
     }
@@ -69,9 +69,9 @@ impl<const VNNI: bool> Avx2<VNNI> {
 
     /// Four inputs, once an output.
     #[inline(always)]
-    fn inputs(self, x: [i8; 4]) -> __m256i {
+    fn inputs(self, x: i32) -> __m256i {
         // SAFETY: `self` proves AVX2.
-        unsafe { _mm256_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8))) }
+        unsafe { _mm256_set1_epi32(x) }
     }
 
     /// Sums of two neighbours each.
@@ -94,7 +94,7 @@ impl<const VNNI: bool> Avx2<VNNI> {
     /// Adds products of `x` with signed weights. The multiply-add of bytes saturates, so that the weights' signs go to the inputs: no
     /// pair then exceeds 2 * 128 * 127.
     #[inline(always)]
-    fn add_signed(self, sums: __m256i, w: __m256i, x: [i8; 4]) -> __m256i {
+    fn add_signed(self, sums: __m256i, w: __m256i, x: i32) -> __m256i {
         // SAFETY: `self` proves AVX2.
         unsafe {
             let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(self.inputs(x), w));
@@ -142,6 +142,18 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe { transmute::<[__m256; 2], [f32; LANES]>(v) }
     }
 
+    #[inline(always)]
+    fn round(self, v: Self::V) -> [i8; LANES] {
+        // SAFETY: `self` proves AVX2; a register of 16 bytes has the size of 16 bytes. Packing works on halves of registers, whose order
+        // is put right between.
+        unsafe {
+            let words = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            transmute::<__m128i, [i8; LANES]>(bytes)
+        }
+    }
+
     type Dots = Self;
 
     #[inline(always)]
@@ -152,8 +164,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
 
 impl<const VNNI: bool> Dots for Avx2<VNNI> {
     /// Signed where a weight's sign is given to its input.
-    const PACKING: Packing = Packing { parts: LANES / PART, flip: if VNNI { 0 } else { 0x80 } };
-    const MANY_REGISTERS: bool = false;
+    const PACKING: Packing = Packing { parts: LANES / PART, flip: if VNNI { 0 } else { 0x80 }, strip: 4 };
     type W = [u8; 4 * PART];
     type F = __m256;
     type I = __m256i;
@@ -232,7 +243,7 @@ impl<const VNNI: bool> Dots for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn add_centred(self, sums: Self::I, w: &Self::W, x: [i8; 4]) -> Self::I {
+    fn add_centred(self, sums: Self::I, w: &Self::W, x: i32) -> Self::I {
         if VNNI { self.add_quads(sums, self.weights(w), x) } else { self.add_signed(sums, self.weights(w), x) }
     }
 
@@ -242,7 +253,7 @@ impl<const VNNI: bool> Dots for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn add_small(self, sums: Self::I, w: &Self::W, x: [i8; 4]) -> Self::I {
+    fn add_small(self, sums: Self::I, w: &Self::W, x: i32) -> Self::I {
         let w = self.weights(w);
         if VNNI {
             return self.add_quads(sums, w, x);
@@ -252,7 +263,7 @@ impl<const VNNI: bool> Dots for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn add_codes<const SHIFT: i32>(self, sums: Self::I, w: &Self::W, x: [i8; 4]) -> Self::I {
+    fn add_codes<const SHIFT: i32>(self, sums: Self::I, w: &Self::W, x: i32) -> Self::I {
         // SAFETY: `self` proves AVX2; sixteen bytes have the size of their register, and any bits are bytes.
         let w = unsafe {
             let flip = _mm_set1_epi8(Self::PACKING.flip as i8);
@@ -268,7 +279,7 @@ impl<const VNNI: bool> Dots for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn add_bits<const BITS: i32, const SHIFT: i32>(self, sums: Self::N, w: &Self::W, x: [i8; 4]) -> Self::N {
+    fn add_bits<const BITS: i32, const SHIFT: i32>(self, sums: Self::N, w: &Self::W, x: i32) -> Self::N {
         let w = self.part::<BITS, SHIFT>(w);
         if VNNI {
             return self.add_quads(sums, w, x);
@@ -288,18 +299,13 @@ impl<const VNNI: bool> Dots for Avx2<VNNI> {
 
     #[inline(always)]
     fn prefetch<T>(self, place: &T, ahead: usize) {
-        prefetch::<_MM_HINT_T0, T>(place, ahead);
-    }
-
-    #[inline(always)]
-    fn prefetch_far<T>(self, place: &T, ahead: usize) {
-        prefetch::<_MM_HINT_T1, T>(place, ahead);
+        prefetch(place, ahead);
     }
 }
 
-/// Asks for the line `ahead` bytes behind `place`, into the cache that `HINT` means.
+/// Asks for the line `ahead` bytes behind `place`, into the second-level cache.
 #[inline(always)]
-pub(super) fn prefetch<const HINT: i32, T>(place: &T, ahead: usize) {
+pub(super) fn prefetch<T>(place: &T, ahead: usize) {
     // SAFETY: a prefetch reads nothing: an address without memory behind it is passed over.
-    unsafe { _mm_prefetch::<HINT>(std::ptr::from_ref(place).cast::<i8>().wrapping_add(ahead)) }
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(place).cast::<i8>().wrapping_add(ahead)) }
 }

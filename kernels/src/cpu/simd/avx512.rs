@@ -34,9 +34,9 @@ impl Avx512 {
 
     /// Four inputs, once an output.
     #[inline(always)]
-    fn inputs(self, x: [i8; 4]) -> __m512i {
+    fn inputs(self, x: i32) -> __m512i {
         // SAFETY: `self` proves AVX-512 F.
-        unsafe { _mm512_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8))) }
+        unsafe { _mm512_set1_epi32(x) }
     }
 
     /// `BITS` bits of each byte, those `SHIFT` bits up.
@@ -89,6 +89,12 @@ impl Simd for Avx512 {
         unsafe { transmute::<__m512, [f32; LANES]>(v) }
     }
 
+    #[inline(always)]
+    fn round(self, v: Self::V) -> [i8; LANES] {
+        // SAFETY: `self` proves AVX-512 F; a register of 16 bytes has the size of 16 bytes.
+        unsafe { transmute::<__m128i, [i8; LANES]>(_mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))) }
+    }
+
     type Dots = Self;
 
     #[inline(always)]
@@ -98,8 +104,7 @@ impl Simd for Avx512 {
 }
 
 impl Dots for Avx512 {
-    const PACKING: Packing = Packing { parts: 1, flip: 0 };
-    const MANY_REGISTERS: bool = true;
+    const PACKING: Packing = Packing { parts: 1, flip: 0, strip: 8 };
     type W = Word;
     type F = __m512;
     type I = __m512i;
@@ -171,7 +176,7 @@ impl Dots for Avx512 {
     }
 
     #[inline(always)]
-    fn add_centred(self, sums: Self::I, w: &Word, x: [i8; 4]) -> Self::I {
+    fn add_centred(self, sums: Self::I, w: &Word, x: i32) -> Self::I {
         self.add_small(sums, w, x)
     }
 
@@ -181,13 +186,13 @@ impl Dots for Avx512 {
     }
 
     #[inline(always)]
-    fn add_small(self, sums: Self::I, w: &Word, x: [i8; 4]) -> Self::I {
+    fn add_small(self, sums: Self::I, w: &Word, x: i32) -> Self::I {
         // SAFETY: `self` proves AVX-512 VNNI; a register has the size of a word, and any bits are bytes.
         unsafe { _mm512_dpbusd_epi32(sums, transmute::<Word, __m512i>(*w), self.inputs(x)) }
     }
 
     #[inline(always)]
-    fn add_codes<const SHIFT: i32>(self, sums: Self::I, w: &Word, x: [i8; 4]) -> Self::I {
+    fn add_codes<const SHIFT: i32>(self, sums: Self::I, w: &Word, x: i32) -> Self::I {
         // SAFETY: `self` proves AVX-512 BW and VNNI; sixteen bytes have the size of their register, and any bits are bytes.
         unsafe {
             let codes = _mm512_broadcast_i32x4(transmute::<[u8; LANES], __m128i>(CODES));
@@ -201,7 +206,7 @@ impl Dots for Avx512 {
     }
 
     #[inline(always)]
-    fn add_bits<const BITS: i32, const SHIFT: i32>(self, sums: Self::N, w: &Word, x: [i8; 4]) -> Self::N {
+    fn add_bits<const BITS: i32, const SHIFT: i32>(self, sums: Self::N, w: &Word, x: i32) -> Self::N {
         // SAFETY: `self` proves AVX-512 VNNI.
         unsafe { _mm512_dpbusd_epi32(sums, self.part::<BITS, SHIFT>(w), self.inputs(x)) }
     }
@@ -211,14 +216,8 @@ impl Dots for Avx512 {
         sums
     }
 
-    /// Into the second-level cache, which has room for more misses at a time than the first.
     #[inline(always)]
     fn prefetch<T>(self, place: &T, ahead: usize) {
-        self.prefetch_far(place, ahead);
-    }
-
-    #[inline(always)]
-    fn prefetch_far<T>(self, place: &T, ahead: usize) {
-        prefetch::<_MM_HINT_T1, T>(place, ahead);
+        prefetch(place, ahead);
     }
 }

@@ -20,25 +20,25 @@ pub(super) const CODES: [u8; LANES] = {
     codes
 };
 
-/// How packed weights lie for an instruction set.
+/// How packed weights and the inputs beside them lie for an instruction set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Packing {
     /// Registers that sixteen outputs fill, 1 or 2: each has a stretch of memory of its own.
     pub(crate) parts: usize,
     /// What weights that are 128 too large are combined with by exclusive or: 0, or 128 where they are to be signed bytes.
     pub(crate) flip: u8,
+    /// Rows of inputs that lie side by side at most, 4 or 8: three sums of each fit the registers.
+    pub(crate) strip: usize,
 }
 
 /// Registers of outputs, and what can be done with them. As with [`super::Simd`], the value is the proof that the CPU has the
-/// instructions. No input is -128.
+/// instructions. Inputs are signed bytes, four a word; none is -128.
 ///
 /// A register holds all sixteen outputs of a band or one `part` of them: what reads scales takes the part, below [`Dots::PACKING`]'s
 /// number of parts, and looks at its outputs alone.
 pub(crate) trait Dots: Copy {
     /// How weights must lie.
     const PACKING: Packing;
-    /// Whether there are registers for sums of two parts by four rows; otherwise one part at a time is summed.
-    const MANY_REGISTERS: bool;
     /// Four bytes of weights of each output of a register.
     type W: bytemuck::Pod;
     /// An f32 an output.
@@ -73,23 +73,22 @@ pub(crate) trait Dots: Copy {
     /// are 128 too large add too much. A path that makes the weights smaller instead passes it over.
     fn centred(self, offset: i32) -> Self::I;
     /// Adds products of `x` with weights that are stored 128 too large: once all are added, those of the true weights.
-    fn add_centred(self, sums: Self::I, w: &Self::W, x: [i8; 4]) -> Self::I;
+    fn add_centred(self, sums: Self::I, w: &Self::W, x: i32) -> Self::I;
     /// What [`Dots::add_small`] adds to.
     fn small(self) -> Self::I;
     /// Adds products of `x` with weights of 0 to 127.
-    fn add_small(self, sums: Self::I, w: &Self::W, x: [i8; 4]) -> Self::I;
+    fn add_small(self, sums: Self::I, w: &Self::W, x: i32) -> Self::I;
     /// Adds products of `x` with the weights that half bytes stand for by [`grokpipe_model::IQ4_VALUES`]: those `SHIFT` bits up, 0 or 4.
     /// Adds to what [`Dots::centred`] gives, of an `offset` of 128 as there.
-    fn add_codes<const SHIFT: i32>(self, sums: Self::I, w: &Self::W, x: [i8; 4]) -> Self::I;
+    fn add_codes<const SHIFT: i32>(self, sums: Self::I, w: &Self::W, x: i32) -> Self::I;
     /// What [`Dots::add_bits`] adds to. Whatever path it is, the `offset` given here and to [`Dots::sum_bits`] is added once.
     fn bits(self, offset: i32) -> Self::N;
     /// Adds products of `x` with `BITS` bits of each byte, those `SHIFT` bits up: 2 or 4, at most eight times.
-    fn add_bits<const BITS: i32, const SHIFT: i32>(self, sums: Self::N, w: &Self::W, x: [i8; 4]) -> Self::N;
+    fn add_bits<const BITS: i32, const SHIFT: i32>(self, sums: Self::N, w: &Self::W, x: i32) -> Self::N;
     /// The sums with `offset`.
     fn sum_bits(self, sums: Self::N, offset: i32) -> Self::I;
 
-    /// Asks for what will be read soon, `ahead` bytes behind `place`; it need not be there. Changes nothing.
+    /// Asks for what lies `ahead` bytes behind `place`, into the second-level cache, which has room for more misses at a time than the
+    /// first; it need not be there. Changes nothing.
     fn prefetch<T>(self, _place: &T, _ahead: usize) {}
-    /// As [`Dots::prefetch`], into the second-level cache.
-    fn prefetch_far<T>(self, _place: &T, _ahead: usize) {}
 }

@@ -39,6 +39,8 @@ pub(crate) trait Simd: Copy {
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The lanes.
     fn array(self, v: Self::V) -> [f32; LANES];
+    /// The nearest whole numbers, even ones on a tie, of lanes of at most 127 in magnitude; of others any numbers.
+    fn round(self, v: Self::V) -> [i8; LANES];
 
     /// Products with 8-bit inputs by the same instructions.
     type Dots: Dots;
@@ -203,14 +205,14 @@ mod tests {
             let unsigned = bytes.map(|byte| byte as u8);
             // Halves of any exponent but the largest, which stands for what is no number.
             let halves = std::array::from_fn(|i| u16::from_le_bytes([unsigned[i], w.0[i]]) & 0xbbff);
-            let Packing { parts, flip } = S::Dots::PACKING;
+            let Packing { parts, flip, .. } = S::Dots::PACKING;
             let flipped = Word(w.0.map(|byte| byte ^ flip));
             let small = Word(w.0.map(|byte| byte & 127));
             fn of<D: Dots>(word: &Word) -> &[D::W] {
                 bytemuck::cast_slice(&word.0)
             }
             let (flipped, small, w) = (of::<S::Dots>(&flipped), of::<S::Dots>(&small), of::<S::Dots>(w));
-            let x = |i: usize| -> [i8; 4] { std::array::from_fn(|j| bytes[i + j]) };
+            let x = |i: usize| i32::from_ne_bytes(std::array::from_fn(|j| unsigned[i + j]));
             let offset = -128 * (0..8).map(|i| i32::from(bytes[i])).sum::<i32>();
             let mut out = [0.0; LANES];
             for (part, out) in out.chunks_mut(LANES / parts).enumerate() {
@@ -258,6 +260,29 @@ mod tests {
                 let got = isa.run(Products(&[1.0; LANES], &x, &w)).map(f32::to_bits);
                 let want = Isa::available()[0].run(Products(&[1.0; LANES], &x, &w)).map(f32::to_bits);
                 assert_eq!(got, want, "{isa:?}");
+            }
+        }
+    }
+
+    struct Round<'a>(&'a [f32; LANES]);
+
+    impl Kernel for Round<'_> {
+        type Output = [i8; LANES];
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Self::Output {
+            s.round(s.load(self.0))
+        }
+    }
+
+    #[test]
+    fn every_path_rounds_to_the_nearest_and_to_even_numbers_on_a_tie() {
+        let halves = (-254..=254).map(|twice| twice as f32 / 2.0);
+        let beside = (-126..=126).flat_map(|n| [n as f32 + 0.49999, n as f32 + 0.50001]);
+        let values: Vec<f32> = halves.chain(beside).chain([127.00001, -127.00001, -0.0]).collect();
+        for isa in Isa::available() {
+            for values in values.as_chunks::<LANES>().0 {
+                let want = values.map(|value| value.round_ties_even() as i8);
+                assert_eq!(isa.run(Round(values)), want, "{isa:?}: {values:?}");
             }
         }
     }

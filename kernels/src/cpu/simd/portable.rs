@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{Dots, LANES, Packing, Simd, Word, dots::CODES};
+use super::{super::math::ROUND, Dots, LANES, Packing, Simd, Word, dots::CODES};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Portable;
@@ -41,6 +41,12 @@ impl Simd for Portable {
         v
     }
 
+    /// In the low bits of floats: with no instruction for it, a rounding is many.
+    #[inline(always)]
+    fn round(self, v: Self::V) -> [i8; LANES] {
+        v.map(|value| (value + ROUND).to_bits() as i8)
+    }
+
     type Dots = Self;
 
     #[inline(always)]
@@ -50,8 +56,7 @@ impl Simd for Portable {
 }
 
 impl Dots for Portable {
-    const PACKING: Packing = Packing { parts: 1, flip: 0 };
-    const MANY_REGISTERS: bool = false;
+    const PACKING: Packing = Packing { parts: 1, flip: 0, strip: 4 };
     type W = Word;
     type F = [f32; LANES];
     type I = [i32; LANES];
@@ -113,7 +118,7 @@ impl Dots for Portable {
     }
 
     #[inline(always)]
-    fn add_centred(self, sums: Self::I, w: &Word, x: [i8; 4]) -> Self::I {
+    fn add_centred(self, sums: Self::I, w: &Word, x: i32) -> Self::I {
         self.add_small(sums, w, x)
     }
 
@@ -123,17 +128,18 @@ impl Dots for Portable {
     }
 
     #[inline(always)]
-    fn add_small(self, mut sums: Self::I, w: &Word, x: [i8; 4]) -> Self::I {
+    fn add_small(self, mut sums: Self::I, w: &Word, x: i32) -> Self::I {
+        let x = x.to_ne_bytes();
         for (sum, w) in sums.iter_mut().zip(w.0.as_chunks::<4>().0) {
             for j in 0..4 {
-                *sum += i32::from(w[j]) * i32::from(x[j]);
+                *sum += i32::from(w[j]) * i32::from(x[j] as i8);
             }
         }
         sums
     }
 
     #[inline(always)]
-    fn add_codes<const SHIFT: i32>(self, sums: Self::I, w: &Word, x: [i8; 4]) -> Self::I {
+    fn add_codes<const SHIFT: i32>(self, sums: Self::I, w: &Word, x: i32) -> Self::I {
         self.add_small(sums, &Word(w.0.map(|byte| CODES[usize::from(byte >> SHIFT & 15)])), x)
     }
 
@@ -143,7 +149,7 @@ impl Dots for Portable {
     }
 
     #[inline(always)]
-    fn add_bits<const BITS: i32, const SHIFT: i32>(self, sums: Self::N, w: &Word, x: [i8; 4]) -> Self::N {
+    fn add_bits<const BITS: i32, const SHIFT: i32>(self, sums: Self::N, w: &Word, x: i32) -> Self::N {
         self.add_small(sums, &Word(w.0.map(|byte| byte >> SHIFT & ((1 << BITS) - 1))), x)
     }
 
