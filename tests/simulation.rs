@@ -11,17 +11,24 @@ use std::{
 };
 
 use grokpipe_proto::{
+    LOST_AFTER,
+    link::{Link, LinkEvent, LinkSettings},
     secret::Secret,
     transport::{self, Keepalive, Net},
     v1::{
-        GenerateRequest, GetStatusRequest, SamplingOptions, cluster_service_client::ClusterServiceClient,
-        inference_service_client::InferenceServiceClient,
+        Frame, GenerateRequest, GetStatusRequest, SamplingOptions, cluster_service_client::ClusterServiceClient,
+        inference_service_client::InferenceServiceClient, pipeline_service_server::PipelineServiceServer,
     },
 };
 use grokpipe_tests::simulated::{
     GRPC_PORT, SimulatedNet, address, reference_tokens, request, run_coordinator, run_worker, small_config, token_of,
 };
-use tokio::time::{Instant, timeout};
+use grokpipe_worker::service::{ActiveStage, Pipeline};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, transport::Channel};
 
 const MODEL_SEED: u64 = 5;
@@ -218,6 +225,53 @@ fn a_refusal_that_arrives_before_the_news_of_a_dead_worker_does_not_end_the_requ
             }
         }
         assert_eq!(killed.load(Ordering::Relaxed), 1, "SEED={seed}: the worker was killed");
+    }
+}
+
+/// Nobody explains why the next stage has left the epoch: the sender does not wait for its answers for ever.
+#[test]
+fn a_link_to_a_stage_that_has_left_the_epoch_is_lost_when_nobody_says_why() {
+    for seed in seeds() {
+        println!("SEED={seed}");
+        let mut sim = turmoil::Builder::new().rng_seed(seed).simulation_duration(Duration::from_secs(60)).build();
+        sim.host("w2", || async {
+            let net: Arc<dyn Net> = Arc::new(SimulatedNet);
+            let listening = net.bind(format!("0.0.0.0:{GRPC_PORT}")).await?;
+            // No stage is at work here.
+            let pipeline = Pipeline {
+                worker: "w2".into(),
+                active: ActiveStage::default(),
+                max_answers: 4,
+                shutdown: CancellationToken::new(),
+            };
+            let served = transport::server(Keepalive::Cluster)
+                .add_service(PipelineServiceServer::new(pipeline))
+                .serve_with_incoming(listening.incoming);
+            Ok(served.await?)
+        });
+        sim.client("w1", async {
+            let net: Arc<dyn Net> = Arc::new(SimulatedNet);
+            let settings = LinkSettings {
+                address: address("w2", GRPC_PORT),
+                worker: "w2".into(),
+                secret: secret(),
+                max_frame_bytes: 1 << 20,
+                max_in_flight: 2,
+            };
+            let (events, mut heard) = mpsc::channel(4);
+            let link = Link::open(&net, settings, events, CancellationToken::new()).await?;
+            let since = Instant::now();
+            // More than may be unanswered: refused frames are answered ones.
+            for micro_batch_id in 0..5 {
+                link.send(Frame { plan_epoch: 7, micro_batch_id, ..Frame::default() }).await?;
+            }
+            let event = timeout(2 * LOST_AFTER, heard.recv()).await?;
+            let Some(LinkEvent::Lost { reason }) = event else { panic!("expected a loss, found {event:?}") };
+            assert!(reason.contains("w2") && reason.contains("left this plan epoch"), "{reason}");
+            assert!(since.elapsed() >= LOST_AFTER, "{:?}", since.elapsed());
+            Ok(())
+        });
+        sim.run().unwrap_or_else(|error| panic!("SEED={seed}: {error}"));
     }
 }
 

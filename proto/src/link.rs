@@ -19,6 +19,7 @@ use tonic::{Status, Streaming};
 use tracing::{debug, warn};
 
 use crate::{
+    LOST_AFTER,
     secret::Secret,
     transport::{self, ConnectError, Keepalive, Net},
     v1::{
@@ -48,7 +49,7 @@ pub struct LinkSettings {
 /// What a link tells its owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LinkEvent {
-    /// The next stage will not compute this frame; the link goes on.
+    /// The next stage will not compute this frame; the link goes on. A frame of an ended epoch is not among them.
     FrameFailed {
         /// Which micro-batch.
         micro_batch_id: u64,
@@ -123,6 +124,7 @@ impl Link {
         let task = LinkTask {
             worker: settings.worker,
             unanswered: HashMap::new(),
+            left: None,
             max_in_flight: settings.max_in_flight,
             wire: wire_tx,
             wire_us: Arc::clone(&wire_us),
@@ -155,6 +157,8 @@ struct Unanswered {
 struct LinkTask {
     worker: String,
     unanswered: HashMap<u64, Unanswered>,
+    /// When the next stage first said that it has left this epoch.
+    left: Option<Instant>,
     max_in_flight: usize,
     wire: mpsc::Sender<RunRequest>,
     wire_us: Arc<AtomicU64>,
@@ -170,8 +174,12 @@ impl LinkTask {
     ) {
         loop {
             let has_credit = self.unanswered.len() < self.max_in_flight;
+            let explained_by = self.left.map_or_else(Instant::now, |left| left + LOST_AFTER);
             let lost = tokio::select! {
                 () = stop.cancelled() => return,
+                () = tokio::time::sleep_until(explained_by), if self.left.is_some() => {
+                    Some("it has left this plan epoch and did not say why".to_owned())
+                }
                 frame = frames.recv(), if has_credit => match frame {
                     None => return,
                     Some(frame) => self.transmit(frame, 0).await,
@@ -228,14 +236,15 @@ impl LinkTask {
             return self.transmit(kept.frame, kept.resends + 1).await;
         }
         if reason == RefusalReason::StaleEpoch {
-            // The next stage has left this epoch, and says why on a way of its own: a frame is not what failed. Whoever waits for
-            // it hears of that loss, or sees the pipeline stuck.
-            debug!(
+            // The next stage has left this epoch, and says why on a way of its own: that ends the epoch and names who is at fault, which
+            // a failed frame would not. Where it does not come, the link itself is at fault.
+            warn!(
                 micro_batch = refusal.micro_batch_id,
                 worker = self.worker,
                 refusal.message,
                 "frame of an ended epoch"
             );
+            self.left.get_or_insert_with(Instant::now);
             return None;
         }
         let message = format!("worker {} refused a frame: {}", self.worker, refusal.message);

@@ -6,8 +6,8 @@
 //!
 //! A tile is a column of outputs with a strip of rows, all of whose sums are in registers. Two things decide its speed, and the
 //! shape of its loops is for them alone. No branch comes between a block's first load and its last use, or the compiler loads all of the
-//! inputs before it, into memory. And memory is asked for weights long before they are needed, evenly, word by word: what waits for
-//! memory holds the places of what waits for the cache.
+//! inputs before it, into memory. And memory is asked for weights long before they are needed, evenly, word by word: a processor has few
+//! places for what it waits for, and what comes from memory holds one so long that words from the second-level cache find none.
 #![expect(clippy::needless_range_loop, reason = "tiles of registers are indexed by row and lane together")]
 
 use std::ops::Range;
@@ -23,9 +23,9 @@ pub(super) const AHEAD: usize = 6144;
 /// Blocks ahead of which their scales are asked for.
 const AHEAD_BLOCKS: usize = 16;
 /// Bytes of inputs that many rows are to keep in the second-level cache while columns pass.
-const PANEL_BYTES: usize = 256 << 10;
-/// Blocks of a panel at least: columns are read from memory in stretches.
-const LEAST_PANEL: usize = 32;
+const STRETCH_BYTES: usize = 256 << 10;
+/// Blocks of a stretch at least: columns are read from memory by it.
+const LEAST_STRETCH: usize = 32;
 
 // Kinds of weights, for functions that are compiled once for each.
 /// A byte each, 128 too large.
@@ -68,8 +68,8 @@ impl FastProduct<'_> {
     }
 
     /// Blocks of inputs that all columns pass before the next: all of them for one strip, else as many as stay in the cache.
-    /// Between panels the sums are in `out`.
-    fn panel(&self, strips: usize) -> usize {
+    /// Between stretches the sums are in `out`.
+    fn stretch(&self, strips: usize) -> usize {
         if strips < 2 {
             return self.matrix.blocks;
         }
@@ -79,8 +79,8 @@ impl FastProduct<'_> {
             Scaling::Blocks { .. } => 1,
             Scaling::Supers { .. } => SUPER,
         };
-        let fits = (PANEL_BYTES / (self.rows() * FIELDS * size_of::<i32>())).max(LEAST_PANEL);
-        // Panels of about one size.
+        let fits = (STRETCH_BYTES / (self.rows() * FIELDS * size_of::<i32>())).max(LEAST_STRETCH);
+        // Stretches of about one size.
         let count = self.matrix.blocks.div_ceil(fits);
         self.matrix.blocks.div_ceil(count).div_ceil(unit) * unit
     }
@@ -96,12 +96,13 @@ impl FastProduct<'_> {
         }
         debug_assert_eq!(self.out.len(), rows * self.outputs.len());
         let blocks = self.matrix.blocks;
-        for start in (0..blocks).step_by(self.panel(strips).max(1)) {
-            let panel = start..(start + self.panel(strips)).min(blocks);
+        let a_stretch = self.stretch(strips);
+        for start in (0..blocks).step_by(a_stretch) {
+            let stretch = start..(start + a_stretch).min(blocks);
             for column in 0..columns {
                 let mut first = 0;
                 for strip in 0..strips {
-                    let place = Place { panel: panel.clone(), column, first, strip, strips };
+                    let place = Place { stretch: stretch.clone(), column, first, strip, strips };
                     let rows = height(rows - first, most);
                     match rows {
                         // Without registers for it there is no such strip, and this is not compiled.
@@ -117,20 +118,20 @@ impl FastProduct<'_> {
         }
     }
 
-    /// Adds a panel of a column to the sums of the strip's `R` rows.
+    /// Adds a stretch of a column to the sums of the strip's `R` rows.
     #[inline(always)]
     fn tile<D: Dots, const R: usize>(&mut self, dots: D, place: Place) {
-        let Place { panel, column, first, strip, strips } = place;
+        let Place { stretch, column, first, strip, strips } = place;
         let matrix = self.matrix;
         let a_row = matrix.blocks * FIELDS;
         let first_band = self.expert * matrix.bands + self.outputs.start / LANES;
         let width = self.outputs.len();
-        // The last band may have fewer outputs than lanes, and then whole columns without any.
         let a_column = LANES / D::PACKING.parts;
-        let start = (column * a_column).min(width);
+        let start = column * a_column;
+        // The last column may have fewer outputs than lanes.
         let used = a_column.min(width - start);
         let mut sums = [dots.zero(); R];
-        if panel.start > 0 {
+        if stretch.start > 0 {
             for r in 0..R {
                 let mut lanes = [0.0; LANES];
                 lanes[..used].copy_from_slice(&self.out[(first + r) * width + start..][..used]);
@@ -146,7 +147,7 @@ impl FastProduct<'_> {
             band: column / D::PACKING.parts,
             part: column % D::PACKING.parts,
             x: StripBlock::all(&self.strips[first * a_row..][..R * a_row]),
-            panel,
+            stretch,
             share: (strips > 1).then_some((strip, strips)),
         };
         let sums = tile.add_to(sums);
@@ -158,7 +159,7 @@ impl FastProduct<'_> {
 
 /// Where a tile is.
 struct Place {
-    panel: Range<usize>,
+    stretch: Range<usize>,
     column: usize,
     /// First row.
     first: usize,
@@ -166,7 +167,7 @@ struct Place {
     strips: usize,
 }
 
-/// A strip of rows with a panel of a column.
+/// A strip of rows with a stretch of a column.
 struct Tile<'a, D: Dots, const R: usize> {
     dots: D,
     matrix: &'a Packed,
@@ -176,7 +177,7 @@ struct Tile<'a, D: Dots, const R: usize> {
     /// The part of its band that the column is.
     part: usize,
     x: &'a [[[i32; R]; FIELDS]],
-    panel: Range<usize>,
+    stretch: Range<usize>,
     /// One of several tiles that read these weights, of which only the first finds them in memory: which, of how many.
     share: Option<(usize, usize)>,
 }
@@ -184,7 +185,7 @@ struct Tile<'a, D: Dots, const R: usize> {
 /// Asks memory for what comes next of one of the streams that a tile reads: the only tile with its weights for what it will itself
 /// read soon; of several, each for a share of the next column.
 struct Ask<'a, T> {
-    /// Where the panel begins in the stream.
+    /// Where the stretch begins in the stream.
     begin: &'a T,
     /// Distance from there.
     next: usize,
@@ -206,12 +207,12 @@ impl<D: Dots, const R: usize> Tile<'_, D, R> {
     #[inline(always)]
     fn ask<'s, T>(&self, stream: &'s [T], ahead: usize) -> Ask<'s, T> {
         let (blocks, size) = (self.matrix.blocks, size_of::<T>());
-        let begin = &stream[self.panel.start * stream.len() / blocks];
+        let begin = &stream[self.stretch.start * stream.len() / blocks];
         let Some((strip, strips)) = self.share else {
             return Ask { begin, next: ahead * size, step: size };
         };
-        let a_panel = self.panel.len() * size_of_val(stream) / blocks;
-        Ask { begin, next: size_of_val(stream) + strip * a_panel / strips, step: size.div_ceil(strips) }
+        let of_stretch = self.stretch.len() * size_of_val(stream) / blocks;
+        Ask { begin, next: size_of_val(stream) + strip * of_stretch / strips, step: size.div_ceil(strips) }
     }
 
     /// The band's of `values`, which has `count` for each band.
@@ -258,7 +259,7 @@ impl<D: Dots, const R: usize> Tile<'_, D, R> {
         let scales = self.of_band(scales, self.matrix.blocks / a_group);
         let words = self.words.as_chunks::<8>().0;
         let mut ask = self.ask(self.words, AHEAD / size_of::<D::W>());
-        for group in self.panel.start / a_group..self.panel.end / a_group {
+        for group in self.stretch.start / a_group..self.stretch.end / a_group {
             let mut sum = [dots.zero(); R];
             for b in group * a_group..(group + 1) * a_group {
                 let x = StripBlock::new(&self.x[b]);
@@ -286,7 +287,7 @@ impl<D: Dots, const R: usize> Tile<'_, D, R> {
         let halves = self.of_band(halves, self.matrix.blocks * H).as_chunks::<H>().0;
         let mut ask = self.ask(self.words, AHEAD / size_of::<D::W>());
         let mut ask_halves = self.ask(halves, AHEAD_BLOCKS);
-        for b in self.panel.clone() {
+        for b in self.stretch.clone() {
             let (half, x) = (&halves[b], StripBlock::new(&self.x[b]));
             ask_halves.one(dots);
             let products = self.products::<KIND, N, 1>(&words[b], x, 0, &mut ask);
@@ -319,7 +320,7 @@ impl<D: Dots, const R: usize> Tile<'_, D, R> {
         let mut ask = self.ask(self.words, AHEAD / size_of::<D::W>());
         let mut ask_bytes = self.ask(bytes, AHEAD_BLOCKS);
         let mut ask_halves = self.ask(halves, AHEAD_BLOCKS / SUPER * a_super);
-        for index in self.panel.start / SUPER..self.panel.end / SUPER {
+        for index in self.stretch.start / SUPER..self.stretch.end / SUPER {
             let blocks = index * SUPER..(index + 1) * SUPER;
             for _ in 0..a_super {
                 ask_halves.one(dots);

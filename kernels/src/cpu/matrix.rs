@@ -58,6 +58,15 @@ impl CpuMatrix {
         self.group != self.padded_group
     }
 
+    /// Whether rows as this matrix wants them are those that `other` wants.
+    pub(super) fn shares_rows_with(&self, other: &Self) -> bool {
+        match (&self.values, &other.values) {
+            (Values::Packed(_), Values::Packed(_)) => true,
+            (Values::Packed(_), _) | (_, Values::Packed(_)) => false,
+            _ => (self.group, self.padded_group) == (other.group, other.padded_group),
+        }
+    }
+
     /// Multiply-adds of one row with one expert.
     pub(super) fn work(&self) -> usize {
         self.padded_inputs() * self.outputs

@@ -96,6 +96,8 @@ pub struct CpuBackend {
     panels: Vec<f32>,
     precision: Precision,
     scratch: RowScratch,
+    /// For a second matrix that the same rows meet, where it wants them otherwise.
+    second_scratch: RowScratch,
 }
 
 /// Copies of rows as a matrix wants them.
@@ -137,6 +139,7 @@ impl CpuBackend {
             panels: Vec::new(),
             precision,
             scratch: RowScratch::default(),
+            second_scratch: RowScratch::default(),
         })
     }
 
@@ -179,7 +182,8 @@ impl CpuBackend {
 }
 
 impl RowScratch {
-    /// Rows for products with `w`: those of `x`, copies with their groups filled up, or in 8 bits; `chosen` pairs of `groups` have one.
+    /// Rows for products with `w`: those of `x`, copies with their groups filled up, or in 8 bits. Each row of `x` has `chosen`
+    /// of the pairs of `groups`; for each of them it is there once.
     fn rows<'a>(
         &'a mut self,
         isa: Isa,
@@ -436,18 +440,22 @@ impl Backend for CpuBackend {
         up: &CpuMatrix,
         out: &mut CpuActivations,
     ) {
-        let Self { isa, threads, panels, scratch, .. } = self;
+        let Self { isa, threads, panels, scratch, second_scratch, .. } = self;
         let (isa, chosen, pairs) = (*isa, selection.chosen, selection.rows * selection.chosen);
         let groups = Groups::new(&selection.ids[..pairs], gate.experts);
         let rows = scratch.rows(isa, threads, gate, x.used(), &groups, chosen);
+        // A file may mix formats.
+        let others =
+            (!gate.shares_rows_with(up)).then(|| second_scratch.rows(isa, threads, up, x.used(), &groups, chosen));
+        let rows_of_up = others.as_ref().unwrap_or(&rows);
         let step = threads.outputs_a_piece(gate.outputs, pairs);
         panels.resize(pairs * gate.outputs, 0.0);
         let parts = pieces(&groups, gate, step, panels);
         threads.each(parts, 2 * pairs * gate.work(), |Piece { expert, pairs, outputs, out }| {
-            let rows = rows.of(pairs);
             let mut other = vec![0.0; out.len()];
+            let rows = rows.of(pairs.clone());
             Product { matrix: gate, expert, outputs: outputs.clone(), rows, out: &mut *out }.run_on(isa);
-            Product { matrix: up, expert, outputs, rows, out: &mut other }.run_on(isa);
+            Product { matrix: up, expert, outputs, rows: rows_of_up.of(pairs), out: &mut other }.run_on(isa);
             isa.run(Gelu { gate: out, up: &other });
         });
         let width = out.width;

@@ -2,7 +2,7 @@
 //!
 //! Decides the rounding: a row is cut into blocks of 32, each with one f32 scale, by which its largest number becomes 127. A strip is
 //! one stream, block after block, with what is known of a block for all of its rows side by side: a tile reads forward, whatever the
-//! number of rows. It does not know weights.
+//! number of rows. Of weights it knows what may be added to them (128, or a minimum), since that is added to sums of inputs.
 
 use super::{
     packed::BLOCK,
@@ -127,7 +127,9 @@ fn quantised<S: Simd>(simd: S, block: &[f32; BLOCK]) -> [i32; FIELDS] {
         most = most.max(magnitude);
     }
     let largest = f32::from_bits(most);
-    let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+    let inverse = 127.0 / largest;
+    // Of a block of zeros, or of numbers so small that they would be infinite, nothing is left.
+    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
     // What is no number makes the scale none, and then it does not matter what the numbers are.
     let scale = if most < INFINITE { largest / 127.0 } else { f32::NAN };
     // At most 127 in magnitude: the largest times its inverse may round up, and 127.0001 is still 127.

@@ -172,6 +172,63 @@ fn fast_products_have_the_same_bits_on_every_path_and_among_any_rows() {
 }
 
 #[test]
+fn numbers_too_small_to_be_scaled_have_the_same_bits_on_every_path() {
+    let seed = seed(23);
+    let mut random = Random::new(seed);
+    for (format, layout) in packed_formats() {
+        let matrix = TestMatrix::random(&mut random, (1, 256, 20), format, layout);
+        for size in [1e-36, 3e-37, 1e-38, 1e-41, 1e-45] {
+            let mut x: Vec<f32> = random.floats(256, size);
+            x.iter_mut().step_by(32).for_each(|value| *value = 0.0);
+            let mut backends = backends_of(Precision::Fast);
+            let want = product(&mut backends[0], &matrix, 1, &x);
+            for backend in &mut backends {
+                let got = product(backend, &matrix, 1, &x);
+                compare_bits("fast matmul", &(size, format), &backend.info().name.clone(), seed, &got, &want);
+            }
+        }
+    }
+}
+
+/// A file may have the two matrices that meet the same rows in different formats, which want them otherwise.
+#[test]
+fn gate_and_up_may_have_different_formats() {
+    let seed = seed(24);
+    let mut random = Random::new(seed);
+    let (rows, hidden, ffn) = (5, 256, 40);
+    let formats = [
+        (Format::Blocks(BlockType::F16), Layout::OutIn),
+        (Format::Blocks(BlockType::Q8_0), Layout::OutIn),
+        (Format::Blocks(BlockType::Q4K), Layout::OutIn),
+        (Format::F32, Layout::InOut),
+        // Groups of 32 inputs, and of 8, which are filled up.
+        (Format::Int8 { groups: 8 }, Layout::InOut),
+        (Format::Int8 { groups: 32 }, Layout::InOut),
+    ];
+    let matrices = formats.map(|(format, layout)| TestMatrix::random(&mut random, (1, hidden, ffn), format, layout));
+    let router = TestMatrix::random(&mut random, (1, hidden, 1), Format::F32, Layout::InOut);
+    let x = random.floats(rows * hidden, 1.0);
+    for precision in [Precision::Exact, Precision::Fast] {
+        for backend in &mut backends_of(precision) {
+            for (gate, up) in matrices.iter().flat_map(|gate| matrices.iter().map(move |up| (gate, up))) {
+                let (gates, ups) = (product(backend, gate, rows, &x), product(backend, up, rows, &x));
+                let want: Vec<f32> = gates.iter().zip(&ups).map(|(gate, up)| super::math::gelu(*gate) * up).collect();
+                let mut load = |matrix: &TestMatrix| backend.load_matrix(matrix, &mut |_| ()).unwrap();
+                let (router, gate_matrix, up_matrix) = (load(&router), load(gate), load(up));
+                let input = upload(backend, &single_tokens(rows), hidden, &x);
+                let mut selection = backend.selection(rows, 1).unwrap();
+                let mut inner = backend.activations(rows, ffn).unwrap();
+                backend.route(&input, &router, &mut selection);
+                backend.expert_gate_up(&input, &selection, &gate_matrix, &up_matrix, &mut inner);
+                let got = download(backend, &inner, rows);
+                let shape = (precision, gate.spec.format, up.spec.format);
+                compare_bits("gate and up", &shape, &backend.info().name.clone(), seed, &got, &want);
+            }
+        }
+    }
+}
+
+#[test]
 fn rows_of_every_format_and_precision_alone_and_in_chunks_have_the_same_bits() {
     for precision in [Precision::Exact, Precision::Fast] {
         for backend in &mut backends_of(precision) {

@@ -32,12 +32,13 @@ pub(crate) struct Packing {
 }
 
 /// Registers of outputs, and what can be done with them. As with [`super::Simd`], the value is the proof that the CPU has the
-/// instructions. Inputs are signed bytes, four a word; none is -128.
+/// instructions. Inputs are signed bytes, four a word; none is -128,
+/// but in a block whose scale is no number, where sums do not matter.
 ///
 /// A register holds all sixteen outputs of a band or one `part` of them: what reads scales takes the part, below [`Dots::PACKING`]'s
 /// number of parts, and looks at its outputs alone.
 pub(crate) trait Dots: Copy {
-    /// How weights must lie.
+    /// How weights and inputs must lie.
     const PACKING: Packing;
     /// Four bytes of weights of each output of a register.
     type W: bytemuck::Pod;

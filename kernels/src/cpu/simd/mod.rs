@@ -96,7 +96,7 @@ impl Isa {
         Self::available().pop().unwrap_or(Self(Path::Portable))
     }
 
-    /// How weights lie for products with 8-bit inputs.
+    /// How weights and inputs lie for products with 8-bit inputs.
     pub(crate) fn packing(self) -> Packing {
         match self.0 {
             Path::Portable => <Portable as Dots>::PACKING,
@@ -278,7 +278,8 @@ mod tests {
     fn every_path_rounds_to_the_nearest_and_to_even_numbers_on_a_tie() {
         let halves = (-254..=254).map(|twice| twice as f32 / 2.0);
         let beside = (-126..=126).flat_map(|n| [n as f32 + 0.49999, n as f32 + 0.50001]);
-        let values: Vec<f32> = halves.chain(beside).chain([127.00001, -127.00001, -0.0]).collect();
+        let mut values: Vec<f32> = halves.chain(beside).chain([127.00001, -127.00001, -0.0]).collect();
+        values.resize(values.len().next_multiple_of(LANES), 0.0);
         for isa in Isa::available() {
             for values in values.as_chunks::<LANES>().0 {
                 let want = values.map(|value| value.round_ties_even() as i8);
