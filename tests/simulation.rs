@@ -16,8 +16,9 @@ use grokpipe_proto::{
     secret::Secret,
     transport::{self, Keepalive, Net},
     v1::{
-        Frame, GenerateRequest, GetStatusRequest, SamplingOptions, cluster_service_client::ClusterServiceClient,
-        inference_service_client::InferenceServiceClient, pipeline_service_server::PipelineServiceServer,
+        Frame, GenerateRequest, GenerateResponse, GetStatusRequest, SamplingOptions,
+        cluster_service_client::ClusterServiceClient, inference_service_client::InferenceServiceClient,
+        pipeline_service_server::PipelineServiceServer,
     },
 };
 use grokpipe_tests::simulated::{
@@ -26,10 +27,10 @@ use grokpipe_tests::simulated::{
 use grokpipe_worker::service::{ActiveStage, Pipeline};
 use tokio::{
     sync::mpsc,
-    time::{Instant, timeout},
+    time::{Instant, error::Elapsed, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status, Streaming, transport::Channel};
 
 const MODEL_SEED: u64 = 5;
 const STAGES: usize = 3;
@@ -98,6 +99,17 @@ async fn generate(channel: &Channel, request: GenerateRequest) -> Result<Vec<u32
     Ok(ids)
 }
 
+/// The error that a stream ends with, whatever tokens come before.
+async fn error_of(stream: &mut Streaming<GenerateResponse>) -> Result<Status, Elapsed> {
+    loop {
+        match timeout(Duration::from_secs(30), stream.message()).await? {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("expected an error, found the end"),
+            Err(status) => return Ok(status),
+        }
+    }
+}
+
 fn prompts() -> Vec<Vec<u32>> {
     vec![vec![5, 9, 13], (1..=40).collect(), vec![96], (20..53).rev().collect()]
 }
@@ -145,13 +157,7 @@ fn a_killed_worker_ends_its_requests_with_a_typed_error_and_serves_again_after_i
             }
             kill.store(1, Ordering::Relaxed);
             let since = Instant::now();
-            let error = loop {
-                match timeout(Duration::from_secs(30), stream.message()).await? {
-                    Ok(Some(_)) => {}
-                    Ok(None) => panic!("expected an error, found the end"),
-                    Err(status) => break status,
-                }
-            };
+            let error = error_of(&mut stream).await?;
             assert!(since.elapsed() <= Duration::from_secs(4), "found {:?}", since.elapsed());
             assert_eq!(error.code(), Code::Unavailable);
             assert!(error.message().contains("worker w2 with layers 2..4 was lost"), "{}", error.message());
@@ -200,13 +206,7 @@ fn a_refusal_that_arrives_before_the_news_of_a_dead_worker_does_not_end_the_requ
             }
             for_client.store(1, Ordering::Relaxed);
             for stream in &mut streams {
-                let error = loop {
-                    match timeout(Duration::from_secs(30), stream.message()).await? {
-                        Ok(Some(_)) => {}
-                        Ok(None) => panic!("expected an error, found the end"),
-                        Err(status) => break status,
-                    }
-                };
+                let error = error_of(stream).await?;
                 assert_eq!(error.code(), Code::Unavailable, "{}", error.message());
                 assert!(error.message().contains("worker w3 with layers 4..6 was lost"), "{}", error.message());
             }

@@ -394,10 +394,7 @@ impl<D: Dots, const R: usize> Tile<'_, D, R> {
         ask: &mut Ask<'_, D::W>,
     ) -> [D::I; R] {
         let dots = self.dots;
-        let mut sums = [dots.small(); R];
-        for r in 0..R {
-            sums[r] = dots.centred(offset::<KIND, P, R>(x, p, r));
-        }
+        let mut sums = self.begin::<KIND, P>(x, p);
         for k in N / P * p..N / P * (p + 1) {
             ask.one(dots);
             for r in 0..R {
@@ -415,10 +412,7 @@ impl<D: Dots, const R: usize> Tile<'_, D, R> {
     #[inline(always)]
     fn codes<const N: usize>(&self, words: &[D::W; N], x: StripBlock<'_, R>, ask: &mut Ask<'_, D::W>) -> [D::I; R] {
         let dots = self.dots;
-        let mut sums = [dots.small(); R];
-        for r in 0..R {
-            sums[r] = dots.centred(offset::<CODES, 1, R>(x, 0, r));
-        }
+        let mut sums = self.begin::<CODES, 1>(x, 0);
         for k in 0..N {
             ask.one(dots);
             for r in 0..R {
@@ -470,6 +464,16 @@ impl<D: Dots, const R: usize> Tile<'_, D, R> {
             sums[r] = dots.add_bits::<2, 6>(sums[r], word, x.quad(4 * half + 3, r));
         }
         self.end_bits::<QUARTERS, 2>(sums, x, half)
+    }
+
+    /// What sums of bytes begin with.
+    #[inline(always)]
+    fn begin<const KIND: u8, const P: usize>(&self, x: StripBlock<'_, R>, p: usize) -> [D::I; R] {
+        let mut sums = [self.dots.small(); R];
+        for r in 0..R {
+            sums[r] = self.dots.centred(offset::<KIND, P, R>(x, p, r));
+        }
+        sums
     }
 
     /// What sums of parts of bytes begin with.
