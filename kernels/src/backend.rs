@@ -125,6 +125,17 @@ pub trait Backend: Send + 'static {
     /// `out[t, n] = factor * sum_k x[t, k] * w[k, n]`.
     fn matmul(&mut self, x: &Self::Activations, w: &Self::Matrix, factor: f32, out: &mut Self::Activations);
 
+    /// [`Backend::matmul`] of the same rows with several matrices, factor 1: each to the activations beside it.
+    fn matmul_each(&mut self, x: &Self::Activations, products: &mut [(&Self::Matrix, &mut Self::Activations)]) {
+        for (w, out) in products {
+            self.matmul(x, w, 1.0, out);
+        }
+    }
+
+    /// Says what will be multiplied by when the product after this call is done: matrices for all rows, or with a selection the chosen
+    /// experts'. A device whose threads would wait may begin to read them. A hint: no result depends on it.
+    fn upcoming(&mut self, _matrices: &[&Self::Matrix], _selection: Option<&Self::Selection>) {}
+
     /// Rotates `q` (in place) and `k` at each row's position and stores `k` and `v` in `layer` of the pool at the row's slot.
     /// Half-rotation layout; tables are made on the host.
     fn rope_store(

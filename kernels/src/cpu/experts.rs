@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use super::{
     matrix::CpuMatrix,
-    panels::PanelRow,
     simd::{Isa, Kernel, Simd},
+    threads::{Stretch, Threads},
 };
 
 /// The pairs (row, choice) of each expert that anybody chose, experts ascending, pairs ascending. A matrix without experts is one that
@@ -38,55 +38,110 @@ impl Groups {
         Self { experts, pairs }
     }
 
-    /// Where each pair's results lie in panels with `outputs` of every pair, expert by expert.
-    pub(super) fn places(&self, outputs: usize) -> Vec<PanelRow> {
-        let mut places = vec![PanelRow::default(); self.pairs.len()];
+    /// The experts' products with a matrix each, in order.
+    pub(super) fn products<'a>(&self, matrix: &'a CpuMatrix) -> Vec<(&'a CpuMatrix, usize)> {
+        self.experts.iter().map(|(expert, _)| (matrix, *expert)).collect()
+    }
+
+    /// Cuts results, `[pairs, outputs]`, into pieces of `step` outputs of all pairs of an expert: the slices of the first piece, a pair
+    /// each, then those of the next, experts ascending.
+    pub(super) fn cut<'a>(&self, outputs: usize, step: usize, results: &'a mut [f32]) -> Vec<&'a mut [f32]> {
+        let mut rows: Vec<_> = results.chunks_mut(outputs).map(|row| row.chunks_mut(step)).collect();
+        let mut slices = Vec::with_capacity(rows.len() * outputs.div_ceil(step));
         for (_, range) in &self.experts {
-            for (index, &pair) in self.pairs[range.clone()].iter().enumerate() {
-                places[pair] = PanelRow { start: range.start * outputs, rows: range.len(), index };
+            for _ in 0..outputs.div_ceil(step) {
+                slices.extend(self.pairs[range.clone()].iter().filter_map(|&pair| rows[pair].next()));
             }
         }
-        places
+        slices
+    }
+
+    /// The pieces of results that were cut.
+    pub(super) fn pieces<'s, 'a>(
+        &self,
+        outputs: usize,
+        step: usize,
+        mut slices: &'s mut [&'a mut [f32]],
+    ) -> Vec<Piece<'s, 'a>> {
+        let mut pieces = Vec::with_capacity(self.experts.len() * outputs.div_ceil(step));
+        for (expert, pairs) in &self.experts {
+            for start in (0..outputs).step_by(step) {
+                let (out, rest) = slices.split_at_mut(pairs.len());
+                slices = rest;
+                let outputs = start..(start + step).min(outputs);
+                pieces.push(Piece { expert: *expert, pairs: pairs.clone(), outputs, out });
+            }
+        }
+        pieces
     }
 }
 
 /// A part of an expert's product: some outputs of all its pairs.
-pub(super) struct Piece<'a> {
+pub(super) struct Piece<'s, 'a> {
     pub(super) expert: usize,
     /// Place of the expert's pairs in [`Groups::pairs`].
     pub(super) pairs: Range<usize>,
     pub(super) outputs: Range<usize>,
-    /// `[pairs, outputs]`.
-    pub(super) out: &'a mut [f32],
+    /// A slice for each pair, an output each.
+    pub(super) out: &'s mut [&'a mut [f32]],
 }
 
-/// Cuts `out`, which holds panels of `step` outputs expert by expert, into pieces for the threads.
-pub(super) fn pieces<'a>(groups: &Groups, matrix: &CpuMatrix, step: usize, mut out: &'a mut [f32]) -> Vec<Piece<'a>> {
-    let mut pieces = Vec::new();
-    for (expert, pairs) in &groups.experts {
-        for start in (0..matrix.outputs).step_by(step) {
-            let outputs = start..(start + step).min(matrix.outputs);
-            let (part, rest) = out.split_at_mut(outputs.len() * pairs.len());
-            out = rest;
-            pieces.push(Piece { expert: *expert, pairs: pairs.clone(), outputs, out: part });
+/// The weights that each thread but the caller begins with in products of these experts' matrices, one after the other in pieces of
+/// `step` outputs.
+pub(super) fn first_weights(products: &[(&CpuMatrix, usize)], step: usize, threads: &Threads) -> Vec<Stretch> {
+    let pieces = |matrix: &CpuMatrix| matrix.outputs.div_ceil(step);
+    let all = products.iter().map(|(matrix, _)| pieces(matrix)).sum();
+    let first = |thread| {
+        let mut index = threads.first_piece(thread, all);
+        for (matrix, expert) in products {
+            if index < pieces(matrix) {
+                return matrix.bytes_from(*expert, index * step).into();
+            }
+            index -= pieces(matrix);
         }
-    }
-    pieces
+        Stretch::default()
+    };
+    (1..threads.count()).map(first).collect()
 }
 
-/// `gate[i] = gelu(gate[i]) * up[i]`.
-pub(super) struct Gelu<'a> {
-    pub(super) gate: &'a mut [f32],
-    pub(super) up: &'a [f32],
+/// `gate[i] = gelu(gate[i]) * up[i]`, slice by slice.
+pub(super) struct Gelu<'s, 'a> {
+    pub(super) gate: &'s mut [&'a mut [f32]],
+    pub(super) up: &'s [&'a mut [f32]],
 }
 
-impl Kernel for Gelu<'_> {
+impl Kernel for Gelu<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, _simd: S) {
         for (gate, up) in self.gate.iter_mut().zip(self.up) {
-            *gate = super::math::gelu(*gate) * up;
+            for (gate, up) in gate.iter_mut().zip(up.iter()) {
+                *gate = super::math::gelu(*gate) * up;
+            }
+        }
+    }
+}
+
+/// The sum of a row's experts' results, each times its probability, best expert first.
+pub(super) struct Combine<'a> {
+    /// `[chosen, outputs]`.
+    pub(super) results: &'a [f32],
+    pub(super) probabilities: &'a [f32],
+    /// `[outputs]`.
+    pub(super) out: &'a mut [f32],
+}
+
+impl Kernel for Combine<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) {
+        self.out.fill(0.0);
+        for (results, p) in self.results.chunks_exact(self.out.len()).zip(self.probabilities) {
+            for (sum, value) in self.out.iter_mut().zip(results) {
+                *sum += p * value;
+            }
         }
     }
 }

@@ -14,14 +14,10 @@ use std::ops::Range;
 
 use super::{
     packed::{Numbers, Packed, SUPER, Scaling},
-    simd::{Dots, Kernel, LANES, Simd},
+    simd::{Dots, Kernel, LANES, Simd, prefetch_distance},
     strips::{FIELDS, StripBlock, height},
 };
 
-/// How far ahead of their use weights are asked for: the processor's own prefetching ends with a page of 4 KiB.
-pub(super) const AHEAD: usize = 6144;
-/// Blocks ahead of which their scales are asked for.
-const AHEAD_BLOCKS: usize = 16;
 /// Bytes of inputs that many rows are to keep in the second-level cache while columns pass.
 const STRETCH_BYTES: usize = 256 << 10;
 /// Blocks of a stretch at least: columns are read from memory by it.
@@ -42,18 +38,18 @@ const CODES: u8 = 4;
 const QUARTERS: u8 = 5;
 
 /// Products of an expert's rows with some of its outputs.
-pub(super) struct FastProduct<'a> {
+pub(super) struct FastProduct<'a, 'o> {
     pub(super) matrix: &'a Packed,
     pub(super) expert: usize,
     /// Begins with a band.
     pub(super) outputs: Range<usize>,
     /// The rows, strip after strip.
     pub(super) strips: &'a [i32],
-    /// `[rows, outputs.len()]`.
-    pub(super) out: &'a mut [f32],
+    /// `outputs.len()` numbers for each row.
+    pub(super) out: &'a mut [&'o mut [f32]],
 }
 
-impl Kernel for FastProduct<'_> {
+impl Kernel for FastProduct<'_, '_> {
     type Output = ();
 
     #[inline(always)]
@@ -62,7 +58,7 @@ impl Kernel for FastProduct<'_> {
     }
 }
 
-impl FastProduct<'_> {
+impl FastProduct<'_, '_> {
     fn rows(&self) -> usize {
         self.strips.len() / (self.matrix.blocks * FIELDS)
     }
@@ -73,15 +69,9 @@ impl FastProduct<'_> {
         if strips < 2 {
             return self.matrix.blocks;
         }
-        // What is summed apart from the rest is not cut.
-        let unit = match self.matrix.scaling {
-            Scaling::Groups { blocks, .. } => blocks,
-            Scaling::Blocks { .. } => 1,
-            Scaling::Supers { .. } => SUPER,
-        };
         let fits = (STRETCH_BYTES / (self.rows() * FIELDS * size_of::<i32>())).max(LEAST_STRETCH);
-        // Stretches of about one size.
-        let count = self.matrix.blocks.div_ceil(fits);
+        // Stretches of about one size, of whole chunks.
+        let (count, unit) = (self.matrix.blocks.div_ceil(fits), self.matrix.chunk().blocks);
         self.matrix.blocks.div_ceil(count).div_ceil(unit) * unit
     }
 
@@ -94,7 +84,7 @@ impl FastProduct<'_> {
         while first < rows {
             (strips, first) = (strips + 1, first + height(rows - first, most));
         }
-        debug_assert_eq!(self.out.len(), rows * self.outputs.len());
+        debug_assert_eq!(self.out.len(), rows);
         let blocks = self.matrix.blocks;
         let a_stretch = self.stretch(strips);
         for start in (0..blocks).step_by(a_stretch) {
@@ -125,34 +115,31 @@ impl FastProduct<'_> {
         let matrix = self.matrix;
         let a_row = matrix.blocks * FIELDS;
         let first_band = self.expert * matrix.bands + self.outputs.start / LANES;
-        let width = self.outputs.len();
         let a_column = LANES / D::PACKING.parts;
         let start = column * a_column;
         // The last column may have fewer outputs than lanes.
-        let used = a_column.min(width - start);
+        let used = a_column.min(self.outputs.len() - start);
         let mut sums = [dots.zero(); R];
         if stretch.start > 0 {
             for r in 0..R {
                 let mut lanes = [0.0; LANES];
-                lanes[..used].copy_from_slice(&self.out[(first + r) * width + start..][..used]);
-                sums[r] = dots.load(&lanes, 0);
+                lanes[..used].copy_from_slice(&self.out[first + r][start..][..used]);
+                sums[r] = dots.load(&lanes);
             }
         }
         let column = first_band * D::PACKING.parts + column;
-        let a_stream = matrix.blocks * matrix.numbers.words();
+        let a_stream = matrix.stream();
         let tile = Tile::<D, R> {
             dots,
             matrix,
-            words: &bytemuck::cast_slice(&matrix.words)[column * a_stream..][..a_stream],
-            band: column / D::PACKING.parts,
-            part: column % D::PACKING.parts,
+            stream: &bytemuck::cast_slice(&matrix.words)[column * a_stream..][..a_stream],
             x: StripBlock::all(&self.strips[first * a_row..][..R * a_row]),
             stretch,
             share: (strips > 1).then_some((strip, strips)),
         };
         let sums = tile.add_to(sums);
         for r in 0..R {
-            dots.store(sums[r], &mut self.out[(first + r) * width + start..][..used]);
+            dots.store(sums[r], &mut self.out[first + r][start..][..used]);
         }
     }
 }
@@ -172,29 +159,26 @@ struct Tile<'a, D: Dots, const R: usize> {
     dots: D,
     matrix: &'a Packed,
     /// The column's.
-    words: &'a [D::W],
-    band: usize,
-    /// The part of its band that the column is.
-    part: usize,
+    stream: &'a [D::W],
     x: &'a [[[i32; R]; FIELDS]],
     stretch: Range<usize>,
     /// One of several tiles that read these weights, of which only the first finds them in memory: which, of how many.
     share: Option<(usize, usize)>,
 }
 
-/// Asks memory for what comes next of one of the streams that a tile reads: the only tile with its weights for what it will itself
-/// read soon; of several, each for a share of the next column.
-struct Ask<'a, T> {
+/// Asks memory for what comes next of the stream that a tile reads: the only tile with its weights for what it will itself read soon; of
+/// several, each for a share of the next column.
+struct Ask<'a, W> {
     /// Where the stretch begins in the stream.
-    begin: &'a T,
+    begin: &'a W,
     /// Distance from there.
     next: usize,
-    /// Bytes on for each `T` that the tile reads.
+    /// Bytes on for each word that the tile reads.
     step: usize,
 }
 
-impl<T> Ask<'_, T> {
-    /// One `T` is about to be read.
+impl<W> Ask<'_, W> {
+    /// One word is about to be read.
     #[inline(always)]
     fn one<D: Dots>(&mut self, dots: D) {
         dots.prefetch(self.begin, self.next);
@@ -202,73 +186,59 @@ impl<T> Ask<'_, T> {
     }
 }
 
-impl<D: Dots, const R: usize> Tile<'_, D, R> {
-    /// Asks for a stream, all of the column's, of which `ahead` are read before what is asked for.
+impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
+    /// The stretch's part of the stream, and what asks for it.
     #[inline(always)]
-    fn ask<'s, T>(&self, stream: &'s [T], ahead: usize) -> Ask<'s, T> {
-        let (blocks, size) = (self.matrix.blocks, size_of::<T>());
-        let begin = &stream[self.stretch.start * stream.len() / blocks];
-        let Some((strip, strips)) = self.share else {
-            return Ask { begin, next: ahead * size, step: size };
+    fn words(&self) -> (&'a [D::W], Ask<'a, D::W>) {
+        let (a_chunk, size) = (self.matrix.chunk().blocks, size_of::<D::W>());
+        let chunks = self.matrix.blocks.div_ceil(a_chunk);
+        let place = |block: usize| block.div_ceil(a_chunk) * self.stream.len() / chunks;
+        let words = &self.stream[place(self.stretch.start)..place(self.stretch.end)];
+        let (next, step) = match self.share {
+            None => (prefetch_distance(), size),
+            Some((strip, strips)) => {
+                (size_of_val(self.stream) + strip * size_of_val(words) / strips, size.div_ceil(strips))
+            }
         };
-        let of_stretch = self.stretch.len() * size_of_val(stream) / blocks;
-        Ask { begin, next: size_of_val(stream) + strip * of_stretch / strips, step: size.div_ceil(strips) }
-    }
-
-    /// The band's of `values`, which has `count` for each band.
-    #[inline(always)]
-    fn of_band<'v, T>(&self, values: &'v [T], count: usize) -> &'v [T] {
-        &values[self.band * count..][..count]
+        (words, Ask { begin: &words[0], next, step })
     }
 
     /// Adds to the sums.
     #[inline(always)]
     fn add_to(self, sums: [D::F; R]) -> [D::F; R] {
-        let matrix = self.matrix;
-        match (&matrix.scaling, matrix.numbers) {
-            (Scaling::Groups { scales, blocks }, _) => self.groups(sums, scales, *blocks),
-            (Scaling::Blocks { halves, minima: false }, Numbers::Nibbles) => self.blocks::<NIBBLES, 4, 1>(sums, halves),
-            (Scaling::Blocks { halves, minima: false }, Numbers::Codes) => self.blocks::<CODES, 4, 1>(sums, halves),
-            (Scaling::Blocks { halves, minima: false }, _) => self.blocks::<BYTES, 8, 1>(sums, halves),
-            (Scaling::Blocks { halves, minima: true }, Numbers::Nibbles) => {
-                self.blocks::<LOW_NIBBLES, 4, 2>(sums, halves)
-            }
-            (Scaling::Blocks { halves, minima: true }, _) => self.blocks::<LOW_BYTES, 8, 2>(sums, halves),
-            (Scaling::Supers { halves, bytes, minima: false }, Numbers::Nibbles) => {
-                self.supers::<NIBBLES, 4, 2, 2>(sums, halves, bytes)
-            }
-            (Scaling::Supers { halves, bytes, minima: false }, Numbers::Codes) => {
-                self.supers::<CODES, 4, 1, 1>(sums, halves, bytes)
-            }
-            (Scaling::Supers { halves, bytes, minima: false }, _) => self.supers::<BYTES, 8, 2, 2>(sums, halves, bytes),
-            (Scaling::Supers { halves, bytes, minima: true }, Numbers::Nibbles) => {
-                self.supers::<LOW_NIBBLES, 4, 1, 2>(sums, halves, bytes)
-            }
-            (Scaling::Supers { halves, bytes, minima: true }, Numbers::Quarters) => {
-                self.supers::<QUARTERS, 2, 2, 4>(sums, halves, bytes)
-            }
-            (Scaling::Supers { halves, bytes, minima: true }, _) => {
-                self.supers::<LOW_BYTES, 8, 1, 2>(sums, halves, bytes)
-            }
+        match (self.matrix.scaling, self.matrix.numbers) {
+            (Scaling::Groups(blocks), _) => self.groups(sums, blocks),
+            (Scaling::Blocks { minima: false }, Numbers::Nibbles) => self.blocks::<NIBBLES, 4, 1>(sums),
+            (Scaling::Blocks { minima: false }, Numbers::Codes) => self.blocks::<CODES, 4, 1>(sums),
+            (Scaling::Blocks { minima: false }, _) => self.blocks::<BYTES, 8, 1>(sums),
+            (Scaling::Blocks { minima: true }, Numbers::Nibbles) => self.blocks::<LOW_NIBBLES, 4, 2>(sums),
+            (Scaling::Blocks { minima: true }, _) => self.blocks::<LOW_BYTES, 8, 2>(sums),
+            (Scaling::Supers { minima: false, .. }, Numbers::Nibbles) => self.supers::<NIBBLES, 4, 2, 2, 2>(sums),
+            (Scaling::Supers { minima: false, .. }, Numbers::Codes) => self.supers::<CODES, 4, 1, 1, 4>(sums),
+            (Scaling::Supers { minima: false, .. }, _) => self.supers::<BYTES, 8, 2, 2, 2>(sums),
+            (Scaling::Supers { minima: true, .. }, Numbers::Nibbles) => self.supers::<LOW_NIBBLES, 4, 1, 2, 2>(sums),
+            (Scaling::Supers { minima: true, .. }, Numbers::Quarters) => self.supers::<QUARTERS, 2, 2, 4, 1>(sums),
+            (Scaling::Supers { minima: true, .. }, _) => self.supers::<LOW_BYTES, 8, 1, 2, 2>(sums),
         }
     }
 
     #[inline(always)]
-    fn groups(&self, mut total: [D::F; R], scales: &[[f32; LANES]], a_group: usize) -> [D::F; R] {
+    fn groups(&self, mut total: [D::F; R], a_group: usize) -> [D::F; R] {
         let dots = self.dots;
-        let scales = self.of_band(scales, self.matrix.blocks / a_group);
-        let words = self.words.as_chunks::<8>().0;
-        let mut ask = self.ask(self.words, AHEAD / size_of::<D::W>());
-        for group in self.stretch.start / a_group..self.stretch.end / a_group {
+        let (words, mut ask) = self.words();
+        let xs = self.x[self.stretch.clone()].chunks_exact(a_group);
+        for (chunk, xs) in words.chunks_exact(8 * a_group + 1).zip(xs) {
+            let (words, scale) = chunk.as_chunks::<8>();
             let mut sum = [dots.zero(); R];
-            for b in group * a_group..(group + 1) * a_group {
-                let x = StripBlock::new(&self.x[b]);
-                let products = self.products::<BYTES, 8, 1>(&words[b], x, 0, &mut ask);
+            for (words, x) in words.iter().zip(xs) {
+                let x = StripBlock::new(x);
+                let products = self.products::<BYTES, 8, 1>(words, x, 0, &mut ask);
                 for r in 0..R {
                     sum[r] = dots.fma(dots.to_f32(products[r]), dots.splat(x.scale(r)), sum[r]);
                 }
             }
-            let scale = dots.load(&scales[group], self.part);
+            ask.one(dots);
+            let scale = dots.floats(&scale[0]);
             for r in 0..R {
                 total[r] = dots.fma(sum[r], scale, total[r]);
             }
@@ -278,88 +248,82 @@ impl<D: Dots, const R: usize> Tile<'_, D, R> {
 
     /// Sums with scales of blocks of their own: a half, and with `H` of 2 one of the minimum.
     #[inline(always)]
-    fn blocks<const KIND: u8, const N: usize, const H: usize>(
-        &self,
-        mut total: [D::F; R],
-        halves: &[[u16; LANES]],
-    ) -> [D::F; R] {
-        let (dots, words) = (self.dots, self.words.as_chunks::<N>().0);
-        let halves = self.of_band(halves, self.matrix.blocks * H).as_chunks::<H>().0;
-        let mut ask = self.ask(self.words, AHEAD / size_of::<D::W>());
-        let mut ask_halves = self.ask(halves, AHEAD_BLOCKS);
-        for b in self.stretch.clone() {
-            let (half, x) = (&halves[b], StripBlock::new(&self.x[b]));
-            ask_halves.one(dots);
-            let products = self.products::<KIND, N, 1>(&words[b], x, 0, &mut ask);
-            let d = dots.load_f16(&half[0], self.part);
-            for r in 0..R {
-                total[r] = dots.fma(dots.to_f32(products[r]), dots.mul(d, dots.splat(x.scale(r))), total[r]);
-            }
-            if H == 2 {
-                let m = dots.load_f16(&half[H - 1], self.part);
+    fn blocks<const KIND: u8, const N: usize, const H: usize>(&self, mut total: [D::F; R]) -> [D::F; R] {
+        let (dots, a_unit) = (self.dots, 2 / H);
+        let (words, mut ask) = self.words();
+        let xs = self.x[self.stretch.clone()].chunks(a_unit);
+        for (unit, xs) in words.chunks_exact(1 + a_unit * N).zip(xs) {
+            let (scales, words) = (&unit[0], unit[1..].as_chunks::<N>().0);
+            ask.one(dots);
+            for (index, (words, x)) in words.iter().zip(xs).enumerate() {
+                let x = StripBlock::new(x);
+                let products = self.products::<KIND, N, 1>(words, x, 0, &mut ask);
+                let d = dots.halves(scales, index);
                 for r in 0..R {
-                    total[r] = dots.fma(m, dots.splat(x.taken::<1>(0, r)), total[r]);
+                    total[r] = dots.fma(dots.to_f32(products[r]), dots.mul(d, dots.splat(x.scale(r))), total[r]);
+                }
+                if H == 2 {
+                    let m = dots.halves(scales, 1);
+                    for r in 0..R {
+                        total[r] = dots.fma(m, dots.splat(x.taken::<1>(0, r)), total[r]);
+                    }
                 }
             }
         }
         total
     }
 
-    /// Sums with scales of super-blocks: `P` parts of a block with a factor each, and with `F` of twice that a minimum each.
+    /// Sums with scales of super-blocks: `P` parts of a block with a factor each, and with `F` of twice that a minimum each; those of
+    /// `U` blocks are a word.
     #[inline(always)]
-    fn supers<const KIND: u8, const N: usize, const P: usize, const F: usize>(
+    fn supers<const KIND: u8, const N: usize, const P: usize, const F: usize, const U: usize>(
         &self,
         mut total: [D::F; R],
-        halves: &[[u16; LANES]],
-        bytes: &[[u8; LANES]],
     ) -> [D::F; R] {
-        let (dots, words) = (self.dots, self.words.as_chunks::<N>().0);
-        let (has_minima, a_super) = (F > P, F / P);
-        let halves = self.of_band(halves, self.matrix.blocks / SUPER * a_super);
-        let bytes = self.of_band(bytes, self.matrix.blocks * F).as_chunks::<F>().0;
-        let mut ask = self.ask(self.words, AHEAD / size_of::<D::W>());
-        let mut ask_bytes = self.ask(bytes, AHEAD_BLOCKS);
-        let mut ask_halves = self.ask(halves, AHEAD_BLOCKS / SUPER * a_super);
-        for index in self.stretch.start / SUPER..self.stretch.end / SUPER {
-            let blocks = index * SUPER..(index + 1) * SUPER;
-            for _ in 0..a_super {
-                ask_halves.one(dots);
-            }
+        let (dots, has_minima, a_unit) = (self.dots, F > P, 1 + U * N);
+        let (words, mut ask) = self.words();
+        let xs = self.x[self.stretch.clone()].as_chunks::<SUPER>().0;
+        for (chunk, xs) in words.chunks_exact(SUPER / U * a_unit + 1).zip(xs) {
+            let xs = xs.as_chunks::<U>().0;
             let mut sum = [dots.zero(); R];
-            for b in blocks.clone() {
-                let (words, factors, x) = (&words[b], &bytes[b], StripBlock::new(&self.x[b]));
-                ask_bytes.one(dots);
-                for p in 0..P {
-                    let products = self.products::<KIND, N, P>(words, x, p, &mut ask);
-                    let factor = if has_minima {
-                        dots.load_u8(&factors[p], self.part)
-                    } else {
-                        dots.load_i8(bytemuck::cast_ref(&factors[p]), self.part)
-                    };
-                    for r in 0..R {
-                        let factor = dots.mul(factor, dots.splat(x.scale(r)));
-                        sum[r] = dots.fma(dots.to_f32(products[r]), factor, sum[r]);
+            for (unit, xs) in chunk.chunks_exact(a_unit).zip(xs) {
+                let (factors, words) = (&unit[0], unit[1..].as_chunks::<N>().0);
+                ask.one(dots);
+                for (b, (words, x)) in words.iter().zip(xs).enumerate() {
+                    let x = StripBlock::new(x);
+                    for p in 0..P {
+                        let products = self.products::<KIND, N, P>(words, x, p, &mut ask);
+                        let row = F * b + p;
+                        let factor =
+                            if has_minima { dots.bytes(factors, row) } else { dots.signed_bytes(factors, row) };
+                        for r in 0..R {
+                            let factor = dots.mul(factor, dots.splat(x.scale(r)));
+                            sum[r] = dots.fma(dots.to_f32(products[r]), factor, sum[r]);
+                        }
                     }
                 }
             }
-            let half = &halves[index * a_super..][..a_super];
-            let d = dots.load_f16(&half[0], self.part);
+            ask.one(dots);
+            let halves = &chunk[SUPER / U * a_unit];
+            let d = dots.halves(halves, 0);
             for r in 0..R {
                 total[r] = dots.fma(d, sum[r], total[r]);
             }
             if has_minima {
                 // By themselves, since there are no registers for them beside the other sums.
                 let mut minimum = [dots.zero(); R];
-                for b in blocks {
-                    let (factors, x) = (&bytes[b], StripBlock::new(&self.x[b]));
-                    for p in 0..P {
-                        let min = dots.load_u8(&factors[F - P + p], self.part);
-                        for r in 0..R {
-                            minimum[r] = dots.fma(min, dots.splat(x.taken::<P>(p, r)), minimum[r]);
+                for (unit, xs) in chunk.chunks_exact(a_unit).zip(xs) {
+                    for (b, x) in xs.iter().enumerate() {
+                        let x = StripBlock::new(x);
+                        for p in 0..P {
+                            let min = dots.bytes(&unit[0], F * b + F - P + p);
+                            for r in 0..R {
+                                minimum[r] = dots.fma(min, dots.splat(x.taken::<P>(p, r)), minimum[r]);
+                            }
                         }
                     }
                 }
-                let m = dots.load_f16(&half[a_super - 1], self.part);
+                let m = dots.halves(halves, 1);
                 for r in 0..R {
                     total[r] = dots.fma(m, minimum[r], total[r]);
                 }

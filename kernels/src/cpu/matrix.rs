@@ -8,9 +8,9 @@
 use grokpipe_model::{BlockType, Format, Layout, MatrixSource, MatrixSpec};
 
 use super::{
-    memory::{LargeWords, product, zeroed},
+    memory::{product, zeroed},
     packed::{BLOCK, Packed},
-    simd::{LANES, Packing, Word},
+    simd::{LANES, Packing},
     threads::Threads,
 };
 use crate::KernelError;
@@ -67,6 +67,18 @@ impl CpuMatrix {
         }
     }
 
+    /// Weights in memory of an expert's outputs from `output` on, more or less: to be asked for ahead.
+    pub(super) fn bytes_from(&self, expert: usize, output: usize) -> &[u8] {
+        let all: &[u8] = match &self.values {
+            Values::F32(values) => bytemuck::cast_slice(values),
+            Values::I8(values) => bytemuck::cast_slice(values),
+            Values::Blocks(_, bytes) => bytes,
+            Values::Packed(packed) => bytemuck::cast_slice(&packed.words),
+        };
+        let an_expert = all.len() / self.experts;
+        &all[expert * an_expert..][..an_expert][an_expert * output / self.outputs..]
+    }
+
     /// Multiply-adds of one row with one expert.
     pub(super) fn work(&self) -> usize {
         self.padded_inputs() * self.outputs
@@ -103,23 +115,25 @@ impl CpuMatrix {
             && !is_float
             && group.is_multiple_of(BLOCK)
         {
-            // Each expert is filled up to whole bands.
-            let stored_outputs = outputs.next_multiple_of(LANES);
-            let count = product(&[experts, stored_outputs / LANES, inputs / BLOCK, 8], &spec.name, device)?;
-            let mut words = LargeWords::zeroed(count, &spec.name, device)?;
-            let rows = bytemuck::cast_slice_mut::<Word, i8>(&mut words);
-            shape.fill(source, stored_outputs, rows, threads, progress)?;
             let scales = scales_by_output(source, groups)?;
-            let values = Values::Packed(Packed::of_int8(spec, words, &scales, groups, packing, threads));
+            let mut packed = Packed::of_int8(spec, groups, device)?;
+            // Of one expert, filled up to whole bands.
+            let mut rows =
+                zeroed(product(&[outputs.next_multiple_of(LANES), inputs], &spec.name, device)?, &spec.name, device)?;
+            for (expert, scales) in scales.chunks(outputs * groups).enumerate() {
+                shape.fill_expert(source, expert, &mut rows[..outputs * inputs], threads, progress)?;
+                packed.pack_int8(expert, &rows, scales, groups, packing, threads);
+            }
+            let values = Values::Packed(packed);
             return Ok(Self { inputs, outputs, experts, groups, group, padded_group, values, scales: vec![1.0] });
         }
         let (values, scales) = if is_float {
             let mut values = zeroed(count, &spec.name, device)?;
-            shape.fill(source, outputs, &mut values, threads, progress)?;
+            shape.fill(source, &mut values, threads, progress)?;
             (Values::F32(values), vec![1.0])
         } else {
             let mut values = zeroed(count, &spec.name, device)?;
-            shape.fill(source, outputs, &mut values, threads, progress)?;
+            shape.fill(source, &mut values, threads, progress)?;
             (Values::I8(values), scales_by_output(source, groups)?)
         };
         Ok(Self { inputs, outputs, experts, groups, group, padded_group, values, scales })
@@ -252,12 +266,26 @@ impl Shape<'_> {
         self.spec.inputs / self.group * self.padded_group
     }
 
-    /// Reads everything into `values`, which is zero and has rows for `stored_outputs` an expert.
+    /// Reads everything into `values`, which is zero.
     fn fill<T: Number>(
         &self,
         source: &dyn MatrixSource,
-        stored_outputs: usize,
         values: &mut [T],
+        threads: &Threads,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<(), KernelError> {
+        let matrices = values.chunks_mut(self.spec.outputs * self.padded_inputs()).enumerate();
+        matrices
+            .into_iter()
+            .try_for_each(|(expert, matrix)| self.fill_expert(source, expert, matrix, threads, progress))
+    }
+
+    /// Reads an expert's matrix into `matrix`, whose filling is zero.
+    fn fill_expert<T: Number>(
+        &self,
+        source: &dyn MatrixSource,
+        expert: usize,
+        matrix: &mut [T],
         threads: &Threads,
         progress: &mut dyn FnMut(u64),
     ) -> Result<(), KernelError> {
@@ -270,19 +298,16 @@ impl Shape<'_> {
         let row_bytes = stored_row * T::BYTES;
         let rows = stored_rows.min((PIECE_BYTES / row_bytes).max(1).next_multiple_of(TILE));
         let mut piece: Vec<u8> = zeroed(rows * row_bytes, &self.spec.name, "cpu")?;
-        for (expert, matrix) in values.chunks_mut(stored_outputs * self.padded_inputs()).enumerate() {
-            let matrix = &mut matrix[..outputs * self.padded_inputs()];
-            for first in (0..stored_rows).step_by(rows) {
-                let count = rows.min(stored_rows - first);
-                let piece = &mut piece[..count * row_bytes];
-                let offset = (expert * stored_rows + first) as u64 * row_bytes as u64;
-                source.read(offset, piece)?;
-                match self.spec.layout {
-                    Layout::InOut => self.transpose(first, piece, matrix, threads),
-                    Layout::OutIn => self.copy(first, piece, matrix),
-                }
-                progress(piece.len() as u64);
+        for first in (0..stored_rows).step_by(rows) {
+            let count = rows.min(stored_rows - first);
+            let piece = &mut piece[..count * row_bytes];
+            let offset = (expert * stored_rows + first) as u64 * row_bytes as u64;
+            source.read(offset, piece)?;
+            match self.spec.layout {
+                Layout::InOut => self.transpose(first, piece, matrix, threads),
+                Layout::OutIn => self.copy(first, piece, matrix),
             }
+            progress(piece.len() as u64);
         }
         Ok(())
     }

@@ -6,9 +6,8 @@ use grokpipe_model::{Format, Layout, MatrixSource, MatrixSpec, ModelError};
 
 use super::{
     CpuBackend,
-    fast::AHEAD,
     memory::LargeWords,
-    simd::{Dots, Isa, Kernel, LANES, Simd, Word},
+    simd::{Dots, Isa, Kernel, LANES, Simd, Word, prefetch_distance},
     threads::Threads,
 };
 use crate::{Backend, KernelError};
@@ -46,11 +45,11 @@ impl Kernel for Read<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let dots = simd.dots();
+        let (dots, ahead) = (simd.dots(), prefetch_distance());
         let mut sums = [dots.small(); 4];
         for words in bytemuck::cast_slice::<Word, <S::Dots as Dots>::W>(self.0).as_chunks::<4>().0 {
             for (sum, word) in sums.iter_mut().zip(words) {
-                dots.prefetch(word, AHEAD);
+                dots.prefetch(word, ahead);
                 *sum = dots.add_small(*sum, word, 0x0101_0101);
             }
         }
@@ -70,7 +69,7 @@ pub(super) fn flop_rate(backend: &mut CpuBackend) -> Result<f64, KernelError> {
     let mut best = 0.0f64;
     for _ in 0..PASSES {
         let started = Instant::now();
-        backend.product(&x, &matrix, 1.0, &mut out);
+        backend.products(&x, &mut [(&matrix, &mut out)]);
         std::hint::black_box(&out);
         best = best.max((2 * ROWS * SIDE * SIDE) as f64 / started.elapsed().as_secs_f64());
     }

@@ -14,8 +14,8 @@ mod measure;
 mod memory;
 mod norm;
 mod packed;
-mod panels;
 mod product;
+mod rope;
 mod simd;
 mod strips;
 #[cfg(test)]
@@ -27,22 +27,26 @@ use grokpipe_model::{Format, MatrixSource, MatrixSpec};
 pub use self::matrix::CpuMatrix;
 use self::{
     attention::{Attention, AttentionRow, Keys},
-    experts::{Choose, Gelu, Groups, Piece, pieces},
+    experts::{Choose, Combine, Gelu, Groups, Piece, first_weights},
     matrix::Values,
     memory::{product as checked_product, zeroed},
     norm::Norm,
     product::{Product, Rows},
+    rope::RopeStore,
     simd::Isa,
     strips::{FIELDS, Quantise, height},
-    threads::Threads,
+    threads::{Stretch, Threads},
 };
 use crate::{
     AttentionParams, Backend, Batch, DeviceInfo, KV_BLOCK_TOKENS, KernelError, Precision,
-    ops::{attention as attention_op, rms_norm, rope},
+    ops::{attention as attention_op, rms_norm, rope as rope_op},
 };
 
 /// Name of the kernels and their version: to be raised with every change that may change a bit.
 const FINGERPRINTS: [&str; 2] = ["cpu-exact/2", "cpu-fast/3"];
+
+/// What rounding a number takes, in multiply-adds.
+const ROUNDING: usize = 4;
 
 /// Activations in memory.
 pub struct CpuActivations {
@@ -71,6 +75,13 @@ pub struct CpuSelection {
     probabilities: Vec<f32>,
 }
 
+impl CpuSelection {
+    /// The pairs of the rows in use.
+    fn groups(&self, experts: usize) -> Groups {
+        Groups::new(&self.ids[..self.rows * self.chosen], experts)
+    }
+}
+
 /// Keys and values in memory.
 pub struct CpuKvPool {
     slots: usize,
@@ -92,9 +103,11 @@ pub struct CpuBackend {
     angles: Option<(f32, usize, Vec<f32>, Vec<f32>)>,
     /// A rotated key.
     key: Vec<f32>,
-    /// Results of a product before its rows are put together.
-    panels: Vec<f32>,
+    /// Results on their way: of `up`, and of each chosen expert.
+    results: Vec<f32>,
     precision: Precision,
+    /// What each thread but the caller's begins with when the next product is done.
+    next: Vec<Stretch>,
     scratch: RowScratch,
     /// For a second matrix that the same rows meet, where it wants them otherwise.
     second_scratch: RowScratch,
@@ -136,39 +149,32 @@ impl CpuBackend {
             slots: Vec::new(),
             angles: None,
             key: Vec::new(),
-            panels: Vec::new(),
+            results: Vec::new(),
             precision,
+            next: Vec::new(),
             scratch: RowScratch::default(),
             second_scratch: RowScratch::default(),
         })
     }
 
-    /// Products of `rows` with one matrix, to `out` times `factor`.
-    fn product(&mut self, x: &[f32], w: &CpuMatrix, factor: f32, out: &mut [f32]) {
-        let Self { isa, threads, panels, scratch, .. } = self;
-        let (isa, count) = (*isa, x.len() / w.inputs);
+    /// Products of the rows of `x` with matrices that all want them alike, each to its `[rows, outputs]`.
+    fn products(&mut self, x: &[f32], products: &mut [(&CpuMatrix, &mut [f32])]) {
+        let Self { isa, threads, scratch, next, .. } = self;
+        let Some(&mut (first, _)) = products.first_mut() else { return };
+        let (isa, count) = (*isa, x.len() / first.inputs);
         let groups = Groups::all(count);
-        let rows = scratch.rows(isa, threads, w, x, &groups, 1);
-        let step = threads.outputs_a_piece(w.outputs, count);
-        if count != 1 {
-            panels.resize(count * w.outputs, 0.0);
-        }
-        // The panels of a single row are that row.
-        let results: &mut [f32] = if count == 1 { &mut *out } else { panels };
-        let parts = pieces(&groups, w, step, results);
-        threads.each(parts, count * w.work(), |Piece { expert, pairs, outputs, out }| {
-            Product { matrix: w, expert, outputs, rows: rows.of(pairs), out }.run_on(isa);
+        let rows = scratch.rows(isa, threads, first, x, &groups, 1);
+        let step = threads.outputs_a_piece(products.iter().map(|(w, _)| w.outputs).sum(), count);
+        let work = products.iter().map(|(w, _)| count * w.work()).sum();
+        let mut slices: Vec<_> = products.iter_mut().map(|(w, out)| (&**w, groups.cut(w.outputs, step, out))).collect();
+        let pieces = slices
+            .iter_mut()
+            .flat_map(|(w, slices)| groups.pieces(w.outputs, step, slices).into_iter().map(|piece| (*w, piece)));
+        let pieces = pieces.collect();
+        threads.ask_ahead(next);
+        threads.each(pieces, work, |(matrix, Piece { expert, pairs, outputs, out })| {
+            Product { matrix, expert, outputs, rows: rows.of(pairs), out }.run_on(isa);
         });
-        if count != 1 {
-            let rows: Vec<_> = out.chunks_mut(w.outputs).zip(groups.places(w.outputs)).collect();
-            threads.each(rows, count * w.outputs, |(out, place)| {
-                let parts = place.parts(panels, w.outputs, step);
-                parts.zip(out.chunks_mut(step)).for_each(|(part, out)| out.copy_from_slice(part));
-            });
-        }
-        if factor != 1.0 {
-            out.iter_mut().for_each(|value| *value *= factor);
-        }
     }
 
     fn norm(&mut self, epsilon: f32, x: &CpuActivations, weight: &[f32], add: bool, out: &mut CpuActivations) {
@@ -207,7 +213,7 @@ impl RowScratch {
                     (pairs, strips) = (rest, others);
                 }
             }
-            threads.each(parts, groups.pairs.len() * w.inputs, |part| isa.run(part));
+            threads.each(parts, groups.pairs.len() * w.inputs * ROUNDING, |part| isa.run(part));
             return Rows::Strips(&self.strips, a_row);
         }
         let picked = |rows: Vec<&'a [f32]>| groups.pairs.iter().map(|pair| rows[pair / chosen]).collect();
@@ -260,9 +266,9 @@ impl Backend for CpuBackend {
         let what = format!("activations of {rows} rows");
         let count = checked_product(&[rows, width], &what, &self.info.name)?;
         let data = zeroed(count, &what, &self.info.name)?;
-        // Products of this shape pass through `panels`: its memory is asked for here, where there may be none.
-        let missing = count.saturating_sub(self.panels.len());
-        self.panels.try_reserve_exact(missing).map_err(|_source| KernelError::OutOfMemory {
+        // Results of this shape may pass through `results`: its memory is asked for here, where there may be none.
+        let missing = count.saturating_sub(self.results.len());
+        self.results.try_reserve_exact(missing).map_err(|_source| KernelError::OutOfMemory {
             what,
             needed_bytes: 4 * count as u64,
             available_bytes: memory::available_bytes(),
@@ -340,7 +346,38 @@ impl Backend for CpuBackend {
 
     fn matmul(&mut self, x: &CpuActivations, w: &CpuMatrix, factor: f32, out: &mut CpuActivations) {
         assert!(x.width == w.inputs && out.width == w.outputs, "a product's operands fit");
-        self.product(x.used(), w, factor, out.take_rows(x.rows));
+        let out = out.take_rows(x.rows);
+        self.products(x.used(), &mut [(w, &mut *out)]);
+        if factor != 1.0 {
+            out.iter_mut().for_each(|value| *value *= factor);
+        }
+    }
+
+    fn matmul_each(&mut self, x: &CpuActivations, products: &mut [(&CpuMatrix, &mut CpuActivations)]) {
+        let mut taken: Vec<_> = products.iter_mut().map(|(w, out)| (*w, out.take_rows(x.rows))).collect();
+        if taken.iter().all(|(w, _)| w.shares_rows_with(taken[0].0)) {
+            return self.products(x.used(), &mut taken);
+        }
+        for product in &mut taken {
+            self.products(x.used(), std::slice::from_mut(product));
+        }
+    }
+
+    fn upcoming(&mut self, matrices: &[&CpuMatrix], selection: Option<&CpuSelection>) {
+        if self.threads.count() == 1 {
+            return;
+        }
+        let rows = self.batch.rows.len();
+        let products: Vec<_> = matrices
+            .iter()
+            .flat_map(|&matrix| match selection {
+                Some(selection) => selection.groups(matrix.experts).products(matrix),
+                None => vec![(matrix, 0)],
+            })
+            .collect();
+        let outputs = matrices.iter().map(|matrix| matrix.outputs).sum();
+        let pairs = selection.map_or(rows, |selection| rows * selection.chosen);
+        self.next = first_weights(&products, self.threads.outputs_a_piece(outputs, pairs), &self.threads);
     }
 
     fn rope_store(
@@ -355,24 +392,25 @@ impl Backend for CpuBackend {
         let (theta, dim) = (params.rope_theta, params.head_dim);
         if !matches!(&self.angles, Some((t, d, ..)) if (*t, *d) == (theta, dim)) {
             let positions = self.batch.rows.iter().map(|row| row.position);
-            let (cos, sin) = rope::tables(&rope::frequencies(theta, dim), positions);
+            let (cos, sin) = rope_op::tables(&rope_op::frequencies(theta, dim), positions);
             self.angles = Some((theta, dim, cos, sin));
         }
         let Some((_, _, cos, sin)) = &self.angles else { return };
         let half = dim / 2;
         let (keys, values) = &mut kv.layers[layer];
         for (t, &slot) in self.slots.iter().enumerate() {
-            let angles = (&cos[t * half..][..half], &sin[t * half..][..half]);
-            q.data[t * q.width..][..q.width].chunks_exact_mut(dim).for_each(|head| rotate(head, angles));
             self.key.clear();
             self.key.extend_from_slice(&k.data[t * k.width..][..k.width]);
-            self.key.chunks_exact_mut(dim).for_each(|head| rotate(head, angles));
-            let (block, lane) = (slot / KV_BLOCK_TOKENS, slot % KV_BLOCK_TOKENS);
-            let block = &mut keys[block * KV_BLOCK_TOKENS * kv.width..][..KV_BLOCK_TOKENS * kv.width];
-            for (lanes, component) in block.chunks_exact_mut(KV_BLOCK_TOKENS).zip(&self.key) {
-                lanes[lane] = *component;
-            }
-            values[slot * kv.width..][..kv.width].copy_from_slice(&v.data[t * v.width..][..v.width]);
+            let block = slot / KV_BLOCK_TOKENS * KV_BLOCK_TOKENS * kv.width;
+            self.isa.run(RopeStore {
+                angles: (&cos[t * half..][..half], &sin[t * half..][..half]),
+                q: &mut q.data[t * q.width..][..q.width],
+                key: &mut self.key,
+                value: &v.data[t * v.width..][..v.width],
+                keys: &mut keys[block..][..KV_BLOCK_TOKENS * kv.width],
+                lane: slot % KV_BLOCK_TOKENS,
+                values: &mut values[slot * kv.width..][..kv.width],
+            });
         }
     }
 
@@ -423,7 +461,7 @@ impl Backend for CpuBackend {
     fn route(&mut self, x: &CpuActivations, router: &CpuMatrix, out: &mut CpuSelection) {
         let experts = router.outputs;
         let mut logits = vec![0.0; x.rows * experts];
-        self.product(x.used(), router, 1.0, &mut logits);
+        self.products(x.used(), &mut [(router, &mut logits)]);
         out.rows = x.rows;
         let chosen = out.chosen;
         let choices = out.ids.chunks_mut(chosen).zip(out.probabilities.chunks_mut(chosen));
@@ -440,29 +478,29 @@ impl Backend for CpuBackend {
         up: &CpuMatrix,
         out: &mut CpuActivations,
     ) {
-        let Self { isa, threads, panels, scratch, second_scratch, .. } = self;
+        let Self { isa, threads, results, scratch, second_scratch, next, .. } = self;
         let (isa, chosen, pairs) = (*isa, selection.chosen, selection.rows * selection.chosen);
-        let groups = Groups::new(&selection.ids[..pairs], gate.experts);
+        let groups = selection.groups(gate.experts);
+        let step = threads.outputs_a_piece(gate.outputs, pairs);
+        threads.ask_ahead(&first_weights(&groups.products(gate), step, threads));
         let rows = scratch.rows(isa, threads, gate, x.used(), &groups, chosen);
         // A file may mix formats.
         let others =
             (!gate.shares_rows_with(up)).then(|| second_scratch.rows(isa, threads, up, x.used(), &groups, chosen));
         let rows_of_up = others.as_ref().unwrap_or(&rows);
-        let step = threads.outputs_a_piece(gate.outputs, pairs);
-        panels.resize(pairs * gate.outputs, 0.0);
-        let parts = pieces(&groups, gate, step, panels);
-        threads.each(parts, 2 * pairs * gate.work(), |Piece { expert, pairs, outputs, out }| {
-            let mut other = vec![0.0; out.len()];
+        results.resize(pairs * gate.outputs, 0.0);
+        let mut of_gate = groups.cut(gate.outputs, step, out.take_rows(pairs));
+        let mut of_up = groups.cut(gate.outputs, step, results);
+        let (of_gate, of_up) =
+            (groups.pieces(gate.outputs, step, &mut of_gate), groups.pieces(gate.outputs, step, &mut of_up));
+        threads.ask_ahead(next);
+        threads.each(of_gate.into_iter().zip(of_up).collect(), 2 * pairs * gate.work(), |(piece, of_up)| {
+            let Piece { expert, pairs, outputs, out } = piece;
             let rows = rows.of(pairs.clone());
             Product { matrix: gate, expert, outputs: outputs.clone(), rows, out: &mut *out }.run_on(isa);
-            Product { matrix: up, expert, outputs, rows: rows_of_up.of(pairs), out: &mut other }.run_on(isa);
-            isa.run(Gelu { gate: out, up: &other });
-        });
-        let width = out.width;
-        let rows: Vec<_> = out.take_rows(pairs).chunks_mut(width).zip(groups.places(width)).collect();
-        threads.each(rows, pairs * width, |(out, place)| {
-            let parts = place.parts(panels, width, step);
-            parts.zip(out.chunks_mut(step)).for_each(|(part, out)| out.copy_from_slice(part));
+            let rows = rows_of_up.of(pairs);
+            Product { matrix: up, expert, outputs, rows, out: &mut *of_up.out }.run_on(isa);
+            isa.run(Gelu { gate: out, up: of_up.out });
         });
     }
 
@@ -473,27 +511,23 @@ impl Backend for CpuBackend {
         down: &CpuMatrix,
         out: &mut CpuActivations,
     ) {
-        let Self { isa, threads, panels, scratch, .. } = self;
+        let Self { isa, threads, results, scratch, next, .. } = self;
         let (isa, chosen, pairs) = (*isa, selection.chosen, selection.rows * selection.chosen);
-        let groups = Groups::new(&selection.ids[..pairs], down.experts);
+        let groups = selection.groups(down.experts);
         let rows = scratch.rows(isa, threads, down, hidden.used(), &groups, 1);
         let step = threads.outputs_a_piece(down.outputs, pairs);
-        panels.resize(pairs * down.outputs, 0.0);
-        let parts = pieces(&groups, down, step, panels);
-        threads.each(parts, pairs * down.work(), |Piece { expert, pairs, outputs, out }| {
+        results.resize(pairs * down.outputs, 0.0);
+        let mut slices = groups.cut(down.outputs, step, results);
+        let pieces = groups.pieces(down.outputs, step, &mut slices);
+        threads.ask_ahead(next);
+        threads.each(pieces, pairs * down.work(), |Piece { expert, pairs, outputs, out }| {
             Product { matrix: down, expert, outputs, rows: rows.of(pairs), out }.run_on(isa);
         });
         let width = out.width;
-        let places = groups.places(width);
-        let choices = places.chunks(chosen).zip(selection.probabilities.chunks(chosen));
-        let rows: Vec<_> = out.take_rows(selection.rows).chunks_mut(width).zip(choices).collect();
-        threads.each(rows, pairs * width, |(out, (places, probabilities))| {
-            out.fill(0.0);
-            for (place, p) in places.iter().zip(probabilities) {
-                for (part, out) in place.parts(panels, width, step).zip(out.chunks_mut(step)) {
-                    out.iter_mut().zip(part).for_each(|(sum, value)| *sum += p * value);
-                }
-            }
+        let of_rows = results.chunks(chosen * width).zip(selection.probabilities.chunks(chosen));
+        let rows: Vec<_> = out.take_rows(selection.rows).chunks_mut(width).zip(of_rows).collect();
+        threads.each(rows, pairs * width, |(out, (results, probabilities))| {
+            isa.run(Combine { results, probabilities, out });
         });
     }
 
@@ -521,13 +555,5 @@ impl Backend for CpuBackend {
 
     fn measure_flop_rate(&mut self) -> Result<f64, KernelError> {
         measure::flop_rate(self)
-    }
-}
-
-/// Rotates one head; `angles` are cosines and sines.
-fn rotate(head: &mut [f32], (cos, sin): (&[f32], &[f32])) {
-    let (low, high) = head.split_at_mut(cos.len());
-    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
     }
 }

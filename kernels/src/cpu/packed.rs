@@ -1,13 +1,14 @@
 //! Quantised weights laid out for products with 8-bit inputs: sixteen outputs side by side, four inputs a register.
 //!
 //! A band is sixteen outputs of one expert, and a column the part of them that fills a register ([`Packing`]). A column lies as one
-//! stream, block of 32 inputs after block, so that a product reads memory forward and nothing twice. The numbers are those of the
-//! file, rearranged; [`Numbers`] and [`Scaling`] say what they mean. F16 and BF16 stay as stored and are multiplied exactly.
+//! stream of blocks of 32 inputs, with the scales of some of them before these and what scales many behind, as a product comes to need
+//! them: it reads memory forward, in one place at a time, and nothing twice, which is what processors see coming. The numbers are those of the file, rearranged; [`Numbers`] and [`Scaling`] say what they mean. F16 and
+//! BF16 stay as stored and are multiplied exactly.
 
 use grokpipe_model::{BlockType, Codes, MatrixSource, MatrixSpec};
 
 use super::{
-    memory::{LargeWords, product, zeroed},
+    memory::{LargeWords, product},
     simd::{LANES, Packing, Word},
     threads::Threads,
 };
@@ -19,9 +20,6 @@ pub(crate) const BLOCK: usize = 32;
 pub(super) const SUPER: usize = 8;
 /// Stored bytes read at a time, at least a band.
 const PIECE_BYTES: usize = 4 << 20;
-
-/// Sixteen halves, one an output.
-type Halves = [u16; LANES];
 
 /// What stored weights are. Where there is no minimum, bytes are too large by 128 and half bytes by 8.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,15 +45,75 @@ impl Numbers {
     }
 }
 
-/// What a weight is worth. A minimum's half stands behind the scale's, and its bytes behind those of the scale.
+/// What a weight is worth. Scales are rows of a number for each output of a column: one row of floats fills a word, two of halves or four
+/// of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Scaling {
-    /// `q * scale`: an f32 for all blocks of a group, `[bands, groups]`.
-    Groups { scales: Vec<[f32; LANES]>, blocks: usize },
-    /// `q * d - m`: halves `d` and, with `minima`, `m` for each block, `[bands, blocks, 1 or 2]`.
-    Blocks { halves: Vec<Halves>, minima: bool },
-    /// `q * d * s - m * t`: halves `d` and, with `minima`, `m` for eight blocks, `[bands, blocks / 8, 1 or 2]`, and bytes `s` and `t`,
-    /// signed where there are no minima, for each of the 1 or 2 parts of a block, `[bands, blocks, parts or twice that]`.
-    Supers { halves: Vec<Halves>, bytes: Vec<[u8; LANES]>, minima: bool },
+    /// `q * scale`: a float for all of a group's blocks, of which there are so many.
+    Groups(usize),
+    /// `q * d - m`: halves `d` and, with `minima`, `m` for each block.
+    Blocks { minima: bool },
+    /// `q * d * s - m * t`: halves `d` and, with `minima`, `m` for eight blocks, and for each of these the bytes `s`, signed where there
+    /// are no minima, and `t` of its 1 or 2 parts.
+    Supers { parts: usize, minima: bool },
+}
+
+/// Blocks that share a scale, or lie together for other reasons, in a stream: units, then a word of what scales all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Chunk {
+    pub(super) blocks: usize,
+    /// Blocks of a unit: behind a word of scales, if it has them, their numbers.
+    unit: usize,
+    has_scales: bool,
+    /// Words of a block's numbers.
+    numbers: usize,
+    has_end: bool,
+}
+
+impl Chunk {
+    fn of(numbers: Numbers, scaling: Scaling) -> Self {
+        let numbers = numbers.words();
+        match scaling {
+            Scaling::Groups(blocks) => Self { blocks, unit: blocks, has_scales: false, numbers, has_end: true },
+            Scaling::Blocks { minima } => {
+                let unit = if minima { 1 } else { 2 };
+                Self { blocks: unit, unit, has_scales: true, numbers, has_end: false }
+            }
+            Scaling::Supers { parts, minima } => {
+                let unit = 4 / parts / if minima { 2 } else { 1 };
+                Self { blocks: SUPER, unit, has_scales: true, numbers, has_end: true }
+            }
+        }
+    }
+
+    fn a_unit(self) -> usize {
+        usize::from(self.has_scales) + self.unit * self.numbers
+    }
+
+    /// Of the whole chunk.
+    fn words(self) -> usize {
+        self.blocks / self.unit * self.a_unit() + usize::from(self.has_end)
+    }
+
+    /// Words of a column of so many blocks; the last chunk is filled up with zeros.
+    fn stream(self, blocks: usize) -> usize {
+        blocks.div_ceil(self.blocks) * self.words()
+    }
+
+    /// Where the unit of a block begins in the stream, with its scales if it has them.
+    fn unit_of(self, block: usize) -> usize {
+        block / self.blocks * self.words() + block % self.blocks / self.unit * self.a_unit()
+    }
+
+    /// Where the numbers of a block begin.
+    fn numbers_of(self, block: usize) -> usize {
+        self.unit_of(block) + usize::from(self.has_scales) + block % self.unit * self.numbers
+    }
+
+    /// The word that scales all of a block's chunk.
+    fn end_of(self, block: usize) -> usize {
+        (block / self.blocks + 1) * self.words() - 1
+    }
 }
 
 /// A packed matrix, or one an expert.
@@ -64,7 +122,7 @@ pub(crate) struct Packed {
     pub(super) blocks: usize,
     /// Bands of an expert.
     pub(super) bands: usize,
-    /// `[experts, bands, parts, blocks, words of a block]`, each the same inputs of every output of a part.
+    /// `[experts, bands, parts]` streams.
     pub(super) words: LargeWords,
     pub(super) numbers: Numbers,
     pub(super) scaling: Scaling,
@@ -99,16 +157,10 @@ impl Plan {
         Some(Self { numbers, minima, parts })
     }
 
-    /// One, or two where minima stand behind scales.
-    fn kinds(self) -> usize {
-        if self.minima { 2 } else { 1 }
-    }
-
-    /// Halves and bytes of the scales of so many blocks of a band.
-    fn scales(self, blocks: usize) -> (usize, usize) {
+    fn scaling(self) -> Scaling {
         match self.parts {
-            0 => (blocks * self.kinds(), 0),
-            parts => (blocks / SUPER * self.kinds(), blocks * parts * self.kinds()),
+            0 => Scaling::Blocks { minima: self.minima },
+            parts => Scaling::Supers { parts, minima: self.minima },
         }
     }
 
@@ -129,40 +181,48 @@ impl Plan {
 /// Bytes that a matrix of such blocks takes in memory, packed if it can be.
 pub(super) fn held_bytes(spec: &MatrixSpec, kind: BlockType) -> u64 {
     let Some(plan) = Plan::of(kind) else { return spec.weight_bytes() };
-    let blocks = spec.inputs / BLOCK;
-    let (halves, bytes) = plan.scales(blocks);
-    let a_band = blocks * plan.numbers.words() * size_of::<Word>() + (2 * halves + bytes) * LANES;
-    spec.experts as u64 * spec.outputs.div_ceil(LANES) as u64 * a_band as u64
+    let stream = Chunk::of(plan.numbers, plan.scaling()).stream(spec.inputs / BLOCK);
+    spec.experts as u64 * spec.outputs.div_ceil(LANES) as u64 * (stream * size_of::<Word>()) as u64
 }
 
 impl Packed {
-    /// Packs int8 rows that lie output by output, each expert filled up to whole bands, with scales `[experts, outputs, groups]`.
-    /// The words are rearranged in place.
-    pub(super) fn of_int8(
-        spec: &MatrixSpec,
-        mut words: LargeWords,
+    /// Room for a matrix.
+    fn zeroed(spec: &MatrixSpec, numbers: Numbers, scaling: Scaling, device: &str) -> Result<Self, KernelError> {
+        let (blocks, bands) = (spec.inputs / BLOCK, spec.outputs.div_ceil(LANES));
+        let stream = Chunk::of(numbers, scaling).stream(blocks);
+        let count = product(&[spec.experts, bands, stream], &spec.name, device)?;
+        Ok(Self { blocks, bands, words: LargeWords::zeroed(count, &spec.name, device)?, numbers, scaling })
+    }
+
+    /// Room for int8.
+    pub(super) fn of_int8(spec: &MatrixSpec, groups: usize, device: &str) -> Result<Self, KernelError> {
+        Self::zeroed(spec, Numbers::Bytes, Scaling::Groups(spec.inputs / BLOCK / groups), device)
+    }
+
+    /// Packs an expert's rows of int8, filled up to whole bands, with scales `[outputs, groups]`.
+    pub(super) fn pack_int8(
+        &mut self,
+        expert: usize,
+        rows: &[i8],
         scales: &[f32],
         groups: usize,
         packing: Packing,
         threads: &Threads,
-    ) -> Self {
-        let (blocks, bands) = (spec.inputs / BLOCK, spec.outputs.div_ceil(LANES));
-        let work = words.len() * 64;
-        threads.each(words.chunks_mut(blocks * 8).collect(), work, |band| {
+    ) {
+        let (chunk, stream, bands) = (self.chunk(), self.stream(), self.bands);
+        let words = &mut self.words[expert * bands * stream..][..bands * stream];
+        let bands = rows.chunks(rows.len() / bands).zip(scales.chunks(LANES * groups)).zip(words.chunks_mut(stream));
+        threads.each(bands.collect(), rows.len(), |((rows, scales), words)| {
             let flip = 0x80 ^ packing.flip;
-            let rows: Vec<u8> = bytemuck::cast_slice::<Word, u8>(band).iter().map(|byte| byte ^ flip).collect();
-            interleave(&rows, packing.parts, band);
-        });
-        let mut by_band = vec![[0.0; LANES]; spec.experts * bands * groups];
-        for (index, scales) in scales.chunks(groups).enumerate() {
-            let (expert, output) = (index / spec.outputs, index % spec.outputs);
-            let band = expert * bands + output / LANES;
-            for (group, scale) in scales.iter().enumerate() {
-                by_band[band * groups + group][output % LANES] = *scale;
+            let rows: Vec<u8> = bytemuck::cast_slice::<i8, u8>(rows).iter().map(|byte| byte ^ flip).collect();
+            let mut band = Band { chunk, parts: packing.parts, words };
+            band.interleave(&rows);
+            for (lane, scales) in scales.chunks(groups).enumerate() {
+                for (group, scale) in scales.iter().enumerate() {
+                    band.set(chunk.end_of(group * chunk.blocks), 0, lane, scale.to_le_bytes());
+                }
             }
-        }
-        let scaling = Scaling::Groups { scales: by_band, blocks: blocks / groups };
-        Self { blocks, bands, words, numbers: Numbers::Bytes, scaling }
+        });
     }
 
     /// Reads and packs blocks; `None` when this format or shape is not packed.
@@ -174,18 +234,12 @@ impl Packed {
         device: &str,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Option<Self>, KernelError> {
-        let MatrixSpec { inputs, outputs, experts, ref name, format, .. } = *source.spec();
+        let spec @ &MatrixSpec { inputs, outputs, experts, format, .. } = source.spec();
         let (Some(plan), Some(row_bytes)) = (Plan::of(kind), format.row_bytes(inputs)) else {
             return Ok(None);
         };
-        let (blocks, bands) = (inputs / BLOCK, outputs.div_ceil(LANES));
-        let per_block = plan.numbers.words();
-        let count = product(&[experts, bands, blocks, per_block], name, device)?;
-        let mut words = LargeWords::zeroed(count, name, device)?;
-        let (a_band_halves, a_band_bytes) = plan.scales(blocks);
-        let mut halves: Vec<Halves> = zeroed(product(&[experts, bands, a_band_halves], name, device)?, name, device)?;
-        let mut bytes: Vec<[u8; LANES]> =
-            zeroed(product(&[experts, bands, a_band_bytes], name, device)?, name, device)?;
+        let mut packed = Self::zeroed(spec, plan.numbers, plan.scaling(), device)?;
+        let (chunk, stream, bands) = (packed.chunk(), packed.stream(), packed.bands);
         let at_once = (PIECE_BYTES / (LANES * row_bytes)).max(1);
         let mut stored = Vec::new();
         for expert in 0..experts {
@@ -194,65 +248,77 @@ impl Packed {
                 let rows = first * LANES..((first + count) * LANES).min(outputs);
                 stored.resize(rows.len() * row_bytes, 0);
                 source.read(((expert * outputs + rows.start) * row_bytes) as u64, &mut stored)?;
-                let band = expert * bands + first;
-                let words = &mut words[band * blocks * per_block..][..count * blocks * per_block];
-                // A format without bytes has empty ones.
-                let mut bytes = bytes[band * a_band_bytes..].chunks_mut(a_band_bytes.max(1));
-                let parts: Vec<_> = stored
-                    .chunks(LANES * row_bytes)
-                    .zip(words.chunks_mut(blocks * per_block))
-                    .zip(halves[band * a_band_halves..].chunks_mut(a_band_halves))
-                    .map(|((stored, words), halves)| Band {
-                        stored,
-                        words,
-                        halves,
-                        bytes: bytes.next().unwrap_or_default(),
-                    })
-                    .collect();
-                threads.each(parts, stored.len(), |band| band.pack(kind, plan, packing, row_bytes));
+                let words = &mut packed.words[(expert * bands + first) * stream..][..count * stream];
+                let bands = stored.chunks(LANES * row_bytes).zip(words.chunks_mut(stream)).collect();
+                threads.each(bands, stored.len(), |(stored, words)| {
+                    let mut band = Band { chunk, parts: packing.parts, words };
+                    band.pack(stored, kind, plan, packing, row_bytes);
+                });
                 progress(stored.len() as u64);
             }
         }
-        let Plan { numbers, minima, parts } = plan;
-        let scaling = match parts {
-            0 => Scaling::Blocks { halves, minima },
-            _ => Scaling::Supers { halves, bytes, minima },
-        };
-        Ok(Some(Self { blocks, bands, words, numbers, scaling }))
+        Ok(Some(packed))
+    }
+
+    /// How its streams are cut.
+    pub(super) fn chunk(&self) -> Chunk {
+        Chunk::of(self.numbers, self.scaling)
+    }
+
+    /// Words of a column.
+    pub(super) fn stream(&self) -> usize {
+        self.chunk().stream(self.blocks)
     }
 }
 
-/// A band to be packed.
+/// A band that is being written: its columns, one after the other.
 struct Band<'a> {
-    /// Up to sixteen rows.
-    stored: &'a [u8],
+    chunk: Chunk,
+    parts: usize,
     words: &'a mut [Word],
-    halves: &'a mut [Halves],
-    bytes: &'a mut [[u8; LANES]],
 }
 
 impl Band<'_> {
-    fn pack(self, kind: BlockType, plan: Plan, packing: Packing, row_bytes: usize) {
-        let Plan { numbers, minima, parts } = plan;
+    /// Word `index` of a column's stream.
+    fn word(&mut self, part: usize, index: usize) -> &mut [u8] {
+        let (stream, a_word) = (self.words.len(), size_of::<Word>() / self.parts);
+        &mut bytemuck::cast_slice_mut(self.words)[(part * stream + index) * a_word..][..a_word]
+    }
+
+    /// Writes a scale of output `lane` to row `row` of a word.
+    fn set<const N: usize>(&mut self, word: usize, row: usize, lane: usize, value: [u8; N]) {
+        let lanes = LANES / self.parts;
+        self.word(lane / lanes, word)[(row * lanes + lane % lanes) * N..][..N].copy_from_slice(&value);
+    }
+
+    /// Packs up to sixteen stored rows.
+    fn pack(&mut self, stored: &[u8], kind: BlockType, plan: Plan, packing: Packing, row_bytes: usize) {
+        let (Plan { numbers, minima, parts }, chunk) = (plan, self.chunk);
         let count = row_bytes / kind.bytes();
+        let a_block = kind.weights() / BLOCK;
         // Weights of the band, row after row.
         let mut rows = vec![0; LANES * count * kind.weights()];
-        let stored = self.stored.chunks(row_bytes).zip(rows.chunks_mut(count * kind.weights()));
+        let stored = stored.chunks(row_bytes).zip(rows.chunks_mut(count * kind.weights()));
         for (lane, (stored, row)) in stored.enumerate() {
             for (index, (block, weights)) in stored.chunks(kind.bytes()).zip(row.chunks_mut(kind.weights())).enumerate()
             {
                 // A format with a plan can be unpacked.
                 let Ok(unpacked) = kind.unpack(block, weights) else { continue };
-                self.halves[index * plan.kinds()][lane] = unpacked.d;
+                let (first, kinds) = (index * a_block, if minima { 2 } else { 1 });
+                let (word, row) = match parts {
+                    0 => (chunk.unit_of(first), first % chunk.unit * kinds),
+                    _ => (chunk.end_of(first), 0),
+                };
+                self.set(word, row, lane, unpacked.d.to_le_bytes());
                 if minima {
-                    self.halves[2 * index + 1][lane] = unpacked.m;
+                    self.set(word, row + 1, lane, unpacked.m.to_le_bytes());
                 }
-                let places = self.bytes.chunks_mut((parts * plan.kinds()).max(1)).skip(index * SUPER);
-                for (block, places) in places.take(SUPER).enumerate() {
+                for block in 0..if parts == 0 { 0 } else { SUPER } {
+                    let (word, row) = (chunk.unit_of(first + block), block % chunk.unit * parts * kinds);
                     for part in 0..parts {
-                        places[part][lane] = unpacked.scales[2 * block + part] as u8;
+                        self.set(word, row + part, lane, [unpacked.scales[2 * block + part] as u8]);
                         if minima {
-                            places[parts + part][lane] = unpacked.minima[2 * block + part];
+                            self.set(word, row + parts + part, lane, [unpacked.minima[2 * block + part]]);
                         }
                     }
                 }
@@ -266,48 +332,43 @@ impl Band<'_> {
                 if !minima {
                     rows.iter_mut().for_each(|weight| *weight ^= packing.flip);
                 }
-                interleave(&rows, packing.parts, self.words);
+                self.interleave(&rows);
             }
             Numbers::Nibbles | Numbers::Codes => {
-                interleave_parts(&rows, packing.parts, self.words, |block, k, j| {
-                    block[4 * k + j] | block[BLOCK / 2 + 4 * k + j] << 4
-                });
+                self.interleave_parts(&rows, |block, k, j| block[4 * k + j] | block[BLOCK / 2 + 4 * k + j] << 4);
             }
             Numbers::Quarters => {
-                interleave_parts(&rows, packing.parts, self.words, |block, half, j| {
+                self.interleave_parts(&rows, |block, half, j| {
                     (0..4).fold(0, |byte, quad| byte | block[BLOCK / 2 * half + 4 * quad + j] << (2 * quad))
                 });
             }
         }
     }
-}
 
-/// Sixteen rows of bytes to words: word `k` of a part has inputs `4 k..4 k + 4` of each of its rows.
-fn interleave(rows: &[u8], parts: usize, words: &mut [Word]) {
-    let (inputs, lanes) = (rows.len() / LANES, LANES / parts);
-    let words: &mut [u8] = bytemuck::cast_slice_mut(words);
-    for (rows, words) in rows.chunks(lanes * inputs).zip(words.chunks_mut(lanes * inputs)) {
-        for (lane, row) in rows.chunks(inputs).enumerate() {
-            for (word, quad) in words.chunks_mut(4 * lanes).zip(row.as_chunks::<4>().0) {
-                word[4 * lane..4 * lane + 4].copy_from_slice(quad);
+    /// Writes sixteen rows of bytes: word `k` of a block has inputs `4 k..4 k + 4` of each of a column's rows.
+    fn interleave(&mut self, rows: &[u8]) {
+        let (inputs, lanes) = (rows.len() / LANES, LANES / self.parts);
+        for (index, row) in rows.chunks(inputs).enumerate() {
+            let (part, lane) = (index / lanes, index % lanes);
+            for (block, numbers) in row.as_chunks::<BLOCK>().0.iter().enumerate() {
+                let first = self.chunk.numbers_of(block);
+                for (k, quad) in numbers.as_chunks::<4>().0.iter().enumerate() {
+                    self.word(part, first + k)[4 * lane..4 * lane + 4].copy_from_slice(quad);
+                }
             }
         }
     }
-}
 
-/// Sixteen rows of parts of bytes to words, of which `byte` makes the `j`th of an output in word `k` of a block.
-fn interleave_parts(rows: &[u8], parts: usize, words: &mut [Word], byte: impl Fn(&[u8; BLOCK], usize, usize) -> u8) {
-    let (inputs, lanes) = (rows.len() / LANES, LANES / parts);
-    let words: &mut [u8] = bytemuck::cast_slice_mut(words);
-    let a_part = words.len() / parts;
-    let a_block = a_part / (inputs / BLOCK);
-    for (rows, words) in rows.chunks(lanes * inputs).zip(words.chunks_mut(a_part)) {
-        for (lane, row) in rows.chunks(inputs).enumerate() {
-            for (words, block) in words.chunks_mut(a_block).zip(row.as_chunks::<BLOCK>().0) {
-                for (k, word) in words.chunks_mut(4 * lanes).enumerate() {
-                    for j in 0..4 {
-                        word[4 * lane + j] = byte(block, k, j);
-                    }
+    /// Writes sixteen rows of parts of bytes, of which `byte` makes the `j`th of an output in word `k` of a block.
+    fn interleave_parts(&mut self, rows: &[u8], byte: impl Fn(&[u8; BLOCK], usize, usize) -> u8) {
+        let (inputs, lanes) = (rows.len() / LANES, LANES / self.parts);
+        for (index, row) in rows.chunks(inputs).enumerate() {
+            let (part, lane) = (index / lanes, index % lanes);
+            for (block, numbers) in row.as_chunks::<BLOCK>().0.iter().enumerate() {
+                let first = self.chunk.numbers_of(block);
+                for k in 0..self.chunk.numbers {
+                    let quad = [0, 1, 2, 3].map(|j| byte(numbers, k, j));
+                    self.word(part, first + k)[4 * lane..4 * lane + 4].copy_from_slice(&quad);
                 }
             }
         }
@@ -335,12 +396,7 @@ mod tests {
                 assert_eq!(held_bytes(&matrix.spec, kind), matrix.spec.weight_bytes());
                 continue;
             };
-            let scales = match &packed.scaling {
-                Scaling::Groups { scales, .. } => size_of_val(scales.as_slice()),
-                Scaling::Blocks { halves, .. } => size_of_val(halves.as_slice()),
-                Scaling::Supers { halves, bytes, .. } => size_of_val(halves.as_slice()) + size_of_val(bytes.as_slice()),
-            };
-            let taken = size_of_val(&*packed.words) + scales;
+            let taken = size_of_val(&*packed.words);
             assert_eq!(held_bytes(&matrix.spec, kind), taken as u64, "{kind:?}");
         }
     }

@@ -34,13 +34,13 @@ impl Weight for i8 {
 }
 
 /// Products of padded rows with some outputs of one expert.
-pub(super) struct Product<'a> {
+pub(super) struct Product<'a, 'o> {
     pub(super) matrix: &'a CpuMatrix,
     pub(super) expert: usize,
     pub(super) outputs: Range<usize>,
     pub(super) rows: SomeRows<'a>,
-    /// `[rows, outputs.len()]`.
-    pub(super) out: &'a mut [f32],
+    /// `outputs.len()` numbers for each row.
+    pub(super) out: &'a mut [&'o mut [f32]],
 }
 
 /// Rows of inputs as a matrix wants them, those of each of its experts together.
@@ -68,7 +68,7 @@ impl Rows<'_> {
     }
 }
 
-impl Product<'_> {
+impl Product<'_, '_> {
     /// Computes `out`.
     pub(super) fn run_on(self, isa: Isa) {
         match (&self.matrix.values, self.rows) {
@@ -76,7 +76,7 @@ impl Product<'_> {
                 isa.run(FastProduct { matrix, expert: self.expert, outputs: self.outputs, strips, out: self.out });
             }
             (_, SomeRows::Floats(rows)) => {
-                debug_assert_eq!(self.out.len(), self.outputs.len() * rows.len());
+                debug_assert_eq!(self.out.len(), rows.len());
                 let Self { matrix, expert, outputs, out, .. } = self;
                 isa.run(ExactProduct { matrix, expert, outputs, rows, out });
             }
@@ -86,15 +86,15 @@ impl Product<'_> {
 }
 
 /// Products in f32.
-struct ExactProduct<'a> {
+struct ExactProduct<'a, 'o> {
     matrix: &'a CpuMatrix,
     expert: usize,
     outputs: Range<usize>,
     rows: &'a [&'a [f32]],
-    out: &'a mut [f32],
+    out: &'a mut [&'o mut [f32]],
 }
 
-impl Kernel for ExactProduct<'_> {
+impl Kernel for ExactProduct<'_, '_> {
     type Output = ();
 
     #[inline(always)]
@@ -110,7 +110,7 @@ impl Kernel for ExactProduct<'_> {
             }
         };
         let shape = Shape { padded, groups: self.matrix.groups, group: self.matrix.padded_group };
-        let mut out = Out { values: self.out, width: count, first: 0 };
+        let mut out = Out { rows: self.out, first: 0 };
         match &self.matrix.values {
             Values::F32(w) => shape.all(simd, &w[first * padded..][..count * padded], scales, self.rows, &mut out),
             Values::I8(w) => shape.all(simd, &w[first * padded..][..count * padded], scales, self.rows, &mut out),
@@ -151,17 +151,16 @@ impl Scales<'_> {
     }
 }
 
-/// Where results go: outputs from `first` on of rows of `width`.
-struct Out<'a> {
-    values: &'a mut [f32],
-    width: usize,
+/// Where results go: outputs from `first` on of rows.
+struct Out<'a, 'o> {
+    rows: &'a mut [&'o mut [f32]],
     first: usize,
 }
 
-impl Out<'_> {
+impl Out<'_, '_> {
     #[inline(always)]
     fn row(&mut self, index: usize) -> &mut [f32] {
-        &mut self.values[index * self.width..][self.first..self.width]
+        &mut self.rows[index][self.first..]
     }
 }
 
@@ -175,7 +174,7 @@ struct Shape {
 impl Shape {
     /// All rows and outputs, rows outermost: a block's inputs stay in the second-level cache while the outputs pass.
     #[inline(always)]
-    fn all<S: Simd, W: Weight>(self, simd: S, w: &[W], scales: Scales<'_>, rows: &[&[f32]], out: &mut Out<'_>) {
+    fn all<S: Simd, W: Weight>(self, simd: S, w: &[W], scales: Scales<'_>, rows: &[&[f32]], out: &mut Out<'_, '_>) {
         let mut first = 0;
         if S::MANY_REGISTERS {
             while rows.len() - first >= 4 {
@@ -206,7 +205,7 @@ impl Shape {
         scales: Scales<'_>,
         rows: &[&[f32]],
         first: usize,
-        out: &mut Out<'_>,
+        out: &mut Out<'_, '_>,
     ) {
         let mut x: [&[f32]; R] = [&[]; R];
         x.copy_from_slice(&rows[first..first + R]);

@@ -1,7 +1,9 @@
 //! The backend's threads: work is cut into pieces that each own a part of the output, never a part of a sum.
 //!
 //! A step hands work over some hundreds of times, each for some microseconds. So the threads look for work for a little while
-//! before they sleep, and the caller is one of them: a hand-over costs about a microsecond while work keeps coming.
+//! before they sleep, and the caller is one of them: a hand-over costs about a microsecond while work keeps coming. Between two works the
+//! caller does alone what is too small to share, and memory would wait with the others: they ask meanwhile for what they were told
+//! that they will read next.
 
 #![expect(unsafe_code, reason = "work borrows what the caller owns, and threads live longer than the borrow")]
 
@@ -15,12 +17,17 @@ use std::{
     thread::{JoinHandle, Thread},
 };
 
+use super::simd::prefetch;
 use crate::KernelError;
 
 /// Multiply-adds below which handing work to other threads costs more than it saves.
 const INLINE_BELOW_WORK: usize = 40_000;
 /// Looks for work before a thread sleeps; some tens of microseconds.
 const LOOKS: usize = 20_000;
+/// Bytes that a thread asks for ahead at most: half of a common second-level cache, where they are to stay.
+const AHEAD_BYTES: usize = 512 << 10;
+/// Bytes that it asks for between two looks for work.
+const ASKED_AT_ONCE: usize = 1024;
 /// Looks for the end of work before the caller lets others have its core.
 const LOOKS_FOR_THE_END: usize = 2_000;
 
@@ -52,7 +59,7 @@ impl Threads {
             _ => return pieces.into_iter().for_each(f),
         };
         let pieces: Vec<Mutex<Option<T>>> = pieces.into_iter().map(|piece| Mutex::new(Some(piece))).collect();
-        let start = |share: usize| share * pieces.len() / self.count;
+        let start = |share| self.first_piece(share, pieces.len());
         let next: Vec<_> = (0..self.count).map(|share| AtomicUsize::new(start(share))).collect();
         pool.run(&|thread| {
             for share in (thread..self.count).chain(0..thread) {
@@ -69,6 +76,21 @@ impl Threads {
         });
     }
 
+    /// The piece that a thread begins with.
+    pub(crate) fn first_piece(&self, thread: usize, pieces: usize) -> usize {
+        thread * pieces / self.count
+    }
+
+    /// Tells each thread but the caller, in their order, what it will read first of the next large work, to be asked for while it waits.
+    /// A hint: nothing depends on it.
+    pub(crate) fn ask_ahead(&self, first: &[Stretch]) {
+        let Some(pool) = &self.pool else { return };
+        for (ahead, stretch) in pool.shared.ahead.iter().zip(first) {
+            ahead.begin.store(stretch.begin, Ordering::Relaxed);
+            ahead.bytes.store(stretch.bytes.min(AHEAD_BYTES), Ordering::Relaxed);
+        }
+    }
+
     /// How many outputs a piece of a product of `rows` with `outputs` should have: a multiple of sixteen; several pieces a thread, so that
     /// all end at about the same time, and many outputs, since a piece begins with weights that nobody asked for, and many rows are to
     /// come into the cache for many outputs.
@@ -77,6 +99,19 @@ impl Threads {
             return 256;
         }
         (outputs / (self.count * 8)).next_multiple_of(16).clamp(16, if rows < 64 { 128 } else { 256 })
+    }
+}
+
+/// Memory that is only asked for, and may be gone by then.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Stretch {
+    begin: usize,
+    bytes: usize,
+}
+
+impl From<&[u8]> for Stretch {
+    fn from(memory: &[u8]) -> Self {
+        Self { begin: memory.as_ptr().addr(), bytes: memory.len() }
     }
 }
 
@@ -104,6 +139,41 @@ struct Shared {
     ends: AtomicBool,
     /// Whether each helper sleeps.
     asleep: Vec<AtomicBool>,
+    /// What each helper asks memory for while it waits.
+    ahead: Vec<Ahead>,
+}
+
+/// A stretch that a helper is told. The caller writes it and the helper reads it, each whenever it likes: the helper may see the beginning
+/// of one and the length of another, and then asks for something useless.
+#[derive(Default)]
+struct Ahead {
+    begin: AtomicUsize,
+    bytes: AtomicUsize,
+}
+
+/// What a helper has asked for.
+#[derive(Default)]
+struct Asked {
+    begin: usize,
+    bytes: usize,
+}
+
+impl Asked {
+    /// Asks for some more of a stretch; whether there was any.
+    fn some_more(&mut self, ahead: &Ahead) -> bool {
+        let begin = ahead.begin.load(Ordering::Relaxed);
+        if begin != self.begin {
+            *self = Self { begin, bytes: 0 };
+        }
+        if self.bytes >= ahead.bytes.load(Ordering::Relaxed) {
+            return false;
+        }
+        for line in (self.bytes..self.bytes + ASKED_AT_ONCE).step_by(64) {
+            prefetch(std::ptr::without_provenance(begin.wrapping_add(line)));
+        }
+        self.bytes += ASKED_AT_ONCE;
+        true
+    }
 }
 
 // SAFETY: `work` is written while no helper reads it (`busy` is 0 and the number is old) and read after the number was seen to
@@ -121,6 +191,7 @@ impl Pool {
             panicked: AtomicBool::new(false),
             ends: AtomicBool::new(false),
             asleep: (0..helpers).map(|_| AtomicBool::new(false)).collect(),
+            ahead: (0..helpers).map(|_| Ahead::default()).collect(),
         });
         let mut pool = Self { shared, helpers: Vec::with_capacity(helpers), turn: Mutex::new(()) };
         for index in 0..helpers {
@@ -172,9 +243,9 @@ impl Pool {
 impl Shared {
     /// A helper's life.
     fn help(&self, index: usize) {
-        let mut seen = 0;
+        let (mut seen, mut asked) = (0, Asked::default());
         loop {
-            self.await_work(index, seen);
+            self.await_work(index, seen, &mut asked);
             seen = self.number.load(Ordering::Acquire);
             if self.ends.load(Ordering::Relaxed) {
                 return;
@@ -191,12 +262,14 @@ impl Shared {
     }
 
     /// Returns when the number is not `seen` any more.
-    fn await_work(&self, index: usize, seen: usize) {
+    fn await_work(&self, index: usize, seen: usize, asked: &mut Asked) {
         for _ in 0..LOOKS {
             if self.number.load(Ordering::Acquire) != seen {
                 return;
             }
-            std::hint::spin_loop();
+            if !asked.some_more(&self.ahead[index]) {
+                std::hint::spin_loop();
+            }
         }
         self.asleep[index].store(true, Ordering::SeqCst);
         // Looked at once more after the flag stands: whoever changes the number later sees the flag and wakes this thread.

@@ -171,9 +171,9 @@ impl<B: Backend> Layers<B> {
     fn layer(&mut self, backend: &mut B, index: usize) {
         let (layer, b, eps) = (&self.layers[index], &mut self.buffers, self.config.rms_norm_eps);
         backend.rms_norm(eps, &b.residual, &layer.pre_attention_norm, &mut b.normed);
-        backend.matmul(&b.normed, &layer.query, 1.0, &mut b.q);
-        backend.matmul(&b.normed, &layer.key, 1.0, &mut b.k);
-        backend.matmul(&b.normed, &layer.value, 1.0, &mut b.v);
+        backend.upcoming(&[&layer.attention_output], None);
+        let products = &mut [(&layer.query, &mut b.q), (&layer.key, &mut b.k), (&layer.value, &mut b.v)];
+        backend.matmul_each(&b.normed, products);
         backend.rope_store(&self.attention, &mut b.q, &b.k, &b.v, &mut self.kv, index);
         backend.attention(&self.attention, &b.q, &self.kv, index, &mut b.heads);
         backend.matmul(&b.heads, &layer.attention_output, 1.0, &mut b.block);
@@ -181,7 +181,13 @@ impl<B: Backend> Layers<B> {
 
         backend.rms_norm(eps, &b.residual, &layer.pre_moe_norm, &mut b.normed);
         backend.route(&b.normed, &layer.router, &mut b.selection);
+        backend.upcoming(&[&layer.down], Some(&b.selection));
         backend.expert_gate_up(&b.normed, &b.selection, &layer.gate, &layer.up, &mut b.expert_hidden);
+        if let Some(next) = self.layers.get(index + 1) {
+            backend.upcoming(&[&next.query, &next.key, &next.value], None);
+        } else if let Some(head) = &self.head {
+            backend.upcoming(&[&head.embedding], None);
+        }
         backend.expert_down(&b.expert_hidden, &b.selection, &layer.down, &mut b.block);
         backend.rms_norm_add(eps, &b.block, &layer.post_moe_norm, &mut b.residual);
     }

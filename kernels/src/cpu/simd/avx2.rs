@@ -8,7 +8,7 @@
 
 use std::{arch::x86_64::*, mem::transmute};
 
-use super::{Dots, Kernel, LANES, Packing, Simd, dots::CODES};
+use super::{Dots, Kernel, LANES, Packing, Simd, dots::CODES, prefetch};
 
 /// Outputs of a register.
 const PART: usize = LANES / 2;
@@ -51,6 +51,13 @@ impl<const VNNI: bool> Avx2<VNNI> {
     fn add_quads(self, sums: __m256i, w: __m256i, x: i32) -> __m256i {
         // SAFETY: it is called with `VNNI` alone, when `self` proves AVX-VNNI.
         unsafe { _mm256_dpbusd_avx_epi32(sums, w, self.inputs(x)) }
+    }
+
+    /// Signed bytes as floats.
+    #[inline(always)]
+    fn signed(self, bytes: [u8; PART]) -> __m256 {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(i64::from_le_bytes(bytes)))) }
     }
 
     /// `value`, once an output.
@@ -127,7 +134,8 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
 
     #[inline(always)]
     fn load_i8(self, values: &[i8; LANES]) -> Self::V {
-        [0, 1].map(|part| Dots::load_i8(self, values, part))
+        let halves = bytemuck::cast_ref::<_, [u8; LANES]>(values).as_chunks().0;
+        [self.signed(halves[0]), self.signed(halves[1])]
     }
 
     #[inline(always)]
@@ -195,29 +203,34 @@ impl<const VNNI: bool> Dots for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn load(self, values: &[f32; LANES], part: usize) -> Self::F {
+    fn load(self, values: &[f32; LANES]) -> Self::F {
         // SAFETY: 8 floats have the size of a register, and any bits are a float.
-        unsafe { transmute::<[f32; PART], __m256>(values.as_chunks().0[part % 2]) }
+        unsafe { transmute::<[f32; PART], __m256>(values.as_chunks().0[0]) }
     }
 
     #[inline(always)]
-    fn load_i8(self, values: &[i8; LANES], part: usize) -> Self::F {
-        let bytes: [i8; PART] = values.as_chunks().0[part % 2];
-        // SAFETY: `self` proves AVX2; 8 bytes have the size of a word, and any bits are a word.
-        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(transmute::<[i8; PART], i64>(bytes)))) }
+    fn floats(self, word: &Self::W) -> Self::F {
+        // SAFETY: a word has the size of a register, and any bits are floats.
+        unsafe { transmute::<Self::W, __m256>(*word) }
     }
 
     #[inline(always)]
-    fn load_u8(self, values: &[u8; LANES], part: usize) -> Self::F {
-        let bytes: [u8; PART] = values.as_chunks().0[part % 2];
-        // SAFETY: as in `load_i8`.
-        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(i64::from_ne_bytes(bytes)))) }
-    }
-
-    #[inline(always)]
-    fn load_f16(self, values: &[u16; LANES], part: usize) -> Self::F {
+    fn halves(self, word: &Self::W, row: usize) -> Self::F {
+        let row = word.as_chunks::<{ 2 * PART }>().0[row % 2];
         // SAFETY: `self` proves F16C; 8 halves have the size of half a register, and any bits are a half.
-        unsafe { _mm256_cvtph_ps(transmute::<[u16; PART], __m128i>(values.as_chunks().0[part % 2])) }
+        unsafe { _mm256_cvtph_ps(transmute::<[u8; 2 * PART], __m128i>(row)) }
+    }
+
+    #[inline(always)]
+    fn signed_bytes(self, word: &Self::W, row: usize) -> Self::F {
+        self.signed(word.as_chunks::<PART>().0[row % 4])
+    }
+
+    #[inline(always)]
+    fn bytes(self, word: &Self::W, row: usize) -> Self::F {
+        let row = i64::from_le_bytes(word.as_chunks::<PART>().0[row % 4]);
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(row))) }
     }
 
     #[inline(always)]
@@ -299,13 +312,6 @@ impl<const VNNI: bool> Dots for Avx2<VNNI> {
 
     #[inline(always)]
     fn prefetch<T>(self, place: &T, ahead: usize) {
-        prefetch(place, ahead);
+        prefetch(std::ptr::from_ref(place).cast::<u8>().wrapping_add(ahead));
     }
-}
-
-/// Asks for the line `ahead` bytes behind `place`, into the second-level cache.
-#[inline(always)]
-pub(super) fn prefetch<T>(place: &T, ahead: usize) {
-    // SAFETY: a prefetch reads nothing: an address without memory behind it is passed over.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(place).cast::<i8>().wrapping_add(ahead)) }
 }

@@ -7,7 +7,7 @@
 
 use std::{arch::x86_64::*, mem::transmute};
 
-use super::{Avx2, Dots, Kernel, LANES, Packing, Simd, Word, avx2::prefetch, dots::CODES};
+use super::{Avx2, Dots, Kernel, LANES, Packing, Simd, Word, dots::CODES, prefetch};
 
 /// Proof of AVX-512 F, BW and VNNI, and of what [`Avx2`] proves. CPUs with AVX-512 but without its VNNI take an AVX2 path.
 #[derive(Clone, Copy)]
@@ -132,25 +132,35 @@ impl Dots for Avx512 {
     }
 
     #[inline(always)]
-    fn load(self, values: &[f32; LANES], _part: usize) -> Self::F {
+    fn load(self, values: &[f32; LANES]) -> Self::F {
         Simd::load(self, values)
     }
 
     #[inline(always)]
-    fn load_i8(self, values: &[i8; LANES], _part: usize) -> Self::F {
-        Simd::load_i8(self, values)
+    fn floats(self, word: &Word) -> Self::F {
+        // SAFETY: a word has the size of a register, and any bits are floats.
+        unsafe { transmute::<Word, __m512>(*word) }
     }
 
     #[inline(always)]
-    fn load_u8(self, values: &[u8; LANES], _part: usize) -> Self::F {
-        // SAFETY: as in `Simd::load_i8`.
-        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(transmute::<[u8; LANES], __m128i>(*values))) }
-    }
-
-    #[inline(always)]
-    fn load_f16(self, values: &[u16; LANES], _part: usize) -> Self::F {
+    fn halves(self, word: &Word, row: usize) -> Self::F {
+        let row = word.0.as_chunks::<{ 2 * LANES }>().0[row % 2];
         // SAFETY: `self` proves AVX-512 F; a register of 16 halves has the size of 16 halves, and any bits are a half.
-        unsafe { _mm512_cvtph_ps(transmute::<[u16; LANES], __m256i>(*values)) }
+        unsafe { _mm512_cvtph_ps(transmute::<[u8; 2 * LANES], __m256i>(row)) }
+    }
+
+    #[inline(always)]
+    fn signed_bytes(self, word: &Word, row: usize) -> Self::F {
+        let row = word.0.as_chunks::<LANES>().0[row % 4];
+        // SAFETY: `self` proves AVX-512 F; 16 bytes have the size of their register, and any bits are bytes.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(transmute::<[u8; LANES], __m128i>(row))) }
+    }
+
+    #[inline(always)]
+    fn bytes(self, word: &Word, row: usize) -> Self::F {
+        let row = word.0.as_chunks::<LANES>().0[row % 4];
+        // SAFETY: as in `signed_bytes`.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(transmute::<[u8; LANES], __m128i>(row))) }
     }
 
     #[inline(always)]
@@ -218,6 +228,6 @@ impl Dots for Avx512 {
 
     #[inline(always)]
     fn prefetch<T>(self, place: &T, ahead: usize) {
-        prefetch(place, ahead);
+        prefetch(std::ptr::from_ref(place).cast::<u8>().wrapping_add(ahead));
     }
 }

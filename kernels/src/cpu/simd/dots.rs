@@ -35,12 +35,12 @@ pub(crate) struct Packing {
 /// instructions. Inputs are signed bytes, four a word; none is -128,
 /// but in a block whose scale is no number, where sums do not matter.
 ///
-/// A register holds all sixteen outputs of a band or one `part` of them: what reads scales takes the part, below [`Dots::PACKING`]'s
-/// number of parts, and looks at its outputs alone.
+/// A register holds all sixteen outputs of a band or a part of them, one of [`Dots::PACKING`]'s number. A word has four bytes for each of
+/// these: of weights, or of scales, of which it holds one row of floats, two of halves or four of bytes.
 pub(crate) trait Dots: Copy {
     /// How weights and inputs must lie.
     const PACKING: Packing;
-    /// Four bytes of weights of each output of a register.
+    /// Four bytes for each output of a register.
     type W: bytemuck::Pod;
     /// An f32 an output.
     type F: Copy;
@@ -57,14 +57,16 @@ pub(crate) trait Dots: Copy {
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// `a * b`.
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
-    /// Floats from memory.
-    fn load(self, values: &[f32; LANES], part: usize) -> Self::F;
-    /// Signed bytes, exactly.
-    fn load_i8(self, values: &[i8; LANES], part: usize) -> Self::F;
-    /// Unsigned bytes, exactly.
-    fn load_u8(self, values: &[u8; LANES], part: usize) -> Self::F;
-    /// IEEE halves, exactly.
-    fn load_f16(self, values: &[u16; LANES], part: usize) -> Self::F;
+    /// As many floats as a register holds, the first of these.
+    fn load(self, values: &[f32; LANES]) -> Self::F;
+    /// A word's row of floats.
+    fn floats(self, word: &Self::W) -> Self::F;
+    /// Row `row`, below 2, of IEEE halves, exactly.
+    fn halves(self, word: &Self::W, row: usize) -> Self::F;
+    /// Row `row`, below 4, of signed bytes, exactly.
+    fn signed_bytes(self, word: &Self::W, row: usize) -> Self::F;
+    /// Row `row`, below 4, of unsigned bytes, exactly.
+    fn bytes(self, word: &Self::W, row: usize) -> Self::F;
     /// Sums as floats; exact below 2^24.
     fn to_f32(self, sums: Self::I) -> Self::F;
     /// Writes the first `out.len()` outputs of the register, or all.

@@ -83,23 +83,29 @@ impl Dots for Portable {
     }
 
     #[inline(always)]
-    fn load(self, values: &[f32; LANES], _part: usize) -> Self::F {
+    fn load(self, values: &[f32; LANES]) -> Self::F {
         *values
     }
 
     #[inline(always)]
-    fn load_i8(self, values: &[i8; LANES], _part: usize) -> Self::F {
-        values.map(f32::from)
+    fn floats(self, word: &Word) -> Self::F {
+        std::array::from_fn(|i| f32::from_le_bytes(word.0.as_chunks().0[i]))
     }
 
     #[inline(always)]
-    fn load_u8(self, values: &[u8; LANES], _part: usize) -> Self::F {
-        values.map(f32::from)
+    fn halves(self, word: &Word, row: usize) -> Self::F {
+        let row = &word.0.as_chunks::<{ 2 * LANES }>().0[row % 2];
+        std::array::from_fn(|i| f16::from_le_bytes(row.as_chunks().0[i]).to_f32())
     }
 
     #[inline(always)]
-    fn load_f16(self, values: &[u16; LANES], _part: usize) -> Self::F {
-        values.map(|bits| f16::from_bits(bits).to_f32())
+    fn signed_bytes(self, word: &Word, row: usize) -> Self::F {
+        word.0.as_chunks::<LANES>().0[row % 4].map(|byte| f32::from(byte as i8))
+    }
+
+    #[inline(always)]
+    fn bytes(self, word: &Word, row: usize) -> Self::F {
+        word.0.as_chunks::<LANES>().0[row % 4].map(f32::from)
     }
 
     #[inline(always)]
