@@ -186,3 +186,46 @@ impl Kernel for Choose<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use grokpipe_model::{Format, Layout};
+
+    use super::*;
+    use crate::ops::testing::{Random, TestMatrix};
+
+    #[test]
+    fn every_result_is_in_one_piece() {
+        // Six rows' two experts each of five; the third has none.
+        let ids = [4, 0, 1, 4, 3, 0, 0, 1, 4, 3, 1, 0];
+        let groups = Groups::new(&ids, 5);
+        for (outputs, step) in [(5, 2), (6, 3), (4, 7), (1, 1)] {
+            let mut results = vec![0.0; ids.len() * outputs];
+            let mut slices = groups.cut(outputs, step, &mut results);
+            for piece in groups.pieces(outputs, step, &mut slices) {
+                let pairs = &groups.pairs[piece.pairs];
+                assert_eq!(piece.out.len(), pairs.len());
+                for (out, &pair) in piece.out.iter_mut().zip(pairs) {
+                    assert_eq!((out.len(), ids[pair] as usize), (piece.outputs.len(), piece.expert));
+                    out.iter_mut()
+                        .zip(piece.outputs.clone())
+                        .for_each(|(out, n)| *out += (1 + pair * outputs + n) as f32);
+                }
+            }
+            let want: Vec<f32> = (1..=results.len()).map(|index| index as f32).collect();
+            assert_eq!(results, want, "{outputs} outputs, {step} a piece");
+        }
+    }
+
+    #[test]
+    fn a_waiting_thread_is_told_the_weights_that_it_begins_with() {
+        let matrix = TestMatrix::random(&mut Random::new(5), (3, 32, 64), Format::F32, Layout::OutIn);
+        let threads = Threads::new(4).unwrap();
+        let matrix = CpuMatrix::load(&matrix, None, &threads, "cpu", &mut |_| ()).unwrap();
+        // Two experts of four pieces each are eight pieces, two a thread.
+        let told = first_weights(&[(&matrix, 0), (&matrix, 2)], 16, &threads);
+        let want = [(0, 32), (2, 0), (2, 32)].map(|(expert, output)| matrix.bytes_from(expert, output));
+        assert_eq!(told, want.map(Stretch::from));
+        assert_eq!(want[0].as_ptr().addr() + want[0].len(), matrix.bytes_from(1, 0).as_ptr().addr());
+    }
+}

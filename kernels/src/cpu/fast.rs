@@ -71,7 +71,7 @@ impl FastProduct<'_, '_> {
         }
         let fits = (STRETCH_BYTES / (self.rows() * FIELDS * size_of::<i32>())).max(LEAST_STRETCH);
         // Stretches of about one size, of whole chunks.
-        let (count, unit) = (self.matrix.blocks.div_ceil(fits), self.matrix.chunk().blocks);
+        let (count, unit) = (self.matrix.blocks.div_ceil(fits), self.matrix.chunk.blocks);
         self.matrix.blocks.div_ceil(count).div_ceil(unit) * unit
     }
 
@@ -190,9 +190,8 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
     /// The stretch's part of the stream, and what asks for it.
     #[inline(always)]
     fn words(&self) -> (&'a [D::W], Ask<'a, D::W>) {
-        let (a_chunk, size) = (self.matrix.chunk().blocks, size_of::<D::W>());
-        let chunks = self.matrix.blocks.div_ceil(a_chunk);
-        let place = |block: usize| block.div_ceil(a_chunk) * self.stream.len() / chunks;
+        let (chunk, size) = (self.matrix.chunk, size_of::<D::W>());
+        let place = |block: usize| block.div_ceil(chunk.blocks) * chunk.words;
         let words = &self.stream[place(self.stretch.start)..place(self.stretch.end)];
         let (next, step) = match self.share {
             None => (prefetch_distance(), size),

@@ -68,41 +68,36 @@ pub(super) struct Chunk {
     /// Words of a block's numbers.
     numbers: usize,
     has_end: bool,
+    /// Words of the chunk.
+    pub(super) words: usize,
 }
 
 impl Chunk {
     fn of(numbers: Numbers, scaling: Scaling) -> Self {
         let numbers = numbers.words();
-        match scaling {
-            Scaling::Groups(blocks) => Self { blocks, unit: blocks, has_scales: false, numbers, has_end: true },
-            Scaling::Blocks { minima } => {
-                let unit = if minima { 1 } else { 2 };
-                Self { blocks: unit, unit, has_scales: true, numbers, has_end: false }
-            }
-            Scaling::Supers { parts, minima } => {
-                let unit = 4 / parts / if minima { 2 } else { 1 };
-                Self { blocks: SUPER, unit, has_scales: true, numbers, has_end: true }
-            }
-        }
+        let (blocks, unit, has_scales, has_end) = match scaling {
+            Scaling::Groups(blocks) => (blocks, blocks, false, true),
+            Scaling::Blocks { minima: false } => (2, 2, true, false),
+            Scaling::Blocks { minima: true } => (1, 1, true, false),
+            Scaling::Supers { parts, minima } => (SUPER, 4 / parts / if minima { 2 } else { 1 }, true, true),
+        };
+        let mut chunk = Self { blocks, unit, has_scales, numbers, has_end, words: 0 };
+        chunk.words = blocks / unit * chunk.a_unit() + usize::from(has_end);
+        chunk
     }
 
     fn a_unit(self) -> usize {
         usize::from(self.has_scales) + self.unit * self.numbers
     }
 
-    /// Of the whole chunk.
-    fn words(self) -> usize {
-        self.blocks / self.unit * self.a_unit() + usize::from(self.has_end)
-    }
-
     /// Words of a column of so many blocks; the last chunk is filled up with zeros.
     fn stream(self, blocks: usize) -> usize {
-        blocks.div_ceil(self.blocks) * self.words()
+        blocks.div_ceil(self.blocks) * self.words
     }
 
     /// Where the unit of a block begins in the stream, with its scales if it has them.
     fn unit_of(self, block: usize) -> usize {
-        block / self.blocks * self.words() + block % self.blocks / self.unit * self.a_unit()
+        block / self.blocks * self.words + block % self.blocks / self.unit * self.a_unit()
     }
 
     /// Where the numbers of a block begin.
@@ -112,7 +107,7 @@ impl Chunk {
 
     /// The word that scales all of a block's chunk.
     fn end_of(self, block: usize) -> usize {
-        (block / self.blocks + 1) * self.words() - 1
+        (block / self.blocks + 1) * self.words - 1
     }
 }
 
@@ -126,6 +121,8 @@ pub(crate) struct Packed {
     pub(super) words: LargeWords,
     pub(super) numbers: Numbers,
     pub(super) scaling: Scaling,
+    /// How its streams are cut.
+    pub(super) chunk: Chunk,
 }
 
 /// How a format is laid out, beside where its weights lie.
@@ -189,9 +186,9 @@ impl Packed {
     /// Room for a matrix.
     fn zeroed(spec: &MatrixSpec, numbers: Numbers, scaling: Scaling, device: &str) -> Result<Self, KernelError> {
         let (blocks, bands) = (spec.inputs / BLOCK, spec.outputs.div_ceil(LANES));
-        let stream = Chunk::of(numbers, scaling).stream(blocks);
-        let count = product(&[spec.experts, bands, stream], &spec.name, device)?;
-        Ok(Self { blocks, bands, words: LargeWords::zeroed(count, &spec.name, device)?, numbers, scaling })
+        let chunk = Chunk::of(numbers, scaling);
+        let count = product(&[spec.experts, bands, chunk.stream(blocks)], &spec.name, device)?;
+        Ok(Self { blocks, bands, words: LargeWords::zeroed(count, &spec.name, device)?, numbers, scaling, chunk })
     }
 
     /// Room for int8.
@@ -209,7 +206,7 @@ impl Packed {
         packing: Packing,
         threads: &Threads,
     ) {
-        let (chunk, stream, bands) = (self.chunk(), self.stream(), self.bands);
+        let (chunk, stream, bands) = (self.chunk, self.stream(), self.bands);
         let words = &mut self.words[expert * bands * stream..][..bands * stream];
         let bands = rows.chunks(rows.len() / bands).zip(scales.chunks(LANES * groups)).zip(words.chunks_mut(stream));
         threads.each(bands.collect(), rows.len(), |((rows, scales), words)| {
@@ -239,7 +236,7 @@ impl Packed {
             return Ok(None);
         };
         let mut packed = Self::zeroed(spec, plan.numbers, plan.scaling(), device)?;
-        let (chunk, stream, bands) = (packed.chunk(), packed.stream(), packed.bands);
+        let (chunk, stream, bands) = (packed.chunk, packed.stream(), packed.bands);
         let at_once = (PIECE_BYTES / (LANES * row_bytes)).max(1);
         let mut stored = Vec::new();
         for expert in 0..experts {
@@ -260,14 +257,9 @@ impl Packed {
         Ok(Some(packed))
     }
 
-    /// How its streams are cut.
-    pub(super) fn chunk(&self) -> Chunk {
-        Chunk::of(self.numbers, self.scaling)
-    }
-
     /// Words of a column.
     pub(super) fn stream(&self) -> usize {
-        self.chunk().stream(self.blocks)
+        self.chunk.stream(self.blocks)
     }
 }
 
@@ -279,16 +271,16 @@ struct Band<'a> {
 }
 
 impl Band<'_> {
-    /// Word `index` of a column's stream.
-    fn word(&mut self, part: usize, index: usize) -> &mut [u8] {
+    /// Words `first..first + count` of a column's stream.
+    fn part_of(&mut self, part: usize, first: usize, count: usize) -> &mut [u8] {
         let (stream, a_word) = (self.words.len(), size_of::<Word>() / self.parts);
-        &mut bytemuck::cast_slice_mut(self.words)[(part * stream + index) * a_word..][..a_word]
+        &mut bytemuck::cast_slice_mut(self.words)[(part * stream + first) * a_word..][..count * a_word]
     }
 
     /// Writes a scale of output `lane` to row `row` of a word.
     fn set<const N: usize>(&mut self, word: usize, row: usize, lane: usize, value: [u8; N]) {
         let lanes = LANES / self.parts;
-        self.word(lane / lanes, word)[(row * lanes + lane % lanes) * N..][..N].copy_from_slice(&value);
+        self.part_of(lane / lanes, word, 1)[(row * lanes + lane % lanes) * N..][..N].copy_from_slice(&value);
     }
 
     /// Packs up to sixteen stored rows.
@@ -335,11 +327,14 @@ impl Band<'_> {
                 self.interleave(&rows);
             }
             Numbers::Nibbles | Numbers::Codes => {
-                self.interleave_parts(&rows, |block, k, j| block[4 * k + j] | block[BLOCK / 2 + 4 * k + j] << 4);
+                self.interleave_parts(&rows, |block, k| {
+                    [0, 1, 2, 3].map(|j| block[4 * k + j] | block[BLOCK / 2 + 4 * k + j] << 4)
+                });
             }
             Numbers::Quarters => {
-                self.interleave_parts(&rows, |block, half, j| {
-                    (0..4).fold(0, |byte, quad| byte | block[BLOCK / 2 * half + 4 * quad + j] << (2 * quad))
+                self.interleave_parts(&rows, |block, half| {
+                    let quads = &block[BLOCK / 2 * half..][..BLOCK / 2];
+                    [0, 1, 2, 3].map(|j| (0..4).fold(0, |byte, k| byte | quads[4 * k + j] << (2 * k)))
                 });
             }
         }
@@ -347,28 +342,20 @@ impl Band<'_> {
 
     /// Writes sixteen rows of bytes: word `k` of a block has inputs `4 k..4 k + 4` of each of a column's rows.
     fn interleave(&mut self, rows: &[u8]) {
-        let (inputs, lanes) = (rows.len() / LANES, LANES / self.parts);
-        for (index, row) in rows.chunks(inputs).enumerate() {
-            let (part, lane) = (index / lanes, index % lanes);
-            for (block, numbers) in row.as_chunks::<BLOCK>().0.iter().enumerate() {
-                let first = self.chunk.numbers_of(block);
-                for (k, quad) in numbers.as_chunks::<4>().0.iter().enumerate() {
-                    self.word(part, first + k)[4 * lane..4 * lane + 4].copy_from_slice(quad);
-                }
-            }
-        }
+        self.interleave_parts(rows, |block, k| block.as_chunks::<4>().0[k]);
     }
 
-    /// Writes sixteen rows of parts of bytes, of which `byte` makes the `j`th of an output in word `k` of a block.
-    fn interleave_parts(&mut self, rows: &[u8], byte: impl Fn(&[u8; BLOCK], usize, usize) -> u8) {
-        let (inputs, lanes) = (rows.len() / LANES, LANES / self.parts);
-        for (index, row) in rows.chunks(inputs).enumerate() {
-            let (part, lane) = (index / lanes, index % lanes);
-            for (block, numbers) in row.as_chunks::<BLOCK>().0.iter().enumerate() {
-                let first = self.chunk.numbers_of(block);
-                for k in 0..self.chunk.numbers {
-                    let quad = [0, 1, 2, 3].map(|j| byte(numbers, k, j));
-                    self.word(part, first + k)[4 * lane..4 * lane + 4].copy_from_slice(&quad);
+    /// Writes sixteen rows of parts of bytes, of which `quad` makes those of a block for an output in word `k`.
+    fn interleave_parts(&mut self, rows: &[u8], quad: impl Fn(&[u8; BLOCK], usize) -> [u8; 4]) {
+        let (inputs, lanes, chunk) = (rows.len() / LANES, LANES / self.parts, self.chunk);
+        for (part, rows) in rows.chunks(lanes * inputs).enumerate() {
+            for block in 0..inputs / BLOCK {
+                let words = self.part_of(part, chunk.numbers_of(block), chunk.numbers);
+                for (lane, row) in rows.chunks(inputs).enumerate() {
+                    let numbers = &row.as_chunks::<BLOCK>().0[block];
+                    for (k, word) in words.chunks_mut(4 * lanes).enumerate() {
+                        word[4 * lane..4 * lane + 4].copy_from_slice(&quad(numbers, k));
+                    }
                 }
             }
         }

@@ -86,8 +86,7 @@ impl Threads {
     pub(crate) fn ask_ahead(&self, first: &[Stretch]) {
         let Some(pool) = &self.pool else { return };
         for (ahead, stretch) in pool.shared.ahead.iter().zip(first) {
-            ahead.begin.store(stretch.begin, Ordering::Relaxed);
-            ahead.bytes.store(stretch.bytes.min(AHEAD_BYTES), Ordering::Relaxed);
+            ahead.set(*stretch);
         }
     }
 
@@ -103,7 +102,7 @@ impl Threads {
 }
 
 /// Memory that is only asked for, and may be gone by then.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Stretch {
     begin: usize,
     bytes: usize,
@@ -149,6 +148,13 @@ struct Shared {
 struct Ahead {
     begin: AtomicUsize,
     bytes: AtomicUsize,
+}
+
+impl Ahead {
+    fn set(&self, stretch: Stretch) {
+        self.begin.store(stretch.begin, Ordering::Relaxed);
+        self.bytes.store(stretch.bytes.min(AHEAD_BYTES), Ordering::Relaxed);
+    }
 }
 
 /// What a helper has asked for.
@@ -311,6 +317,31 @@ mod tests {
                     std::thread::park_timeout(Duration::from_millis(5));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn memory_that_is_gone_may_be_asked_for() {
+        let threads = Threads::new(3).unwrap();
+        for begin in [0, 8, usize::MAX - 100] {
+            threads.ask_ahead(&[Stretch { begin, bytes: usize::MAX }; 2]);
+            std::thread::park_timeout(Duration::from_millis(1));
+            let done = AtomicUsize::new(0);
+            threads.each((0..10).collect(), usize::MAX, |value: usize| {
+                done.fetch_add(value, Ordering::Relaxed);
+            });
+            assert_eq!(done.into_inner(), 45);
+        }
+    }
+
+    #[test]
+    fn a_stretch_is_asked_for_once_and_no_more_than_stays_in_the_cache() {
+        let pool = Pool::new(1).unwrap();
+        let (ahead, mut asked) = (&pool.shared.ahead[0], Asked::default());
+        assert!(!asked.some_more(ahead), "nothing was told");
+        for (begin, bytes, times) in [(4096, 3000, 3), (8192, usize::MAX, AHEAD_BYTES / ASKED_AT_ONCE)] {
+            ahead.set(Stretch { begin, bytes });
+            assert_eq!((0..10_000).filter(|_| asked.some_more(ahead)).count(), times, "{bytes} bytes");
         }
     }
 
