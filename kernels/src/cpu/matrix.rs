@@ -2,7 +2,7 @@
 //! multiple of 16 inputs.
 //!
 //! A checkpoint's matrix has its outputs fastest; a dot product wants its inputs fastest. So loading transposes, piece by piece:
-//! one bounded buffer of stored bytes beside the matrix itself, never a second copy. Groups whose length is not a multiple of
+//! one bounded buffer of stored bytes beside the matrix itself, and for packed int8 one expert's numbers. Groups whose length is not a multiple of
 //! 16 are filled with zeros, which add nothing to a sum, so that products need no special case for a rest.
 
 use grokpipe_model::{BlockType, Format, Layout, MatrixSource, MatrixSpec};
@@ -116,10 +116,10 @@ impl CpuMatrix {
             && group.is_multiple_of(BLOCK)
         {
             let scales = scales_by_output(source, groups)?;
-            let mut packed = Packed::of_int8(spec, groups, device)?;
-            // Of one expert, filled up to whole bands.
+            // Of one expert, filled up to whole bands. Taken first, so that the room that is found for the rest is there.
             let mut rows =
                 zeroed(product(&[outputs.next_multiple_of(LANES), inputs], &spec.name, device)?, &spec.name, device)?;
+            let mut packed = Packed::of_int8(spec, groups, device)?;
             for (expert, scales) in scales.chunks(outputs * groups).enumerate() {
                 shape.fill_expert(source, expert, &mut rows[..outputs * inputs], threads, progress)?;
                 packed.pack_int8(expert, &rows, scales, groups, packing, threads);

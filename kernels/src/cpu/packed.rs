@@ -2,8 +2,8 @@
 //!
 //! A band is sixteen outputs of one expert, and a column the part of them that fills a register ([`Packing`]). A column lies as one
 //! stream of blocks of 32 inputs, with the scales of some of them before these and what scales many behind, as a product comes to need
-//! them: it reads memory forward, in one place at a time, and nothing twice, which is what processors see coming. The numbers are those of the file, rearranged; [`Numbers`] and [`Scaling`] say what they mean. F16 and
-//! BF16 stay as stored and are multiplied exactly.
+//! them: it reads memory forward, in one place at a time, and nothing twice, which is what processors see coming. The numbers are those of
+//! the file, rearranged; [`Numbers`] and [`Scaling`] say what they mean. F16 and BF16 stay as stored and are multiplied exactly.
 
 use grokpipe_model::{BlockType, Codes, MatrixSource, MatrixSpec};
 

@@ -5,7 +5,7 @@ use grokpipe_model::IQ4_VALUES;
 
 use super::LANES;
 
-/// Four weights of each of sixteen outputs, in whatever order, aligned as the widest register.
+/// Four weights of each of sixteen outputs, or rows of their scales, in whatever order, aligned as the widest register.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub(crate) struct Word(pub(crate) [u8; 4 * LANES]);

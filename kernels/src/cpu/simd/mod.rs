@@ -248,7 +248,6 @@ mod tests {
         fn run<S: Simd>(self, s: S) -> Self::Output {
             let (d, Self(floats, bytes, w)) = (s.dots(), self);
             let unsigned = bytes.map(|byte| byte as u8);
-            // Halves of any exponent but the largest, which stands for what is no number.
             let Packing { parts, flip, .. } = S::Dots::PACKING;
             // Halves of any exponent but the largest, which stands for what is no number.
             let halves = scales(parts, 1, std::array::from_fn(|i| [unsigned[i], w.0[i] & 0xbb]));
