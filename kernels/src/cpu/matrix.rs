@@ -2,8 +2,8 @@
 //! multiple of 16 inputs.
 //!
 //! A checkpoint's matrix has its outputs fastest; a dot product wants its inputs fastest. So loading transposes, piece by piece:
-//! one bounded buffer of stored bytes beside the matrix itself, and for packed int8 one expert's numbers. Groups whose length is not a multiple of
-//! 16 are filled with zeros, which add nothing to a sum, so that products need no special case for a rest.
+//! one bounded buffer of stored bytes beside the matrix itself, and for packed int8 one expert's numbers. Groups whose length is not a
+//! multiple of 16 are filled with zeros, which add nothing to a sum, so that products need no special case for a rest.
 
 use grokpipe_model::{BlockType, Format, Layout, MatrixSource, MatrixSpec};
 
@@ -274,10 +274,10 @@ impl Shape<'_> {
         threads: &Threads,
         progress: &mut dyn FnMut(u64),
     ) -> Result<(), KernelError> {
-        let matrices = values.chunks_mut(self.spec.outputs * self.padded_inputs()).enumerate();
-        matrices
-            .into_iter()
-            .try_for_each(|(expert, matrix)| self.fill_expert(source, expert, matrix, threads, progress))
+        for (expert, matrix) in values.chunks_mut(self.spec.outputs * self.padded_inputs()).enumerate() {
+            self.fill_expert(source, expert, matrix, threads, progress)?;
+        }
+        Ok(())
     }
 
     /// Reads an expert's matrix into `matrix`, whose filling is zero.

@@ -345,16 +345,18 @@ impl Backend for CpuBackend {
     }
 
     fn matmul(&mut self, x: &CpuActivations, w: &CpuMatrix, factor: f32, out: &mut CpuActivations) {
-        assert!(x.width == w.inputs && out.width == w.outputs, "a product's operands fit");
-        let out = out.take_rows(x.rows);
-        self.products(x.used(), &mut [(w, &mut *out)]);
+        self.matmul_each(x, &mut [(w, &mut *out)]);
         if factor != 1.0 {
-            out.iter_mut().for_each(|value| *value *= factor);
+            out.take_rows(x.rows).iter_mut().for_each(|value| *value *= factor);
         }
     }
 
     fn matmul_each(&mut self, x: &CpuActivations, products: &mut [(&CpuMatrix, &mut CpuActivations)]) {
-        let mut taken: Vec<_> = products.iter_mut().map(|(w, out)| (*w, out.take_rows(x.rows))).collect();
+        let taken = products.iter_mut().map(|(w, out)| {
+            assert!(x.width == w.inputs && out.width == w.outputs, "a product's operands fit");
+            (*w, out.take_rows(x.rows))
+        });
+        let mut taken: Vec<_> = taken.collect();
         if taken.iter().all(|(w, _)| w.shares_rows_with(taken[0].0)) {
             return self.products(x.used(), &mut taken);
         }

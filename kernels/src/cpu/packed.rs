@@ -67,8 +67,7 @@ pub(super) struct Chunk {
     has_scales: bool,
     /// Words of a block's numbers.
     numbers: usize,
-    has_end: bool,
-    /// Words of the chunk.
+    /// Words of the chunk, with what scales all of it.
     pub(super) words: usize,
 }
 
@@ -81,7 +80,7 @@ impl Chunk {
             Scaling::Blocks { minima: true } => (1, 1, true, false),
             Scaling::Supers { parts, minima } => (SUPER, 4 / parts / if minima { 2 } else { 1 }, true, true),
         };
-        let mut chunk = Self { blocks, unit, has_scales, numbers, has_end, words: 0 };
+        let mut chunk = Self { blocks, unit, has_scales, numbers, words: 0 };
         chunk.words = blocks / unit * chunk.a_unit() + usize::from(has_end);
         chunk
     }
