@@ -191,7 +191,7 @@ impl Kernel for Choose<'_> {
 mod tests {
     use grokpipe_model::{Format, Layout};
 
-    use super::*;
+    use super::{super::memory::Arena, *};
     use crate::ops::testing::{Random, TestMatrix};
 
     #[test]
@@ -221,7 +221,7 @@ mod tests {
     fn a_waiting_thread_is_told_the_weights_that_it_begins_with() {
         let matrix = TestMatrix::random(&mut Random::new(5), (3, 32, 64), Format::F32, Layout::OutIn);
         let threads = Threads::new(4).unwrap();
-        let matrix = CpuMatrix::load(&matrix, None, &threads, "cpu", &mut |_| ()).unwrap();
+        let matrix = CpuMatrix::load(&matrix, None, &threads, &mut Arena::default(), "cpu", &mut |_| ()).unwrap();
         // Two experts of four pieces each are eight pieces, two a thread.
         let told = first_weights(&[(&matrix, 0), (&matrix, 2)], 16, &threads);
         let want = [(0, 32), (2, 0), (2, 32)].map(|(expert, output)| matrix.bytes_from(expert, output));

@@ -8,7 +8,7 @@
 use grokpipe_model::{BlockType, Format, Layout, MatrixSource, MatrixSpec};
 
 use super::{
-    memory::{product, zeroed},
+    memory::{Arena, product, zeroed},
     packed::{BLOCK, Packed},
     simd::{LANES, Packing},
     threads::Threads,
@@ -89,6 +89,7 @@ impl CpuMatrix {
         source: &dyn MatrixSource,
         packing: Option<Packing>,
         threads: &Threads,
+        arena: &mut Arena,
         device: &str,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self, KernelError> {
@@ -96,7 +97,7 @@ impl CpuMatrix {
         let groups = match spec.format {
             Format::F32 => None,
             Format::Int8 { groups } => Some(groups),
-            Format::Blocks(kind) => return Self::load_blocks(source, kind, packing, threads, device, progress),
+            Format::Blocks(kind) => return Self::load_blocks(source, kind, packing, threads, arena, device, progress),
         };
         let (is_float, groups) = (groups.is_none(), groups.unwrap_or(1));
         if groups == 0 || spec.inputs == 0 || spec.outputs == 0 || !spec.inputs.is_multiple_of(groups) {
@@ -119,7 +120,7 @@ impl CpuMatrix {
             // Of one expert, filled up to whole bands. Taken first, so that the room that is found for the rest is there.
             let mut rows =
                 zeroed(product(&[outputs.next_multiple_of(LANES), inputs], &spec.name, device)?, &spec.name, device)?;
-            let mut packed = Packed::of_int8(spec, groups, device)?;
+            let mut packed = Packed::of_int8(spec, groups, arena, device)?;
             for (expert, scales) in scales.chunks(outputs * groups).enumerate() {
                 shape.fill_expert(source, expert, &mut rows[..outputs * inputs], threads, progress)?;
                 packed.pack_int8(expert, &rows, scales, groups, packing, threads);
@@ -145,6 +146,7 @@ impl CpuMatrix {
         kind: BlockType,
         packing: Option<Packing>,
         threads: &Threads,
+        arena: &mut Arena,
         device: &str,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self, KernelError> {
@@ -159,7 +161,7 @@ impl CpuMatrix {
         };
         let padded_group = inputs.next_multiple_of(LANES);
         if let Some(packing) = packing
-            && let Some(packed) = Packed::load(source, kind, packing, threads, device, progress)?
+            && let Some(packed) = Packed::load(source, kind, packing, threads, arena, device, progress)?
         {
             let values = Values::Packed(packed);
             return Ok(Self {
@@ -385,7 +387,8 @@ mod tests {
         let matrix = TestMatrix::random(&mut Random::new(seed(3)), shape, format, layout);
         let mut bytes = 0;
         let threads = Threads::new(2).unwrap();
-        let loaded = CpuMatrix::load(&matrix, None, &threads, "cpu", &mut |done| bytes += done).unwrap();
+        let loaded =
+            CpuMatrix::load(&matrix, None, &threads, &mut Arena::default(), "cpu", &mut |done| bytes += done).unwrap();
         assert_eq!(bytes, matrix.spec.weight_bytes(), "{shape:?} {format:?} {layout:?}");
         let (experts, inputs, outputs) = shape;
         for e in 0..experts {
@@ -423,7 +426,8 @@ mod tests {
     fn groups_that_do_not_divide_the_inputs_are_refused() {
         let mut matrix = TestMatrix::random(&mut Random::new(1), (1, 16, 2), Format::Int8 { groups: 8 }, Layout::InOut);
         matrix.spec.format = Format::Int8 { groups: 3 };
-        let refused = CpuMatrix::load(&matrix, None, &Threads::new(1).unwrap(), "cpu", &mut |_| ());
+        let refused =
+            CpuMatrix::load(&matrix, None, &Threads::new(1).unwrap(), &mut Arena::default(), "cpu", &mut |_| ());
         assert!(matches!(refused, Err(KernelError::Shape { .. })));
     }
 }

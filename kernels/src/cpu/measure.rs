@@ -6,7 +6,7 @@ use grokpipe_model::{Format, Layout, MatrixSource, MatrixSpec, ModelError};
 
 use super::{
     CpuBackend,
-    memory::LargeWords,
+    memory::Arena,
     simd::{Dots, Isa, Kernel, LANES, Simd, Word, prefetch_distance},
     threads::Threads,
 };
@@ -23,7 +23,7 @@ const ROWS: usize = 64;
 
 /// Bytes a second of all threads reading memory in order.
 pub(super) fn read_bandwidth(isa: Isa, threads: &Threads, device: &str) -> Result<f64, KernelError> {
-    let mut words = LargeWords::zeroed(READ_BYTES / size_of::<Word>(), "the bandwidth measurement", device)?;
+    let mut words = Arena::default().words(READ_BYTES / size_of::<Word>(), "the bandwidth measurement", device)?;
     // Memory that was never written has no pages of its own.
     words.fill(Word([1; 64]));
     let part = words.len().div_ceil(threads.count() * 8);

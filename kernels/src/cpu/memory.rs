@@ -2,6 +2,8 @@
 
 use std::ops::{Deref, DerefMut};
 
+use bytes::{Bytes, BytesMut};
+
 use super::simd::Word;
 use crate::KernelError;
 
@@ -21,52 +23,66 @@ pub(crate) fn available_bytes() -> u64 {
 /// place of 15 GB/s where the system grants them, which Linux does by default to those who ask.
 const LARGE_PAGE: usize = 2 << 20;
 
-/// Words in large pages, if they are many.
-pub(crate) struct LargeWords {
-    /// Begins with what lies before the first large page, which is not written: of memory fresh from the system it takes none.
-    bytes: Vec<u8>,
-    start: usize,
+/// What is taken from the system for matrices that are smaller.
+const REGION: usize = 4 * LARGE_PAGE;
+
+/// Memory for weights, all of it in large pages: small matrices share them.
+#[derive(Default)]
+pub(crate) struct Arena {
+    /// What is left of a region, zeros.
+    rest: BytesMut,
 }
 
-impl LargeWords {
+impl Arena {
     /// `count` words of zero, for `what` on `device`.
-    pub(crate) fn zeroed(count: usize, what: &str, device: &str) -> Result<Self, KernelError> {
+    pub(crate) fn words(&mut self, count: usize, what: &str, device: &str) -> Result<ArenaWords, KernelError> {
         let bytes = product(&[count, size_of::<Word>()], what, device)?;
         check_room(bytes as u64, what, device)?;
-        let page = if bytes < LARGE_PAGE { align_of::<Word>() } else { LARGE_PAGE };
-        // Bytes, because memory for what is aligned would be written with zeros here, and small pages be made of it.
-        let room = bytes.checked_add(page).and_then(|room| bytemuck::allocation::try_zeroed_vec(room).ok());
-        let mut room: Vec<u8> = room.ok_or_else(|| out_of_memory(bytes as u64, available_bytes(), what, device))?;
-        let start = room.as_ptr().align_offset(page);
-        room.truncate(start + bytes);
-        if page == LARGE_PAGE {
-            ask_for_large_pages(&mut room[start..]);
+        // No words of no region would not even be where words may be.
+        if !self.rest.is_empty() && bytes <= self.rest.len() {
+            return Ok(ArenaWords(self.rest.split_to(bytes)));
         }
-        Ok(Self { bytes: room, start })
+        let whole = bytes.max(REGION).checked_next_multiple_of(LARGE_PAGE);
+        // Bytes, because memory for what is aligned would be written with zeros here, and small pages be made of it. What lies before the
+        // first large page is not written either, and so takes no memory.
+        let taken = whole.and_then(|whole| whole.checked_add(LARGE_PAGE));
+        let taken: Option<Vec<u8>> = taken.and_then(|taken| bytemuck::allocation::try_zeroed_vec(taken).ok());
+        let taken = taken.ok_or_else(|| out_of_memory(bytes as u64, available_bytes(), what, device))?;
+        let mut region = BytesMut::from(Bytes::from(taken));
+        let _before = region.split_to(region.as_ptr().align_offset(LARGE_PAGE));
+        region.truncate(region.len() / LARGE_PAGE * LARGE_PAGE);
+        ask_for_large_pages(&mut region);
+        let words = region.split_to(bytes);
+        if region.len() > self.rest.len() {
+            self.rest = region;
+        }
+        Ok(ArenaWords(words))
     }
 }
 
-impl Deref for LargeWords {
+/// A matrix's part of an [`Arena`]; the memory lives as long as the last part.
+pub(crate) struct ArenaWords(BytesMut);
+
+impl Deref for ArenaWords {
     type Target = [Word];
 
     fn deref(&self) -> &[Word] {
-        bytemuck::cast_slice(&self.bytes[self.start..])
+        bytemuck::cast_slice(&self.0)
     }
 }
 
-impl DerefMut for LargeWords {
+impl DerefMut for ArenaWords {
     fn deref_mut(&mut self) -> &mut [Word] {
-        bytemuck::cast_slice_mut(&mut self.bytes[self.start..])
+        bytemuck::cast_slice_mut(&mut self.0)
     }
 }
 
-/// Asks for large pages in memory that begins with one. Where there are none, nothing changes.
+/// Asks for large pages in memory that is made of them. Where there are none, nothing changes.
 #[cfg(target_os = "linux")]
 #[expect(unsafe_code, reason = "the standard library cannot give the system advice about memory")]
 fn ask_for_large_pages(memory: &mut [u8]) {
-    let whole = memory.len() / LARGE_PAGE * LARGE_PAGE;
     // SAFETY: the range lies in memory that the slice has to itself, and this advice never changes what memory holds.
-    unsafe { libc::madvise(memory.as_mut_ptr().cast(), whole, libc::MADV_HUGEPAGE) };
+    unsafe { libc::madvise(memory.as_mut_ptr().cast(), memory.len(), libc::MADV_HUGEPAGE) };
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -119,15 +135,37 @@ mod tests {
     }
 
     #[test]
-    fn words_in_large_pages_are_zero_and_can_be_written() {
-        for count in [0, 1, 32_767, 32_768, 100_003] {
-            let mut words = LargeWords::zeroed(count, "numbers", "cpu").unwrap();
-            assert_eq!(words.len(), count);
-            assert!(words.iter().all(|word| word.0 == [0; 64]));
-            words.iter_mut().zip(0..).for_each(|(word, i)| word.0[63] = i as u8);
-            assert!(words.iter().zip(0..).all(|(word, i)| word.0[63] == i as u8));
+    fn parts_of_an_arena_are_zero_and_nobody_elses() {
+        let mut arena = Arena::default();
+        // Several in a region, one larger than a region, and small ones in what that leaves.
+        let counts = [0, 1, 100, 32_767, 32_768, 100_003, 500_000, 77, 60_000, 5];
+        let mut parts: Vec<_> = counts.map(|count| arena.words(count, "numbers", "cpu").unwrap()).into();
+        for (part, count) in parts.iter_mut().zip(counts) {
+            assert_eq!(part.len(), count);
+            assert!(part.iter().all(|word| word.0 == [0; 64]));
+            part.fill(Word([count as u8 | 1; 64]));
         }
-        let error = LargeWords::zeroed(usize::MAX / 128, "weights", "cpu").err();
-        assert!(matches!(&error, Some(KernelError::OutOfMemory { what, .. }) if what == "weights"), "{error:?}");
+        drop(arena);
+        drop(parts.remove(1));
+        for (part, count) in parts.iter().zip(counts.into_iter().filter(|&count| count != 1)) {
+            assert!(part.iter().all(|word| word.0 == [count as u8 | 1; 64]));
+        }
+    }
+
+    #[test]
+    fn small_matrices_share_large_pages() {
+        let mut arena = Arena::default();
+        let first = arena.words(10, "numbers", "cpu").unwrap();
+        let second = arena.words(10, "numbers", "cpu").unwrap();
+        assert!(first.as_ptr().cast::<u8>().addr().is_multiple_of(LARGE_PAGE));
+        assert_eq!(first.as_ptr_range().end, second.as_ptr());
+    }
+
+    #[test]
+    fn an_arena_that_cannot_grow_says_for_what() {
+        for count in [usize::MAX / 128, usize::MAX / 64] {
+            let error = Arena::default().words(count, "weights", "cpu").err();
+            assert!(matches!(&error, Some(KernelError::OutOfMemory { what, .. }) if what == "weights"), "{error:?}");
+        }
     }
 }

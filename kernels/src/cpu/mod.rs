@@ -29,7 +29,7 @@ use self::{
     attention::{Attention, AttentionRow, Keys},
     experts::{Choose, Combine, Gelu, Groups, Piece, first_weights},
     matrix::Values,
-    memory::{product as checked_product, zeroed},
+    memory::{Arena, product as checked_product, zeroed},
     norm::Norm,
     product::{Product, Rows},
     rope::RopeStore,
@@ -96,6 +96,8 @@ pub struct CpuBackend {
     info: DeviceInfo,
     isa: Isa,
     threads: Threads,
+    /// Where weights for 8-bit inputs lie.
+    arena: Arena,
     batch: Batch,
     /// Slot of each row.
     slots: Vec<usize>,
@@ -145,6 +147,7 @@ impl CpuBackend {
             info,
             isa,
             threads,
+            arena: Arena::default(),
             batch: Batch::default(),
             slots: Vec::new(),
             angles: None,
@@ -248,7 +251,7 @@ impl Backend for CpuBackend {
         progress: &mut dyn FnMut(u64),
     ) -> Result<CpuMatrix, KernelError> {
         let packing = (self.precision == Precision::Fast).then(|| self.isa.packing());
-        CpuMatrix::load(source, packing, &self.threads, &self.info.name, progress)
+        CpuMatrix::load(source, packing, &self.threads, &mut self.arena, &self.info.name, progress)
     }
 
     fn held_bytes(&self, spec: &MatrixSpec) -> u64 {

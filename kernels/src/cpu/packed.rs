@@ -8,7 +8,7 @@
 use grokpipe_model::{BlockType, Codes, MatrixSource, MatrixSpec};
 
 use super::{
-    memory::{LargeWords, product},
+    memory::{Arena, ArenaWords, product},
     simd::{LANES, Packing, Word},
     threads::Threads,
 };
@@ -117,7 +117,7 @@ pub(crate) struct Packed {
     /// Bands of an expert.
     pub(super) bands: usize,
     /// `[experts, bands, parts]` streams.
-    pub(super) words: LargeWords,
+    pub(super) words: ArenaWords,
     pub(super) numbers: Numbers,
     pub(super) scaling: Scaling,
     /// How its streams are cut.
@@ -183,16 +183,27 @@ pub(super) fn held_bytes(spec: &MatrixSpec, kind: BlockType) -> u64 {
 
 impl Packed {
     /// Room for a matrix.
-    fn zeroed(spec: &MatrixSpec, numbers: Numbers, scaling: Scaling, device: &str) -> Result<Self, KernelError> {
+    fn zeroed(
+        spec: &MatrixSpec,
+        numbers: Numbers,
+        scaling: Scaling,
+        arena: &mut Arena,
+        device: &str,
+    ) -> Result<Self, KernelError> {
         let (blocks, bands) = (spec.inputs / BLOCK, spec.outputs.div_ceil(LANES));
         let chunk = Chunk::of(numbers, scaling);
         let count = product(&[spec.experts, bands, chunk.stream(blocks)], &spec.name, device)?;
-        Ok(Self { blocks, bands, words: LargeWords::zeroed(count, &spec.name, device)?, numbers, scaling, chunk })
+        Ok(Self { blocks, bands, words: arena.words(count, &spec.name, device)?, numbers, scaling, chunk })
     }
 
     /// Room for int8.
-    pub(super) fn of_int8(spec: &MatrixSpec, groups: usize, device: &str) -> Result<Self, KernelError> {
-        Self::zeroed(spec, Numbers::Bytes, Scaling::Groups(spec.inputs / BLOCK / groups), device)
+    pub(super) fn of_int8(
+        spec: &MatrixSpec,
+        groups: usize,
+        arena: &mut Arena,
+        device: &str,
+    ) -> Result<Self, KernelError> {
+        Self::zeroed(spec, Numbers::Bytes, Scaling::Groups(spec.inputs / BLOCK / groups), arena, device)
     }
 
     /// Packs an expert's rows of int8, filled up to whole bands, with scales `[outputs, groups]`.
@@ -227,6 +238,7 @@ impl Packed {
         kind: BlockType,
         packing: Packing,
         threads: &Threads,
+        arena: &mut Arena,
         device: &str,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Option<Self>, KernelError> {
@@ -234,7 +246,7 @@ impl Packed {
         let (Some(plan), Some(row_bytes)) = (Plan::of(kind), format.row_bytes(inputs)) else {
             return Ok(None);
         };
-        let mut packed = Self::zeroed(spec, plan.numbers, plan.scaling(), device)?;
+        let mut packed = Self::zeroed(spec, plan.numbers, plan.scaling(), arena, device)?;
         let (chunk, stream, bands) = (packed.chunk, packed.stream(), packed.bands);
         let at_once = (PIECE_BYTES / (LANES * row_bytes)).max(1);
         let mut stored = Vec::new();
@@ -377,7 +389,8 @@ mod tests {
         for kind in BlockType::all() {
             let matrix = TestMatrix::random(&mut Random::new(3), (2, 512, 70), Format::Blocks(kind), Layout::OutIn);
             let Some(packed) =
-                Packed::load(&matrix, kind, Isa::best().packing(), &threads, "cpu", &mut |_| ()).unwrap()
+                Packed::load(&matrix, kind, Isa::best().packing(), &threads, &mut Arena::default(), "cpu", &mut |_| ())
+                    .unwrap()
             else {
                 assert_eq!(held_bytes(&matrix.spec, kind), matrix.spec.weight_bytes());
                 continue;
