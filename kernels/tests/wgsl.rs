@@ -10,8 +10,8 @@ use wgpu::naga::{
     valid::{Capabilities, ValidationFlags, Validator},
 };
 
-/// The folder of the files that shaders are joined with.
-const SHARED: &str = "product";
+/// The folders of the files that shaders are joined with.
+const SHARED: [&str; 2] = ["product", "lanes"];
 
 /// Halves within words: Vulkan, Metal and DX12 have them always, OpenGL does not.
 const CAPABILITIES: Capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
@@ -21,11 +21,26 @@ fn parse(shader: &Shader) -> Module {
     wgsl::parse_str(&source).unwrap_or_else(|error| panic!("{}: {}", shader.name, error.emit_to_string(&source)))
 }
 
+/// What a shader is compiled with.
+fn capabilities(shader: &Shader) -> Capabilities {
+    if shader.needs_subgroups() { CAPABILITIES | Capabilities::SUBGROUP } else { CAPABILITIES }
+}
+
 #[test]
-fn shaders_are_valid_without_optional_capabilities() {
+fn shaders_are_valid_without_optional_capabilities_but_what_they_say() {
     for shader in SHADERS {
-        let validated = Validator::new(ValidationFlags::all(), CAPABILITIES).validate(&parse(shader));
+        let validate = |capabilities| Validator::new(ValidationFlags::all(), capabilities).validate(&parse(shader));
+        let validated = validate(capabilities(shader));
         assert!(validated.is_ok(), "{}: {:?}", shader.name, validated.err());
+        assert!(!shader.needs_subgroups() || validate(CAPABILITIES).is_err(), "{} needs no subgroups", shader.name);
+    }
+}
+
+#[test]
+fn a_shader_with_subgroups_has_one_without_beside_it() {
+    let has_portable = |name| SHADERS.iter().any(|shader| shader.name == name && !shader.needs_subgroups());
+    for shader in SHADERS.iter().filter(|shader| shader.name != "subgroup_probe") {
+        assert!(has_portable(shader.name), "{}", shader.name);
     }
 }
 
@@ -33,7 +48,7 @@ fn shaders_are_valid_without_optional_capabilities() {
 fn every_variant_is_valid_with_its_constants() {
     for (shader, constants) in gpu_kernels() {
         let module = parse(shader);
-        let info = Validator::new(ValidationFlags::all(), CAPABILITIES).validate(&module).unwrap();
+        let info = Validator::new(ValidationFlags::all(), capabilities(shader)).validate(&module).unwrap();
         let values = constants.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
         let entry = Some((ShaderStage::Compute, shader.name));
         let made = process_overrides(&module, &info, entry, &values);
@@ -91,7 +106,7 @@ fn every_shader_file_is_in_the_list_and_opens_with_its_name() {
     let ops = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/ops");
     let mut files = Vec::new();
     let folders = std::fs::read_dir(ops).unwrap().map(|entry| entry.unwrap().path());
-    for folder in folders.filter(|path| path.is_dir() && !path.ends_with(SHARED)) {
+    for folder in folders.filter(|path| path.is_dir() && !SHARED.iter().any(|shared| path.ends_with(shared))) {
         let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
         files.extend(entries.filter(|path| path.extension().is_some_and(|extension| extension == "wgsl")));
     }
@@ -99,7 +114,7 @@ fn every_shader_file_is_in_the_list_and_opens_with_its_name() {
     let mut listed: Vec<_> = SHADERS.iter().map(|shader| shader.name).collect();
     found.sort_unstable();
     listed.sort_unstable();
-    // The precisions of a shader are in one file.
+    // The precisions of a shader are in one file, and so are its ways to reduce.
     listed.dedup();
     assert_eq!(found, listed);
     for shader in SHADERS {
@@ -116,7 +131,8 @@ fn every_kernel_becomes_a_pipeline() {
     let instance = wgpu::Instance::new(descriptor);
     let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::NOOP));
     let adapter = adapters.first().expect("the noop backend is built in");
-    let (device, _queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default())).unwrap();
+    let descriptor = wgpu::DeviceDescriptor { required_features: wgpu::Features::SUBGROUP, ..Default::default() };
+    let (device, _queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
     for (shader, constants) in gpu_kernels() {
         let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
         let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {

@@ -86,7 +86,7 @@ impl GpuBackend {
             let buffers = [&q.buffer, &pool.keys, &pool.values, &kv.attended, places, tables, &out.buffer, partials];
             let work = (count * blocks * BLOCK) as u64 * 2 * width as u64;
             let groups = [op.heads, blocks as u32, count as u32];
-            self.recorder.dispatch(Kernel::Attention, &uniform, &buffers, groups, work);
+            self.recorder.dispatch(Kernel::Attention(self.lanes), &uniform, &buffers, groups, work);
             if blocks > 1 {
                 let uniform = AttentionCombineParams {
                     heads: op.heads,

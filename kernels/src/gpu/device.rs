@@ -5,12 +5,12 @@
 
 use wgpu::{Adapter, AdapterInfo, DeviceType, Limits};
 
-use super::failure::Failure;
+use super::{failure::Failure, probe::SUBGROUP_MIN};
 use crate::{DeviceInfo, KernelError, Precision};
 
 /// Version of the portable kernels' arithmetic in each precision. Raised with every change of a sum's order, so that stages of
 /// different versions do not pass for equal.
-const KERNEL_SETS: [&str; 2] = ["gpu-exact/3", "gpu-fast/2"];
+const KERNEL_SETS: [&str; 2] = ["gpu-exact/4", "gpu-fast/3"];
 
 /// Which adapter is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +49,8 @@ pub(super) struct Opened {
     pub(super) software: bool,
     /// Whether a workgroup may have 256 threads, WebGPU's default.
     pub(super) has_large_workgroups: bool,
+    /// Whether it has subgroups of eight threads and more, as far as the adapter says.
+    pub(super) has_subgroups: bool,
     pub(super) failure: Failure,
 }
 
@@ -142,8 +144,8 @@ fn open_adapter(adapter: &Adapter, info: &AdapterInfo, precision: Precision) -> 
     limits.max_storage_buffer_binding_size = offered.max_storage_buffer_binding_size;
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("grokpipe"),
-        // For benchmarks alone; no kernel needs more than WebGPU's own features.
-        required_features: adapter.features() & wgpu::Features::TIMESTAMP_QUERY,
+        // The clock is for benchmarks, subgroups are for kernels that others can stand in for.
+        required_features: adapter.features() & (wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::SUBGROUP),
         required_limits: limits,
         memory_hints: wgpu::MemoryHints::Performance,
         ..Default::default()
@@ -156,7 +158,14 @@ fn open_adapter(adapter: &Adapter, info: &AdapterInfo, precision: Precision) -> 
         format!("{kernel_set} f32 {} driver {} {}", name, info.driver, info.driver_info).trim().to_string();
     let info_out = DeviceInfo { name, is_gpu: true, fingerprint, memory_bytes: memory_bytes(adapter, info) };
     let has_large_workgroups = device.limits().max_compute_invocations_per_workgroup >= 256;
-    Ok(Opened { device, queue, info: info_out, software: is_software(info), has_large_workgroups, failure })
+    let has_subgroups = has_subgroups(device.features(), info.subgroup_min_size);
+    let software = is_software(info);
+    Ok(Opened { device, queue, info: info_out, software, has_large_workgroups, has_subgroups, failure })
+}
+
+/// An adapter with subgroups of different sizes takes one for each kernel, so the least must do.
+fn has_subgroups(features: wgpu::Features, min_size: u32) -> bool {
+    features.contains(wgpu::Features::SUBGROUP) && min_size >= SUBGROUP_MIN
 }
 
 /// Memory of the device: what is free of the host's for a software adapter, the device-local heaps of a Vulkan one, else 0.
@@ -193,4 +202,16 @@ fn device_local_bytes(adapter: &Adapter) -> u64 {
 #[cfg(not(any(target_os = "linux", target_os = "windows", target_os = "android")))]
 fn device_local_bytes(_adapter: &Adapter) -> u64 {
     0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn subgroups_are_taken_where_there_are_any_of_eight() {
+        let all = wgpu::Features::SUBGROUP;
+        assert!(has_subgroups(all, 8) && has_subgroups(all, 32));
+        assert!(!has_subgroups(all, 4) && !has_subgroups(wgpu::Features::empty(), 32));
+    }
 }

@@ -1,15 +1,15 @@
 //! The GPU backend: Grok-1's operations as compute shaders, through wgpu, on any adapter that has WebGPU's default limits.
 //!
-//! This is the portable path: no subgroups, no f16, no binding arrays. Faster paths for an adapter's features are further kernels
-//! in `pipelines.rs`, chosen when the device is opened. The one idea: operations only record
-//! what is to be done; `finish` submits a step as one compute pass and reads what is wanted, so that a decode step
-//! costs one submission however many layers it has. Nothing here panics on what a driver does: failures become [`KernelError`]s.
+//! This is the portable path: no f16, no binding arrays. Faster paths for an adapter's features, such as subgroups, are further kernels
+//! in `pipelines.rs`, chosen when the device is opened. The one idea: operations only record what is to be done; `finish` submits a
+//! step as one compute pass and reads what is wanted, so that a decode step costs one submission however many layers it has. Nothing
+//! here panics on what a driver does: failures become [`KernelError`]s.
 //!
-//! `device.rs` opens an adapter, `failure.rs` keeps why it failed, `memory.rs` counts buffers. `format.rs` says how weights are
-//! held, `matrix.rs` lays them out, `blocks.rs` and `upload.rs` get them there. `shaders.rs` and `pipelines.rs` hold the kernels,
-//! `recorder.rs` submits them, `batch.rs` is what a step's rows become, `rounded.rs` what precision `fast` makes of rows,
-//! `attention.rs` and `experts.rs` are the operations of several dispatches, `measure.rs` times the device, `clock.rs` reads its own
-//! clock.
+//! `device.rs` opens an adapter, `probe.rs` tries its subgroups, `failure.rs` keeps why it failed, `memory.rs` counts buffers.
+//! `format.rs` says how weights are held, `matrix.rs` lays them out, `blocks.rs` and `upload.rs` get them there. `shaders.rs` and
+//! `pipelines.rs` hold the kernels, `recorder.rs` submits them, `batch.rs` is what a step's rows become, `rounded.rs` what precision
+//! `fast` makes of rows, `attention.rs` and `experts.rs` are the operations of several dispatches, `measure.rs` times the device,
+//! `clock.rs` reads its own clock.
 
 mod attention;
 mod batch;
@@ -25,6 +25,7 @@ mod matrix;
 mod measure;
 mod memory;
 mod pipelines;
+mod probe;
 mod recorder;
 mod rounded;
 mod shaders;
@@ -41,7 +42,7 @@ use self::{
     pipelines::{Kernel, Sharing, TILE_ROWS, TILES_PER_WORKGROUP, Variant},
     recorder::Recorder,
     rounded::RoundedRows,
-    shaders::{GatherParams, MatmulParams},
+    shaders::{GatherParams, Lanes, MatmulParams},
     upload::Expanded,
 };
 pub use self::{
@@ -67,6 +68,8 @@ pub struct GpuOptions {
     pub max_shard_bytes: Option<u64>,
     /// Whether several threads share a product's sum; else hardware that has room for that does. Results do not change.
     pub share_sums: Option<bool>,
+    /// Whether threads reduce within subgroups on a device where these work; else hardware does. Results do not change.
+    pub subgroups: Option<bool>,
 }
 
 /// A device behind wgpu. See the module's page.
@@ -75,6 +78,8 @@ pub struct GpuBackend {
     software: bool,
     /// Whether several threads share a sum.
     sliced: bool,
+    /// How threads reduce their numbers.
+    lanes: Lanes,
     precision: Precision,
     recorder: Recorder,
     memory: Memory,
@@ -143,13 +148,19 @@ impl GpuBackend {
     pub fn open_with(choice: &GpuChoice, options: &GpuOptions) -> Result<Self, KernelError> {
         let opened = device::open(choice, options.precision)?;
         let memory_bytes = opened.info.memory_bytes;
-        let memory = Memory::new(&opened.device, &opened.failure, memory_bytes, options.max_shard_bytes);
+        let mut memory = Memory::new(&opened.device, &opened.failure, memory_bytes, options.max_shard_bytes);
+        let mut recorder = Recorder::new(opened.device, opened.queue, opened.failure)?;
+        let wanted = opened.has_subgroups && options.subgroups.unwrap_or(!opened.software);
+        let works = wanted && probe::subgroups_work(&mut recorder, &mut memory)?;
+        let lanes = if works { Lanes::Subgroups } else { Lanes::Memory };
+        recorder.compile_always(lanes)?;
         Ok(Self {
             info: opened.info,
             software: opened.software,
             sliced: options.share_sums.unwrap_or(!opened.software && opened.has_large_workgroups),
+            lanes,
             precision: options.precision,
-            recorder: Recorder::new(opened.device, opened.queue, opened.failure)?,
+            recorder,
             memory,
             batch: StepBatch::default(),
             rows: 0,
@@ -321,11 +332,11 @@ impl Backend for GpuBackend {
     }
 
     fn rms_norm(&mut self, epsilon: f32, x: &GpuActivations, weight: &GpuVector, out: &mut GpuActivations) {
-        self.norm(Kernel::RmsNorm, epsilon, x, weight, out);
+        self.norm(Kernel::RmsNorm(self.lanes), epsilon, x, weight, out);
     }
 
     fn rms_norm_add(&mut self, epsilon: f32, y: &GpuActivations, weight: &GpuVector, residual: &mut GpuActivations) {
-        self.norm(Kernel::RmsNormAdd, epsilon, y, weight, residual);
+        self.norm(Kernel::RmsNormAdd(self.lanes), epsilon, y, weight, residual);
     }
 
     fn matmul(&mut self, x: &GpuActivations, w: &GpuMatrix, factor: f32, out: &mut GpuActivations) {

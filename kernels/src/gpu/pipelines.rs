@@ -10,7 +10,7 @@ use super::{
     failure::Failure,
     format::Held,
     memory::scoped,
-    shaders::{self, Shader},
+    shaders::{self, Lanes, Shader},
 };
 use crate::{KernelError, Precision};
 
@@ -24,29 +24,32 @@ pub(super) enum Kernel {
     MoeRouter,
     ExpertTiles,
     Quantise,
-    RmsNorm,
-    RmsNormAdd,
+    RmsNorm(Lanes),
+    RmsNormAdd(Lanes),
     Rope,
     MarkSlots,
-    Attention,
+    Attention(Lanes),
     AttentionCombine,
     Gather,
+    SubgroupProbe,
 }
 
 /// The kernels that have no variants.
-const ALWAYS: [Kernel; 11] = [
+const ALWAYS: [Kernel; 8] = [
     Kernel::ExpertCombine,
     Kernel::MoeRouter,
     Kernel::ExpertTiles,
     Kernel::Quantise,
-    Kernel::RmsNorm,
-    Kernel::RmsNormAdd,
     Kernel::Rope,
     Kernel::MarkSlots,
-    Kernel::Attention,
     Kernel::AttentionCombine,
     Kernel::Gather,
 ];
+
+/// The kernels in which threads reduce their numbers.
+fn reductions(lanes: Lanes) -> [Kernel; 3] {
+    [Kernel::RmsNorm(lanes), Kernel::RmsNormAdd(lanes), Kernel::Attention(lanes)]
+}
 
 /// A variant of a kernel that multiplies by weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -115,6 +118,15 @@ impl Variant {
     }
 }
 
+impl Lanes {
+    fn of(self, memory: &'static Shader, subgroups: &'static Shader) -> &'static Shader {
+        match self {
+            Self::Memory => memory,
+            Self::Subgroups => subgroups,
+        }
+    }
+}
+
 impl Kernel {
     fn shader(self) -> (&'static Shader, Constants) {
         match self {
@@ -129,13 +141,14 @@ impl Kernel {
             Self::MoeRouter => (&shaders::MOE_ROUTER, Vec::new()),
             Self::ExpertTiles => (&shaders::EXPERT_TILES, Vec::new()),
             Self::Quantise => (&shaders::QUANTISE, Vec::new()),
-            Self::RmsNorm => (&shaders::RMS_NORM, Vec::new()),
-            Self::RmsNormAdd => (&shaders::RMS_NORM, vec![("ADD", 1.0)]),
+            Self::RmsNorm(lanes) => (lanes.of(&shaders::RMS_NORM, &shaders::RMS_NORM_SUBGROUP), Vec::new()),
+            Self::RmsNormAdd(lanes) => (lanes.of(&shaders::RMS_NORM, &shaders::RMS_NORM_SUBGROUP), vec![("ADD", 1.0)]),
             Self::Rope => (&shaders::ROPE, Vec::new()),
             Self::MarkSlots => (&shaders::MARK_SLOTS, Vec::new()),
-            Self::Attention => (&shaders::ATTENTION, Vec::new()),
+            Self::Attention(lanes) => (lanes.of(&shaders::ATTENTION, &shaders::ATTENTION_SUBGROUP), Vec::new()),
             Self::AttentionCombine => (&shaders::ATTENTION_COMBINE, Vec::new()),
             Self::Gather => (&shaders::GATHER, Vec::new()),
+            Self::SubgroupProbe => (&shaders::SUBGROUP_PROBE, Vec::new()),
         }
     }
 }
@@ -143,6 +156,8 @@ impl Kernel {
 /// Every kernel that any device may be given, for tools and tests.
 pub fn gpu_kernels() -> Vec<(&'static Shader, Vec<(&'static str, f64)>)> {
     let mut kernels = ALWAYS.to_vec();
+    kernels.extend([Lanes::Memory, Lanes::Subgroups].into_iter().flat_map(reductions));
+    kernels.push(Kernel::SubgroupProbe);
     let sliced = [Sharing::One, Sharing::Tiled].map(|sharing| (sharing, true, true));
     let small = [Sharing::One, Sharing::Tiled].map(|sharing| (sharing, false, true));
     let software = [Sharing::Wide, Sharing::Tiled].map(|sharing| (sharing, false, false));
@@ -172,19 +187,26 @@ pub(super) struct Pipeline {
 }
 
 /// The compiled kernels of a device.
-pub(super) struct Pipelines(HashMap<Kernel, Pipeline>);
+#[derive(Default)]
+pub(super) struct Pipelines {
+    made: HashMap<Kernel, Pipeline>,
+    /// What tests have compiled in a kernel's place.
+    #[cfg(test)]
+    replaced: HashMap<Kernel, Shader>,
+}
 
 impl Pipelines {
-    /// Compiles the kernels that have no variants.
+    /// Compiles the kernels that every model needs.
     ///
     /// # Errors
     /// As [`Pipelines::compile`].
-    pub(super) fn new(device: &wgpu::Device, failure: &Failure) -> Result<Self, KernelError> {
-        let mut made = Self(HashMap::new());
-        for kernel in ALWAYS {
-            made.compile(device, failure, kernel)?;
-        }
-        Ok(made)
+    pub(super) fn compile_always(
+        &mut self,
+        device: &wgpu::Device,
+        failure: &Failure,
+        lanes: Lanes,
+    ) -> Result<(), KernelError> {
+        ALWAYS.into_iter().chain(reductions(lanes)).try_for_each(|kernel| self.compile(device, failure, kernel))
     }
 
     /// Compiles a kernel, unless it is there.
@@ -197,26 +219,51 @@ impl Pipelines {
         failure: &Failure,
         kernel: Kernel,
     ) -> Result<(), KernelError> {
-        if self.0.contains_key(&kernel) {
-            return Ok(());
-        }
-        let (shader, constants) = kernel.shader();
-        match failure.guard(|| scoped(device, || pipeline(device, shader, &constants)))? {
-            Ok(pipeline) => drop(self.0.insert(kernel, pipeline)),
-            Err(error) => failure.set(format!("kernel {kernel:?} was refused: {error}")),
+        if let Some(error) = self.refusal(device, failure, kernel)? {
+            failure.set(format!("kernel {kernel:?} was refused: {error}"));
         }
         failure.check()
+    }
+
+    /// Compiles a kernel, unless it is there. Why the driver refused it, if it did: no failure for one that can be done without.
+    ///
+    /// # Errors
+    /// [`KernelError::DeviceLost`].
+    pub(super) fn refusal(
+        &mut self,
+        device: &wgpu::Device,
+        failure: &Failure,
+        kernel: Kernel,
+    ) -> Result<Option<String>, KernelError> {
+        if self.made.contains_key(&kernel) {
+            return Ok(None);
+        }
+        let (shader, constants) = kernel.shader();
+        #[cfg(test)]
+        let shader = self.replaced.get(&kernel).unwrap_or(shader);
+        match failure.guard(|| scoped(device, || pipeline(device, shader, &constants)))? {
+            Ok(pipeline) => drop(self.made.insert(kernel, pipeline)),
+            Err(error) => return Ok(Some(error.to_string())),
+        }
+        failure.check().map(|()| None)
+    }
+
+    /// Puts a shader in a kernel's place.
+    #[cfg(test)]
+    pub(super) fn replace(&mut self, kernel: Kernel, shader: Shader) {
+        self.made.remove(&kernel);
+        self.replaced.insert(kernel, shader);
     }
 
     /// How many there are.
     #[cfg(test)]
     pub(super) fn count(&self) -> usize {
-        self.0.len()
+        self.made.len()
     }
 
     /// `None` when it was not compiled.
     pub(super) fn get(&self, kernel: Kernel) -> Option<&Pipeline> {
-        self.0.get(&kernel)
+        self.made.get(&kernel)
     }
 }
 

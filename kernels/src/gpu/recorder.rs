@@ -13,6 +13,7 @@ use super::{
     failure::Failure,
     memory::{GpuBuffer, scoped, whole},
     pipelines::{Kernel, Pipelines},
+    shaders::Lanes,
 };
 use crate::KernelError;
 
@@ -62,9 +63,8 @@ pub(super) struct Recorder {
 }
 
 impl Recorder {
-    /// Compiles the kernels that every model needs and makes the uniform buffer.
+    /// Makes the uniform buffer. No kernel is compiled yet.
     pub(super) fn new(device: wgpu::Device, queue: wgpu::Queue, failure: Failure) -> Result<Self, KernelError> {
-        let pipelines = Pipelines::new(&device, &failure)?;
         let uniforms = device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("parameters"),
             size: (UNIFORM_STRIDE * DISPATCHES_MAX) as u64,
@@ -76,7 +76,7 @@ impl Recorder {
             device,
             queue,
             failure,
-            pipelines,
+            pipelines: Pipelines::default(),
             uniforms,
             uniform_bytes: Vec::new(),
             pending: Vec::new(),
@@ -147,6 +147,12 @@ impl Recorder {
         self.pipelines.count()
     }
 
+    /// As [`Pipelines::replace`], for tests.
+    #[cfg(test)]
+    pub(super) fn replace(&mut self, kernel: Kernel, shader: super::Shader) {
+        self.pipelines.replace(kernel, shader);
+    }
+
     /// Pretends that what is recorded is more work, for tests.
     #[cfg(test)]
     pub(super) fn add_work(&mut self, work: u64) {
@@ -200,6 +206,22 @@ impl Recorder {
     /// As [`Pipelines::compile`].
     pub(super) fn compile(&mut self, kernel: Kernel) -> Result<(), KernelError> {
         self.pipelines.compile(&self.device, &self.failure, kernel)
+    }
+
+    /// Compiles the kernels that every model needs.
+    ///
+    /// # Errors
+    /// As [`Pipelines::compile`].
+    pub(super) fn compile_always(&mut self, lanes: Lanes) -> Result<(), KernelError> {
+        self.pipelines.compile_always(&self.device, &self.failure, lanes)
+    }
+
+    /// As [`Pipelines::refusal`].
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn refusal(&mut self, kernel: Kernel) -> Result<Option<String>, KernelError> {
+        self.pipelines.refusal(&self.device, &self.failure, kernel)
     }
 
     /// `None` when the kernel was not compiled.

@@ -27,16 +27,30 @@ pub struct Shader {
 #[derive(Clone, Copy, Debug)]
 enum Joined {
     Alone,
+    /// Reductions over a workgroup's threads.
+    Lanes(Lanes),
     /// Products of rows with the bindings of these names.
     Products(Precision, &'static [&'static str]),
     /// The same for pairs of rows and experts.
     PairProducts(Precision, &'static [&'static str]),
 }
 
+/// How the threads of a workgroup reduce their numbers to one. The bits of a result do not depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Lanes {
+    /// Through the workgroup's memory, on any device.
+    Memory,
+    /// By shuffles within subgroups, where [`super::probe`] found that these work.
+    Subgroups,
+}
+
 /// A file that shaders are joined with.
 macro_rules! shared {
+    ($folder:literal / $name:literal) => {
+        include_str!(concat!("../ops/", $folder, "/", $name, ".wgsl"))
+    };
     ($name:literal) => {
-        include_str!(concat!("../ops/product/", $name, ".wgsl"))
+        shared!("product" / $name)
     };
 }
 
@@ -46,6 +60,14 @@ impl Shader {
         let mut source = self.text.to_owned();
         let (precision, names) = match self.joined {
             Joined::Alone => return source,
+            Joined::Lanes(lanes) => {
+                source.push_str(shared!("lanes" / "lanes"));
+                source.push_str(match lanes {
+                    Lanes::Memory => shared!("lanes" / "lanes_memory"),
+                    Lanes::Subgroups => shared!("lanes" / "lanes_subgroup"),
+                });
+                return source;
+            }
             Joined::Products(precision, names) => (precision, names),
             Joined::PairProducts(precision, names) => {
                 source.push_str(shared!("pairs"));
@@ -64,6 +86,17 @@ impl Shader {
             source.push_str(&shared!("sums").replace("MATRIX", name));
         }
         source
+    }
+
+    /// The same with another text, and joined with nothing more.
+    #[cfg(test)]
+    pub(super) fn with_text(self, text: String) -> Self {
+        Self { text: text.leak(), joined: Joined::Alone, ..self }
+    }
+
+    /// Whether only devices with subgroups compile it.
+    pub fn needs_subgroups(&self) -> bool {
+        matches!(self.joined, Joined::Lanes(Lanes::Subgroups))
     }
 }
 
@@ -98,10 +131,14 @@ shaders! {
     EXPERT_COMBINE = "expert_down" / "expert_combine", Joined::Alone, CombineParams, [false, false, true];
     MOE_ROUTER = "moe_router" / "moe_router", Joined::Alone, moe_router::Params, [false, false, true, true];
     EXPERT_TILES = "moe_router" / "expert_tiles", Joined::Alone, TilesParams, [false, true];
-    RMS_NORM = "rms_norm" / "rms_norm", Joined::Alone, rms_norm::Params, [false, false, true];
+    RMS_NORM = "rms_norm" / "rms_norm", Joined::Lanes(Lanes::Memory), rms_norm::Params, [false, false, true];
+    RMS_NORM_SUBGROUP = "rms_norm" / "rms_norm", Joined::Lanes(Lanes::Subgroups), rms_norm::Params, [false, false, true];
+    SUBGROUP_PROBE = "subgroup_probe" / "subgroup_probe", Joined::Lanes(Lanes::Subgroups), ProbeParams, [true];
     ROPE = "rope" / "rope", Joined::Alone, RopeParams, [true, false, false, false, false, true, true];
     MARK_SLOTS = "attention" / "mark_slots", Joined::Alone, MarkParams, [false, true];
-    ATTENTION = "attention" / "attention", Joined::Alone, AttentionUniform,
+    ATTENTION = "attention" / "attention", Joined::Lanes(Lanes::Memory), AttentionUniform,
+        [false, false, false, false, false, false, true, true];
+    ATTENTION_SUBGROUP = "attention" / "attention", Joined::Lanes(Lanes::Subgroups), AttentionUniform,
         [false, false, false, false, false, false, true, true];
     ATTENTION_COMBINE = "attention" / "attention_combine", Joined::Alone, AttentionCombineParams, [false, false, true];
     GATHER = "gather" / "gather", Joined::Alone, GatherParams, [false, false, true];
@@ -151,6 +188,12 @@ pub(super) struct TilesParams {
     pub(super) pairs: u32,
     pub(super) num_experts: u32,
     pub(super) tiles: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct ProbeParams {
+    pub(super) factor: u32,
 }
 
 #[repr(C)]

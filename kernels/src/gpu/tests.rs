@@ -4,12 +4,19 @@
 
 use grokpipe_model::{BlockType, Format, Layout};
 
-use super::{GpuBackend, GpuChoice, GpuOptions};
+use super::{
+    GpuBackend, GpuChoice, GpuOptions,
+    pipelines::Kernel,
+    probe,
+    shaders::{self, Lanes},
+};
 use crate::{
-    Backend, KernelError, Precision, check_batch_invariance,
+    AttentionParams, Backend, KV_BLOCK_TOKENS, KernelError, Precision, check_batch_invariance,
     ops::{
         self,
-        testing::{Random, TestMatrix, check_rows_in_chunks, compare_bits, download, single_tokens, upload},
+        testing::{
+            Random, TestMatrix, check_rows_in_chunks, compare_bits, download, one_sequence, seed, single_tokens, upload,
+        },
     },
 };
 
@@ -126,6 +133,103 @@ fn sums_that_threads_share_do_not_show() {
             }
         }
     }
+}
+
+/// A backend that reduces through memory and one that does so within subgroups; `None` where there is no adapter with these.
+fn with_and_without_subgroups() -> Option<[GpuBackend; 2]> {
+    let options = |subgroups| GpuOptions { subgroups: Some(subgroups), ..GpuOptions::default() };
+    let backends = [open_with(&options(false))?, open_with(&options(true))?];
+    assert_eq!(backends[0].lanes, Lanes::Memory);
+    if backends[1].lanes == Lanes::Subgroups {
+        return Some(backends);
+    }
+    assert!(!super::device::open(&choice(), Precision::Exact).unwrap().has_subgroups, "the probe refuses them");
+    println!("skipped: the adapter has no subgroups of eight threads");
+    None
+}
+
+#[test]
+fn norms_by_subgroups_have_the_same_bits() {
+    let Some([mut memory, mut subgroups]) = with_and_without_subgroups() else { return };
+    let seed = seed(41);
+    let mut random = Random::new(seed);
+    for (rows, width) in [(1, 1), (2, 7), (65, 64), (3, 127), (5, 128), (1, 129), (33, 768), (1, 1000), (2, 6144)] {
+        let [x, residual] = [(); 2].map(|()| random.floats(rows * width, 3.0));
+        let weight = random.floats(width, 2.0);
+        let run = |backend: &mut GpuBackend| {
+            let weight = backend.load_vector(&weight).unwrap();
+            let mut sum = upload(backend, &single_tokens(rows), width, &residual);
+            let x = upload(backend, &single_tokens(rows), width, &x);
+            let mut out = backend.activations(rows, width).unwrap();
+            backend.rms_norm(1e-5, &x, &weight, &mut out);
+            backend.rms_norm_add(1e-5, &out, &weight, &mut sum);
+            backend.finish(&[(&out, rows), (&sum, rows)]).unwrap().concat()
+        };
+        let (want, got) = (run(&mut memory), run(&mut subgroups));
+        compare_bits("rms_norm", &(rows, width), "subgroups", seed, &got, &want);
+    }
+}
+
+#[test]
+fn attention_by_subgroups_has_the_same_bits() {
+    let Some([mut memory, mut subgroups]) = with_and_without_subgroups() else { return };
+    let seed = seed(42);
+    let mut random = Random::new(seed);
+    let cases: [(usize, usize, usize, fn(usize) -> bool); 6] = [
+        (1, 1, 2, |_| true),
+        (13, 1, 16, |_| false),
+        (128, 2, 16, |p| p % 5 != 0),
+        (129, 1, 128, |_| true),
+        (260, 2, 12, |p| p > 140),
+        (300, 1, 130, |p| p % 3 != 1),
+    ];
+    for (tokens, kv_heads, head_dim, attended) in cases {
+        let (heads, multiplier) = (2 * kv_heads, 1.0 / (head_dim as f32).sqrt());
+        let params = AttentionParams { heads, kv_heads, head_dim, multiplier, logit_cap: 30.0, rope_theta: 10_000.0 };
+        let [q_width, kv_width] = [heads, kv_heads].map(|heads| heads * head_dim);
+        let q = random.floats(tokens * q_width, 6.0);
+        let [k, v] = [6.0, 2.0].map(|size| random.floats(tokens * kv_width, size));
+        let blocks = tokens.div_ceil(KV_BLOCK_TOKENS) as u32;
+        let run = |backend: &mut GpuBackend| {
+            let mut kv = backend.kv_pool(1, blocks as usize * KV_BLOCK_TOKENS, kv_width).unwrap();
+            let mut room =
+                [q_width, kv_width, kv_width, q_width].map(|width| backend.activations(tokens, width).unwrap());
+            let [dq, dk, dv, out] = &mut room;
+            backend.begin(&one_sequence(0, tokens, blocks, attended), &mut kv).unwrap();
+            for (values, to) in [(&q, &mut *dq), (&k, &mut *dk), (&v, &mut *dv)] {
+                backend.write(values, to).unwrap();
+            }
+            backend.rope_store(&params, dq, dk, dv, &mut kv, 0);
+            backend.attention(&params, dq, &kv, 0, out);
+            download(backend, out, tokens)
+        };
+        let (want, got) = (run(&mut memory), run(&mut subgroups));
+        compare_bits("attention", &(tokens, kv_heads, head_dim), "subgroups", seed, &got, &want);
+    }
+}
+
+/// Broken shuffles and lanes, made by hand: a device that has such must not use them.
+#[test]
+fn subgroups_that_do_not_work_are_not_used() {
+    let Some([mut backend, _]) = with_and_without_subgroups() else { return };
+    let source = shaders::SUBGROUP_PROBE.source();
+    let breaks = [
+        ("subgroupShuffleXor(sum, 4u)", "sum"),
+        ("subgroupShuffleXor(sum, 1u)", "subgroupShuffleXor(sum, 2u)"),
+        ("subgroupShuffleXor(maximum, 2u)", "maximum"),
+        ("thread.subgroup * thread.subgroup_size + thread.place", "thread.place"),
+        ("thread.subgroup * thread.subgroup_size", "thread.subgroup * 2u * thread.subgroup_size"),
+        // The driver refuses it.
+        ("thread.subgroup_size);", "thread.none);"),
+    ];
+    for (whole, broken) in breaks {
+        assert!(source.contains(whole), "{whole}");
+        let shader = shaders::SUBGROUP_PROBE.with_text(source.replace(whole, broken));
+        backend.recorder.replace(Kernel::SubgroupProbe, shader);
+        assert!(!probe::subgroups_work(&mut backend.recorder, &mut backend.memory).unwrap(), "{broken}");
+    }
+    backend.recorder.replace(Kernel::SubgroupProbe, shaders::SUBGROUP_PROBE);
+    assert!(probe::subgroups_work(&mut backend.recorder, &mut backend.memory).unwrap());
 }
 
 #[test]

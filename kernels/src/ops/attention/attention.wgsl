@@ -5,10 +5,10 @@
 // Shapes (row-major): q, out [rows, heads * head_dim]; keys, values [slots, kv_heads * head_dim]; attended [slots];
 // places [rows] of (position, start of the block table, slot, attended); tables: block numbers, 16 positions a block;
 // partials [rows of this dispatch, heads, blocks, 2 + head_dim]: m, sum of w, weighted sum of v.
-// Order of sums: of q . k, components even and odd apart, ascending; of w, eight partial sums (s mod 8) by ascending s; of w * v, by
+// Order of sums: of q . k, components even and odd apart, ascending; of w, as in lanes.wgsl, which this is joined with; of w * v, by
 // ascending s.
-// Dispatch: (heads, blocks of the longest row, rows of this dispatch); one workgroup a block. tanh is given at most 15 in
-// magnitude: beyond, some GPUs return NaN. CPU reference: cpu.rs.
+// Dispatch: (heads, blocks of the longest row, rows of this dispatch); one workgroup a block, a thread a key. tanh is given at most 15
+// in magnitude: beyond, some GPUs return NaN. CPU reference: cpu.rs.
 struct Params {
     heads: u32,
     kv_heads: u32,
@@ -19,30 +19,28 @@ struct Params {
     blocks: u32,
 }
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> q: array<f32>;                // [rows, heads * head_dim]
-@group(0) @binding(2) var<storage, read> keys: array<f32>;             // [slots, kv_heads * head_dim]
+@group(0) @binding(1) var<storage, read> q: array<vec2<f32>>;          // [rows, heads * head_dim / 2]
+@group(0) @binding(2) var<storage, read> keys: array<vec2<f32>>;       // [slots, kv_heads * head_dim / 2]
 @group(0) @binding(3) var<storage, read> values: array<f32>;           // [slots, kv_heads * head_dim]
 @group(0) @binding(4) var<storage, read> attended: array<u32>;         // [slots]
 @group(0) @binding(5) var<storage, read> places: array<vec4<u32>>;     // [rows]
 @group(0) @binding(6) var<storage, read> tables: array<u32>;
 @group(0) @binding(7) var<storage, read_write> out: array<f32>;        // [rows, heads * head_dim]
 @group(0) @binding(8) var<storage, read_write> partials: array<f32>;   // [rows, heads, blocks, 2 + head_dim]
-const WORKGROUP: u32 = 64u;
-const REDUCERS: u32 = 8u;  // threads that reduce the block's keys; the others then read eight numbers instead of 128
 const BLOCK: u32 = 128u;
 const TABLE_BLOCK: u32 = 16u;
 const MASKED_LOGIT: f32 = -1e30;
+const NO_KEY: f32 = -3e38;  // beside a masked key's logit, too, its weight is 0
 var<workgroup> weights: array<f32, 128>;
-var<workgroup> maxima: array<f32, 8>;
-var<workgroup> totals: array<f32, 8>;
 
 // exp without the driver's idea of what very negative arguments give.
 fn weight_of(difference: f32) -> f32 {
     return select(0.0, exp(max(difference, -87.0)), difference >= -87.0);
 }
 
-@compute @workgroup_size(64)
-fn attention(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+@compute @workgroup_size(128)
+fn attention(@builtin(workgroup_id) workgroup: vec3<u32>, thread: Thread) {
+    let lane = lane_of(thread);
     let head = workgroup.x;
     let row = params.row_begin + workgroup.z;
     let place = places[row];
@@ -53,38 +51,24 @@ fn attention(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocat
     let query = (row * params.heads + head) * dim;
     let kv_head = head / (params.heads / params.kv_heads);
 
-    for (var i = lane; i < count; i += WORKGROUP) {
-        let position = first + i;
+    var logit = NO_KEY;
+    if lane < count {
+        let position = first + lane;
         let slot = tables[place.y + position / TABLE_BLOCK] * TABLE_BLOCK + position % TABLE_BLOCK;
-        let start = (slot * params.kv_heads + kv_head) * dim;
+        // A head's width is even.
+        let pairs = dim / 2u;
+        let start = (slot * params.kv_heads + kv_head) * pairs;
         var dot = vec2<f32>();
-        for (var j = 0u; j < dim; j += 2u) {
-            dot = fma(vec2<f32>(q[query + j], q[query + j + 1u]), vec2<f32>(keys[start + j], keys[start + j + 1u]), dot);
-        }
+        for (var j = 0u; j < pairs; j++) { dot = fma(q[query / 2u + j], keys[start + j], dot); }
         let scaled = params.multiplier * (dot.x + dot.y) / params.logit_cap;
         let capped = params.logit_cap * tanh(clamp(scaled, -15.0, 15.0));
-        weights[i] = select(MASKED_LOGIT, capped, attended[slot] != 0u);
+        logit = select(MASKED_LOGIT, capped, attended[slot] != 0u);
     }
-    workgroupBarrier();
-    if lane < REDUCERS {
-        var largest = weights[0];
-        for (var i = lane; i < count; i += REDUCERS) { largest = max(largest, weights[i]); }
-        maxima[lane] = largest;
-    }
-    workgroupBarrier();
-    let largest = max(max(max(maxima[0], maxima[1]), max(maxima[2], maxima[3])),
-        max(max(maxima[4], maxima[5]), max(maxima[6], maxima[7])));
-    if lane < REDUCERS {
-        var total = 0.0;
-        for (var i = lane; i < count; i += REDUCERS) {
-            let weight = weight_of(weights[i] - largest);
-            weights[i] = weight;
-            total += weight;
-        }
-        totals[lane] = total;
-    }
-    workgroupBarrier();
-    let total = ((totals[0] + totals[1]) + (totals[2] + totals[3])) + ((totals[4] + totals[5]) + (totals[6] + totals[7]));
+    let largest = maximum_of_lanes(lane, logit);
+    let weight = weight_of(logit - largest);
+    weights[lane] = weight;
+    // Behind its barrier the weights of all are there.
+    let total = sum_of_lanes(lane, weight);
 
     let partial = ((workgroup.z * params.heads + head) * params.blocks + workgroup.y) * (2u + dim);
     let stride = params.kv_heads * dim;

@@ -1,7 +1,8 @@
 // moe_router: p = softmax(x[t] @ router); the `num_experts_per_tok` largest are chosen, best first, the lower index on a tie.
 // Shapes (row-major): x [rows, hidden_size] f32; router f32 as in product/columns.wgsl, one block: [hidden_size / 4, 64, 4];
 // ids u32 and probabilities f32 [rows, num_experts_per_tok].
-// Order of a logit's sum: PARTS partial sums (k mod PARTS) by ascending k, then the parts ascending.
+// Order of a logit's sum: PARTS parts (k / 4 mod PARTS) of four partial sums (k mod 4) each, by ascending k; the four as (a + b) + (c + d),
+// then the parts ascending. Of the softmax's: experts ascending.
 // Dispatch: one workgroup a row, (rows, 1, 1). At most 64 experts. CPU reference: cpu.rs.
 struct Params {
     hidden_size: u32,
@@ -18,18 +19,30 @@ const PARTS: u32 = 16u;
 const LANES: u32 = 64u;
 var<workgroup> partial: array<f32, 1024>;  // [PARTS, num_experts]
 var<workgroup> logits: array<f32, 64>;
+var<workgroup> weights: array<f32, 64>;
+
+// Components `k..k + 4` of a row. The router is 0 beyond its inputs, but what follows the row may be infinite and is not read.
+fn quad_of_x(row: u32, k: u32) -> vec4<f32> {
+    let at = row * params.hidden_size + k;
+    var quad = vec4<f32>(x[at], 0.0, 0.0, 0.0);
+    if k + 1u < params.hidden_size { quad.y = x[at + 1u]; }
+    if k + 2u < params.hidden_size { quad.z = x[at + 2u]; }
+    if k + 3u < params.hidden_size { quad.w = x[at + 3u]; }
+    return quad;
+}
 
 @compute @workgroup_size(128)
 fn moe_router(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let row = workgroup.x;
     let experts = params.num_experts;
+    let quads = (params.hidden_size + 3u) / 4u;
     for (var task = lane; task < PARTS * experts; task += WORKGROUP) {
         let expert = task % experts;
-        var sum = 0.0;
-        for (var k = task / experts; k < params.hidden_size; k += PARTS) {
-            sum = fma(x[row * params.hidden_size + k], router[k / 4u * LANES + expert][k % 4u], sum);
+        var sum = vec4<f32>();
+        for (var quad = task / experts; quad < quads; quad += PARTS) {
+            sum = fma(quad_of_x(row, 4u * quad), router[quad * LANES + expert], sum);
         }
-        partial[task] = sum;
+        partial[task] = (sum.x + sum.y) + (sum.z + sum.w);
     }
     workgroupBarrier();
     if lane < experts {
@@ -38,23 +51,25 @@ fn moe_router(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoca
         logits[lane] = sum;
     }
     workgroupBarrier();
-    if lane == 0u {
+    if lane < experts {
         var largest = logits[0];
         for (var e = 1u; e < experts; e++) { largest = max(largest, logits[e]); }
+        weights[lane] = exp(logits[lane] - largest);
+    }
+    workgroupBarrier();
+    if lane < experts {
+        let weight = weights[lane];
         var total = 0.0;
+        // How many go before this one. Weights are not negative, so that their bits have their order, and one even without being numbers.
+        var place = 0u;
         for (var e = 0u; e < experts; e++) {
-            let weight = exp(logits[e] - largest);
-            logits[e] = weight;
-            total += weight;
+            total += weights[e];
+            let bits = bitcast<u32>(weights[e]);
+            if bits > bitcast<u32>(weight) || (bits == bitcast<u32>(weight) && e < lane) { place++; }
         }
-        for (var j = 0u; j < params.num_experts_per_tok; j++) {
-            var best = 0u;
-            for (var e = 1u; e < experts; e++) {
-                if logits[e] > logits[best] { best = e; }
-            }
-            ids[row * params.num_experts_per_tok + j] = best;
-            probabilities[row * params.num_experts_per_tok + j] = logits[best] / total;
-            logits[best] = -1.0;  // weights are not negative: never chosen again
+        if place < params.num_experts_per_tok {
+            ids[row * params.num_experts_per_tok + place] = lane;
+            probabilities[row * params.num_experts_per_tok + place] = weight / total;
         }
     }
 }

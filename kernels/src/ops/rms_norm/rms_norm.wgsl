@@ -1,6 +1,6 @@
 // rms_norm: y[t, i] = x[t, i] * weight[i] / sqrt(mean_i(x[t, i]^2) + epsilon); with ADD: y[t, i] += that.
 // Shapes (row-major): x, y [rows, hidden_size] f32; weight [hidden_size] f32.
-// Order of the sum: 128 partial sums (i mod 128) by ascending i, then sixteen sums of eight neighbours, then these ascending.
+// Order of the sum: 128 partial sums (i mod 128) by ascending i, then these as in lanes.wgsl, which this is joined with.
 // Dispatch: one workgroup a row, (rows, 1, 1). Any hidden_size >= 1. Source: Zhang & Sennrich 2019, eq. 4. CPU reference: cpu.rs.
 struct Params {
     hidden_size: u32,
@@ -11,30 +11,16 @@ struct Params {
 @group(0) @binding(2) var<storage, read> weight: array<f32>;   // [hidden_size]
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;  // [rows, hidden_size]
 override ADD: bool = false;
-const WORKGROUP: u32 = 128u;
-var<workgroup> partial: array<f32, 128>;
-var<workgroup> inverse: f32;
 
 @compute @workgroup_size(128)
-fn rms_norm(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+fn rms_norm(@builtin(workgroup_id) workgroup: vec3<u32>, thread: Thread) {
+    let lane = lane_of(thread);
     let start = workgroup.x * params.hidden_size;
     var sum = 0.0;
     for (var i = lane; i < params.hidden_size; i += WORKGROUP) {
         sum = fma(x[start + i], x[start + i], sum);
     }
-    partial[lane] = sum;
-    workgroupBarrier();
-    // One thread adds: a tree would need seven barriers, which cost more than they save on software adapters.
-    if lane == 0u {
-        var total = 0.0;
-        for (var i = 0u; i < WORKGROUP; i += 8u) {
-            total += ((partial[i] + partial[i + 1u]) + (partial[i + 2u] + partial[i + 3u]))
-                + ((partial[i + 4u] + partial[i + 5u]) + (partial[i + 6u] + partial[i + 7u]));
-        }
-        inverse = 1.0 / sqrt(total / f32(params.hidden_size) + params.epsilon);
-    }
-    workgroupBarrier();
-    let factor = inverse;
+    let factor = 1.0 / sqrt(sum_of_lanes(lane, sum) / f32(params.hidden_size) + params.epsilon);
     for (var i = lane; i < params.hidden_size; i += WORKGROUP) {
         let normed = x[start + i] * factor;
         if ADD {
