@@ -69,6 +69,14 @@ pub trait Backend: Send + 'static {
         self.load_matrix(source, progress)
     }
 
+    /// Readies the device for [`Backend::expert_gate_up`] with these two, which a file may hold in different formats.
+    ///
+    /// # Errors
+    /// [`KernelError::DeviceLost`].
+    fn pair_experts(&mut self, _gate: &Self::Matrix, _up: &Self::Matrix) -> Result<(), KernelError> {
+        Ok(())
+    }
+
     /// Bytes that a matrix takes on the device, with its scales and whatever fills it up: more or less than in the file.
     fn held_bytes(&self, spec: &MatrixSpec) -> u64;
 

@@ -29,7 +29,9 @@ fn capabilities(shader: &Shader) -> Capabilities {
 #[test]
 fn shaders_are_valid_without_optional_capabilities_but_what_they_say() {
     for shader in SHADERS {
-        let validate = |capabilities| Validator::new(ValidationFlags::all(), capabilities).validate(&parse(shader));
+        let validate = |capabilities| {
+            Validator::new(ValidationFlags::all(), capabilities).validate(&parse(shader)).map_err(Box::new)
+        };
         let validated = validate(capabilities(shader));
         assert!(validated.is_ok(), "{}: {:?}", shader.name, validated.err());
         assert!(!shader.needs_subgroups() || validate(CAPABILITIES).is_err(), "{} needs no subgroups", shader.name);

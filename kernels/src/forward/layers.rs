@@ -279,10 +279,15 @@ impl<B: Backend> Loader<'_, B> {
         let c = self.config;
         let (hidden, ffn, experts) = (c.hidden_size, c.intermediate_size, c.num_experts);
         let (heads, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+        // In the order of the file.
+        let gate = self.matrix(name(LayerTensor::MoeGate), experts, hidden, ffn)?;
+        let down = self.matrix(name(LayerTensor::MoeDown), experts, ffn, hidden)?;
+        let up = self.matrix(name(LayerTensor::MoeUp), experts, hidden, ffn)?;
+        self.backend.pair_experts(&gate, &up)?;
         Ok(Layer {
-            gate: self.matrix(name(LayerTensor::MoeGate), experts, hidden, ffn)?,
-            down: self.matrix(name(LayerTensor::MoeDown), experts, ffn, hidden)?,
-            up: self.matrix(name(LayerTensor::MoeUp), experts, hidden, ffn)?,
+            gate,
+            down,
+            up,
             key: self.matrix(name(LayerTensor::Key), 1, hidden, kv)?,
             attention_output: self.matrix(name(LayerTensor::AttentionOutput), 1, heads, hidden)?,
             query: self.matrix(name(LayerTensor::Query), 1, hidden, heads)?,

@@ -2,9 +2,10 @@
 //!
 //! The choice stays on the device: kernels read it, the host never knows it. For few rows a thread, or some that share its
 //! sums, computes one pair of a row and an expert; for many, pairs are first grouped by expert, so that a weight read once serves four.
+//! Gate and up are multiplied in one kernel, or, where files of mixed formats have the two held in different ways, one after the other.
 
 use super::{
-    GpuActivations, GpuBackend, GpuMatrix, GpuSelection,
+    GpuActivations, GpuBackend, GpuBuffer, GpuMatrix, GpuSelection,
     batch::grow,
     format::Numbers,
     matrix::{LANES, WORKGROUPS_MAX},
@@ -34,7 +35,9 @@ pub(super) fn tiles_bytes(rows: usize, chosen: usize) -> Option<u64> {
 
 /// How a step's pairs are given to the expert kernels.
 struct Pairs<'a> {
-    choice: &'a super::GpuBuffer,
+    choice: &'a GpuBuffer,
+    /// Experts of a row.
+    chosen: usize,
     /// Workgroups along the pairs.
     groups: u32,
     /// Pairs or tiles.
@@ -84,8 +87,8 @@ impl GpuBackend {
         out: &GpuActivations,
     ) {
         let rows = self.rows;
-        if gate.shape != up.shape {
-            let expected = format!("the shape of {}, {:?}", gate.name, gate.shape);
+        if !gate.shape.is_as_large_as(up.shape) {
+            let expected = format!("the size of {}, {:?}", gate.name, gate.shape);
             return self.recorder.refuse(shape(&format!("{} ({:?})", up.name, up.shape), &expected, up.shape.outputs));
         }
         let fits = self.expect_selection(rows, selection)
@@ -96,7 +99,15 @@ impl GpuBackend {
         }
         let pairs = self.pairs(selection, gate.shape.experts);
         let variant = self.variant(gate, pairs.sharing);
-        let kernel = Kernel::GatedGelu(variant);
+        // A kernel knows one way to hold weights, and shards are cut by it.
+        let alike = gate.shape == up.shape;
+        let (kernel, ups) = match alike {
+            true => (Kernel::GatedGelu(variant), up),
+            false => (Kernel::GatedGeluOfUp(variant), gate),
+        };
+        if !alike {
+            self.expert_products(x, rows, &pairs, selection.chosen, up, &out.buffer);
+        }
         let op = gated_gelu::Params {
             inputs: gate.shape.inputs as u32,
             outputs: gate.shape.outputs as u32,
@@ -105,12 +116,12 @@ impl GpuBackend {
         };
         self.rounded.make(&mut self.memory, &mut self.recorder, self.precision, gate, x, rows);
         let [x, factors] = self.rounded.bindings(self.precision, gate, x);
-        for (gates, ups) in gate.shards.iter().zip(&up.shards) {
-            let params = expert_params(op, &pairs, gates);
+        for (gates, ups) in gate.shards.iter().zip(&ups.shards) {
+            let params = expert_params(op, &pairs, selection.chosen, gates);
             let (choice, out) = (pairs.choice, &out.buffer);
             let buffers = [x, factors, choice, &gates.chunks, gates.scales(), &ups.chunks, ups.scales(), out];
             let groups = [pairs.groups, gates.blocks.len() as u32, variant.workgroups_a_block()];
-            let work = 2 * work(&pairs, gate, gates);
+            let work = if alike { 2 } else { 1 } * work(&pairs, gate, gates);
             self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work);
         }
     }
@@ -135,28 +146,42 @@ impl GpuBackend {
         if let Err(error) = grow(&mut self.products, &mut self.memory, &mut self.recorder, &what, count) {
             return self.recorder.refuse(error);
         }
-        let Some(products) = self.products.as_ref() else { return };
+        let Some(products) = self.products.take() else { return };
         let pairs = self.pairs(selection, down.shape.experts);
-        let variant = self.variant(down, pairs.sharing);
-        let kernel = Kernel::ExpertDown(variant);
-        let op = expert_down::Params {
-            inputs: down.shape.inputs as u32,
-            outputs: down.shape.outputs as u32,
-            groups: down.shape.groups as u32,
-            chosen: selection.chosen as u32,
-        };
-        self.rounded.make(&mut self.memory, &mut self.recorder, self.precision, down, hidden, rows * selection.chosen);
-        let [x, factors] = self.rounded.bindings(self.precision, down, hidden);
-        for shard in &down.shards {
-            let params = expert_params(op, &pairs, shard);
-            let buffers = [x, factors, pairs.choice, &shard.chunks, shard.scales(), products];
-            let groups = [pairs.groups, shard.blocks.len() as u32, variant.workgroups_a_block()];
-            self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work(&pairs, down, shard));
-        }
+        self.expert_products(hidden, rows * selection.chosen, &pairs, 1, down, &products);
         let params = CombineParams { outputs: down.shape.outputs as u32, chosen: selection.chosen as u32 };
-        let buffers = [&selection.probabilities, products, &out.buffer];
+        let buffers = [&selection.probabilities, &products, &out.buffer];
         let groups = [workgroups(down.shape.outputs), rows as u32, 1];
         self.recorder.dispatch(Kernel::ExpertCombine, &params, &buffers, groups, 0);
+        self.products = Some(products);
+    }
+
+    /// `out[p] = x[p / pairs_a_row] @ matrix[e]` for each pair; `x` has `rows` rows.
+    fn expert_products(
+        &mut self,
+        x: &GpuActivations,
+        rows: usize,
+        pairs: &Pairs<'_>,
+        pairs_a_row: usize,
+        matrix: &GpuMatrix,
+        out: &GpuBuffer,
+    ) {
+        let variant = self.variant(matrix, pairs.sharing);
+        let op = expert_down::Params {
+            inputs: matrix.shape.inputs as u32,
+            outputs: matrix.shape.outputs as u32,
+            groups: matrix.shape.groups as u32,
+            chosen: pairs.chosen as u32,
+        };
+        self.rounded.make(&mut self.memory, &mut self.recorder, self.precision, matrix, x, rows);
+        let [x, factors] = self.rounded.bindings(self.precision, matrix, x);
+        for shard in &matrix.shards {
+            let params = expert_params(op, pairs, pairs_a_row, shard);
+            let buffers = [x, factors, pairs.choice, &shard.chunks, shard.scales(), out];
+            let groups = [pairs.groups, shard.blocks.len() as u32, variant.workgroups_a_block()];
+            let work = work(pairs, matrix, shard);
+            self.recorder.dispatch(Kernel::ExpertDown(variant), &params.to_words(), &buffers, groups, work);
+        }
     }
 
     fn expect_selection(&mut self, rows: usize, selection: &GpuSelection) -> bool {
@@ -169,18 +194,20 @@ impl GpuBackend {
     }
 
     fn pairs<'a>(&self, selection: &'a GpuSelection, experts: usize) -> Pairs<'a> {
-        let count = self.rows * selection.chosen;
+        let chosen = selection.chosen;
+        let count = self.rows * chosen;
         if self.rows >= TILED_ROWS_MIN {
             // Unused ones say so themselves.
             let items = tiles(count, experts.min(EXPERTS_MAX));
             let groups = items.div_ceil(TILES_PER_WORKGROUP) as u32;
-            return Pairs { choice: &selection.tiles, groups, items, sharing: Sharing::Tiled, count };
+            return Pairs { choice: &selection.tiles, chosen, groups, items, sharing: Sharing::Tiled, count };
         }
-        Pairs { choice: &selection.ids, groups: count as u32, items: count, sharing: self.sharing_of_one(), count }
+        let sharing = self.sharing_of_one();
+        Pairs { choice: &selection.ids, chosen, groups: count as u32, items: count, sharing, count }
     }
 }
 
-fn expert_params<P>(op: P, pairs: &Pairs<'_>, shard: &super::matrix::Shard) -> ExpertParams<P> {
+fn expert_params<P>(op: P, pairs: &Pairs<'_>, pairs_a_row: usize, shard: &super::matrix::Shard) -> ExpertParams<P> {
     ExpertParams {
         op,
         items: pairs.items as u32,
@@ -188,6 +215,7 @@ fn expert_params<P>(op: P, pairs: &Pairs<'_>, shard: &super::matrix::Shard) -> E
         expert_count: shard.experts.len() as u32,
         column_begin: (shard.blocks.start * LANES) as u32,
         blocks: shard.blocks.len() as u32,
+        pairs_a_row: pairs_a_row as u32,
     }
 }
 

@@ -86,6 +86,11 @@ impl Shape {
         Ok(Self { experts: spec.experts, inputs: spec.inputs, outputs: spec.outputs, groups, held })
     }
 
+    /// Whether another has the same sizes, however it is held.
+    pub(super) fn is_as_large_as(self, other: Self) -> bool {
+        (self.experts, self.inputs, self.outputs) == (other.experts, other.inputs, other.outputs)
+    }
+
     /// Whether groups are whole chunks, so that rows need not be read number by number.
     pub(super) fn is_whole(self) -> bool {
         self.held.halved() || (self.inputs / self.groups).is_multiple_of(self.held.numbers.in_a_chunk())

@@ -267,6 +267,15 @@ impl Backend for GpuBackend {
         upload::load(&mut self.memory, &mut self.recorder, source, progress)
     }
 
+    fn pair_experts(&mut self, gate: &GpuMatrix, up: &GpuMatrix) -> Result<(), KernelError> {
+        if gate.shape == up.shape {
+            return Ok(());
+        }
+        [self.sharing_of_one(), Sharing::Tiled]
+            .into_iter()
+            .try_for_each(|sharing| self.recorder.compile(Kernel::GatedGeluOfUp(self.variant(gate, sharing))))
+    }
+
     fn held_bytes(&self, spec: &MatrixSpec) -> u64 {
         // A shape that cannot be loaded is refused when that is tried.
         Shape::new(spec).ok().and_then(Shape::held_bytes).unwrap_or_else(|| spec.weight_bytes())

@@ -19,6 +19,8 @@ use crate::{KernelError, Precision};
 pub(super) enum Kernel {
     Matmul(Variant),
     GatedGelu(Variant),
+    /// The same where up is held otherwise than gate: the products with it are there, and the variant is gate's.
+    GatedGeluOfUp(Variant),
     ExpertDown(Variant),
     ExpertCombine,
     MoeRouter,
@@ -134,6 +136,11 @@ impl Kernel {
             Self::GatedGelu(variant) => {
                 (variant.of(&shaders::GATED_GELU, &shaders::GATED_GELU_FAST), variant.constants())
             }
+            Self::GatedGeluOfUp(variant) => {
+                let mut constants = variant.constants();
+                constants.push(("UP_IS_THERE", 1.0));
+                (variant.of(&shaders::GATED_GELU, &shaders::GATED_GELU_FAST), constants)
+            }
             Self::ExpertDown(variant) => {
                 (variant.of(&shaders::EXPERT_DOWN, &shaders::EXPERT_DOWN_FAST), variant.constants())
             }
@@ -170,7 +177,8 @@ pub fn gpu_kernels() -> Vec<(&'static Shader, Vec<(&'static str, f64)>)> {
             }
             for (sharing, sliced, unrolled) in sliced.into_iter().chain(small).chain(software).chain(both) {
                 let variant = Variant { held, precision, whole, sharing, sliced, unrolled };
-                kernels.extend([Kernel::Matmul(variant), Kernel::GatedGelu(variant), Kernel::ExpertDown(variant)]);
+                kernels.extend([Kernel::Matmul(variant), Kernel::ExpertDown(variant)]);
+                kernels.extend([Kernel::GatedGelu(variant), Kernel::GatedGeluOfUp(variant)]);
             }
         }
     }

@@ -163,14 +163,19 @@ pub(super) struct ExpertParams<P> {
     pub(super) expert_count: u32,
     pub(super) column_begin: u32,
     pub(super) blocks: u32,
+    /// Pairs that share a row of inputs.
+    pub(super) pairs_a_row: u32,
 }
 
 impl<P: Pod> ExpertParams<P> {
     /// The words as the shader sees them. Both operations' parameters are four words.
-    pub(super) fn to_words(self) -> [u32; 9] {
-        let mut out = [0; 9];
+    pub(super) fn to_words(self) -> [u32; 10] {
+        let mut out = [0; 10];
         out[..4].copy_from_slice(bytemuck::cast_slice(bytemuck::bytes_of(&self.op)));
-        out[4..].copy_from_slice(&[self.items, self.expert_begin, self.expert_count, self.column_begin, self.blocks]);
+        let shard = [self.expert_begin, self.expert_count, self.column_begin, self.blocks];
+        out[4] = self.items;
+        out[5..9].copy_from_slice(&shard);
+        out[9] = self.pairs_a_row;
         out
     }
 }

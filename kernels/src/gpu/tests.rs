@@ -175,15 +175,11 @@ fn attention_by_subgroups_has_the_same_bits() {
     let Some([mut memory, mut subgroups]) = with_and_without_subgroups() else { return };
     let seed = seed(42);
     let mut random = Random::new(seed);
-    let cases: [(usize, usize, usize, fn(usize) -> bool); 6] = [
-        (1, 1, 2, |_| true),
-        (13, 1, 16, |_| false),
-        (128, 2, 16, |p| p % 5 != 0),
-        (129, 1, 128, |_| true),
-        (260, 2, 12, |p| p > 140),
-        (300, 1, 130, |p| p % 3 != 1),
-    ];
-    for (tokens, kv_heads, head_dim, attended) in cases {
+    // Of some, no key may be attended to.
+    for (tokens, kv_heads, head_dim, step) in
+        [(1, 1, 2, 2), (13, 1, 16, 1), (128, 2, 16, 5), (129, 1, 128, 200), (260, 2, 12, 3), (300, 1, 130, 7)]
+    {
+        let attended = |position: usize| !(position + 1).is_multiple_of(step);
         let (heads, multiplier) = (2 * kv_heads, 1.0 / (head_dim as f32).sqrt());
         let params = AttentionParams { heads, kv_heads, head_dim, multiplier, logit_cap: 30.0, rope_theta: 10_000.0 };
         let [q_width, kv_width] = [heads, kv_heads].map(|heads| heads * head_dim);
@@ -230,6 +226,51 @@ fn subgroups_that_do_not_work_are_not_used() {
     }
     backend.recorder.replace(Kernel::SubgroupProbe, shaders::SUBGROUP_PROBE);
     assert!(probe::subgroups_work(&mut backend.recorder, &mut backend.memory).unwrap());
+}
+
+/// Ups of whole numbers are the same in any format: bits of a layer do not depend on whether gate and up are held alike.
+#[test]
+fn gates_and_ups_held_in_different_ways_have_the_bits_of_ones_held_alike() {
+    for precision in [Precision::Exact, Precision::Fast] {
+        for max_shard_bytes in [None, Some(70_000)] {
+            let options = GpuOptions { precision, max_shard_bytes, ..GpuOptions::default() };
+            let Some(mut backend) = open_with(&options) else { return };
+            for rows in [1, 9] {
+                let alike = gate_up(&mut backend, rows, Format::Int8 { groups: 8 });
+                // Floats are cut at other places than bytes.
+                for format in [Format::Int8 { groups: 1 }, Format::F32] {
+                    let mixed = gate_up(&mut backend, rows, format);
+                    let case = (precision, max_shard_bytes, rows, format);
+                    compare_bits("gate and up", &case, "mixed", 7, &mixed, &alike);
+                }
+            }
+        }
+    }
+}
+
+/// Gate of eight scale groups, and up in this format, of whole numbers. Their kernels are there before the step.
+fn gate_up(backend: &mut GpuBackend, rows: usize, format: Format) -> Vec<f32> {
+    let random = &mut Random::new(7);
+    let int8 = Format::Int8 { groups: 8 };
+    let router = TestMatrix::random(random, (1, 256, 8), Format::F32, Layout::InOut);
+    let gate = TestMatrix::random(random, (8, 256, 130), int8, Layout::InOut);
+    let mut up = TestMatrix::random(random, (8, 256, 130), int8, Layout::InOut);
+    let x: Vec<f32> = (0..rows * 256).map(|i| if i % 32 == 0 { 127.0 } else { random.below(9) as f32 - 4.0 }).collect();
+    up.spec.format = format;
+    up.scales = vec![1.0; up.spec.scale_count()];
+    if format == Format::F32 {
+        up.bytes = up.bytes.iter().flat_map(|&byte| f32::from(byte as i8).to_le_bytes()).collect();
+    }
+    let [router, gate, up] = [&router, &gate, &up].map(|matrix| backend.load_matrix(matrix, &mut |_| ()).unwrap());
+    backend.pair_experts(&gate, &up).unwrap();
+    let x = upload(backend, &single_tokens(rows), 256, &x);
+    let mut selection = backend.selection(rows, 2).unwrap();
+    let mut out = backend.activations(rows * 2, 130).unwrap();
+    backend.route(&x, &router, &mut selection);
+    let compiled = backend.recorder.compiled();
+    backend.expert_gate_up(&x, &selection, &gate, &up, &mut out);
+    assert_eq!(backend.recorder.compiled(), compiled);
+    download(backend, &out, rows * 2)
 }
 
 #[test]

@@ -1,7 +1,9 @@
-// expert_down: products[p, n] = x[p] @ down[e] for every pair p = t * chosen + j of a row and its j-th expert e, for the columns n and
-// the experts of one shard. expert_combine.wgsl adds a row's products, so that shards cannot change the order of that sum.
-// Shapes (row-major): x [pairs, inputs], products [pairs, outputs] f32. Weights, scales and the order of sums as in
-// product/columns.wgsl, one stretch of `blocks` blocks an expert. Joined with columns, pairs, inputs, and matrix, product and sums for `down`.
+// expert_down: products[p, n] = x[p / pairs_a_row] @ down[e] for every pair p = t * chosen + j of a row and its j-th expert e, for the
+// columns n and the experts of one shard. expert_combine.wgsl adds a row's products, so that shards cannot change the order of that sum.
+// With `up` for `down`, and pairs that share the inputs of their row, it is the first step of gated_gelu.wgsl with UP_IS_THERE.
+// Shapes (row-major): x [pairs / pairs_a_row, inputs], products [pairs, outputs] f32. Weights, scales and the order of sums as in
+// product/columns.wgsl, one stretch of `blocks` blocks an expert. Joined with columns, pairs, inputs, and matrix, product and sums for
+// `down`.
 // Dispatch: (ceil(items / TILES), blocks of the shard, 64 / (COLUMN_THREADS * COLUMNS_PER_THREAD)); a thread computes ROWS_PER_THREAD
 // pairs of COLUMNS_PER_THREAD columns, or SLICE_THREADS threads do.
 // CPU reference: cpu.rs.
@@ -21,7 +23,7 @@ fn store(pair: u32, n: u32, sum: vec4<f32>) {
 fn expert_down(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
     let item = item_at(workgroup.x * TILES + local.y);
     let place = place_of(workgroup, local, is_here(item));
-    let sums = product_of_down(filled(item) * params.inputs, block_of(item, workgroup.y), place);
+    let sums = product_of_down(rows_of(item), block_of(item, workgroup.y), place);
     if !place.is_here || place.slice > 0u { return; }
     let n = params.column_begin + workgroup.y * LANES + place.lane;
     store(item.pairs.x, n, sums.a);

@@ -29,19 +29,44 @@ pub(crate) fn check<B: Backend>(backend: &mut B) {
             check_one(backend, &mut random, seed, shape, 1.7, (Format::Blocks(kind), Layout::OutIn));
         }
     }
+    let blocks = |kind| (Format::Blocks(kind), Layout::OutIn);
+    let int8 = (Format::Int8 { groups: 8 }, Layout::InOut);
+    let mixed = [
+        [blocks(BlockType::Q4K), blocks(BlockType::Q6K)],
+        [blocks(BlockType::Q8_0), (Format::F32, Layout::OutIn)],
+        [(Format::F32, Layout::InOut), int8],
+        [int8, (Format::Int8 { groups: 1 }, Layout::InOut)],
+    ];
+    for formats in mixed {
+        for (rows, outputs) in [(1, 5), (9, 70)] {
+            check_formats(backend, &mut random, seed, (rows, 256, outputs), 1.7, formats);
+        }
+    }
 }
 
 fn check_one<B: Backend>(
     backend: &mut B,
     random: &mut Random,
     seed: u64,
+    shape: (usize, usize, usize),
+    size: f32,
+    format: (Format, Layout),
+) {
+    check_formats(backend, random, seed, shape, size, [format; 2]);
+}
+
+/// The same with formats for gate and up.
+fn check_formats<B: Backend>(
+    backend: &mut B,
+    random: &mut Random,
+    seed: u64,
     (rows, inputs, outputs): (usize, usize, usize),
     size: f32,
-    (format, layout): (Format, Layout),
+    formats: [(Format, Layout); 2],
 ) {
     let device = backend.info().name.clone();
     let shape = (8, inputs, outputs);
-    let [gate, up] = [(); 2].map(|()| TestMatrix::random(random, shape, format, layout));
+    let [gate, up] = formats.map(|(format, layout)| TestMatrix::random(random, shape, format, layout));
     let router = TestMatrix::random(random, (1, inputs, 8), Format::F32, Layout::InOut);
     let x = random.floats(rows * inputs, size);
     let (gates, ups) =
@@ -56,7 +81,7 @@ fn check_one<B: Backend>(
     let (ids, _) = backend.read_selection(&selection, rows).unwrap();
     let params = Params { inputs: inputs as u32, outputs: outputs as u32, groups: 1, chosen: 2 };
     let want = expert_gate_up(params, &x, &ids, &gate, &up);
-    compare("expert_gate_up", &(rows, params, size, format), &device, seed, &got, &want, BOUND);
+    compare("expert_gate_up", &(rows, params, size, formats), &device, seed, &got, &want, BOUND);
 }
 
 /// Gate values of exactly plus and minus 50, and 0, with `up` 1: 50, 0 and 0, all finite.

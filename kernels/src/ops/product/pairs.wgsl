@@ -1,4 +1,5 @@
 // pairs: what the two expert shaders have in common; a pair is a row and one of its experts, pair t * chosen + j the j-th of row t.
+// Its inputs are row p / pairs_a_row of x: where that is `chosen`, those of t, where it is 1, its own.
 // choice: with ROWS_PER_THREAD = 1 the expert of each pair, [items]; with 4 the tiles of expert_tiles.wgsl, [items, 5].
 struct Params {
     inputs: u32,
@@ -10,6 +11,7 @@ struct Params {
     expert_count: u32,
     column_begin: u32, // first column of the shard, a multiple of 64
     blocks: u32,       // blocks of 64 columns in the shard, an expert
+    pairs_a_row: u32,  // pairs that share a row of x
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(3) var<storage, read> choice: array<u32>;  // [items] or [items, 5]
@@ -37,6 +39,11 @@ fn is_here(item: Item) -> bool {
 // Places without a pair repeat the first one and are not stored.
 fn filled(item: Item) -> vec4<u32> {
     return select(item.pairs, vec4<u32>(item.pairs.x), item.pairs == vec4<u32>(NONE));
+}
+
+// Where the rows of an item's pairs begin in x.
+fn rows_of(item: Item) -> vec4<u32> {
+    return filled(item) / params.pairs_a_row * params.inputs;
 }
 
 // The block of an item's expert in the shard.
