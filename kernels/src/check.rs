@@ -1,4 +1,5 @@
-//! Is a device batch-invariant? One row alone and the same row among 33, compared bit by bit.
+//! Is a device batch-invariant? One row alone and the same row among 33, compared bit by bit; among fewer where the device says itself
+//! that steps of so many are not ([`crate::DeviceInfo::invariant_below`]).
 //!
 //! Run when a worker joins, on a small layer from a seed, whose sizes take every path of a backend: groups that divide nothing,
 //! several heads a key head, all experts in use. A device that fails must not serve: its tokens would depend on who else asks.
@@ -10,7 +11,7 @@ use crate::{
     forward::Layers,
 };
 
-/// Rows of the larger batch: one more than any power of two that a kernel may have as a block of rows.
+/// Rows of the larger batch, at most: one more than any power of two that a kernel may have as a block of rows.
 const ROWS: usize = 33;
 /// Which of them is also computed alone.
 const ROW: usize = 20;
@@ -35,6 +36,7 @@ impl BatchInvariance {
 /// What the device reports; a difference is no error but a result.
 pub fn check_batch_invariance<B: Backend>(backend: &mut B) -> Result<BatchInvariance, KernelError> {
     let config = small();
+    let count = backend.info().invariant_below.map_or(ROWS, |rows| ROWS.min(rows - 1));
     let weights = SyntheticWeights::new(config.clone(), 1);
     let options = StageOptions { kv_blocks: 2 * ROWS as u32, max_rows: ROWS, head: true, logit_rows: ROWS };
     let range = 0..config.num_hidden_layers;
@@ -43,13 +45,13 @@ pub fn check_batch_invariance<B: Backend>(backend: &mut B) -> Result<BatchInvari
 
     // A token of a sequence of its own, alone and among others.
     let alone = check.run(&sequences(ROW, 1), ROW)?;
-    let among = check.run(&sequences(0, ROWS), 0)?;
+    let among = check.run(&sequences(0, count), 0)?;
     let mut difference = check.compare("as a sequence", &alone, 0, &among, ROW);
 
     // A token within a sequence, alone after a chunk and in one chunk with all.
     check.run(&one_sequence(0, ROW, 0), 0)?;
     let alone = check.run(&one_sequence(ROW, 1, 0), ROW)?;
-    let among = check.run(&one_sequence(0, ROWS, ROWS as u32), 0)?;
+    let among = check.run(&one_sequence(0, count, ROWS as u32), 0)?;
     difference = difference.or_else(|| check.compare("within a sequence", &alone, 0, &among, ROW));
     Ok(BatchInvariance { difference })
 }
@@ -106,7 +108,7 @@ impl<B: Backend> Check<'_, B> {
 fn compare(what: &str, alone: &[f32], among: &[f32]) -> Option<String> {
     let index = alone.iter().zip(among).position(|(a, b)| a.to_bits() != b.to_bits())?;
     let (alone, among) = (alone[index], among[index]);
-    Some(format!("{what} differ at component {index}: {alone:e} alone, {among:e} among {ROWS} rows"))
+    Some(format!("{what} differ at component {index}: {alone:e} alone, {among:e} among others"))
 }
 
 /// Sequences `first..first + count`, each a token at position 0 in a block of its own.

@@ -10,6 +10,17 @@ pub enum Precision {
     Fast,
 }
 
+/// How steps of many rows are computed, as those of a prompt are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Prefill {
+    /// As every step: a row's bits do not depend on the others.
+    #[default]
+    Invariant,
+    /// On a GPU by cooperative matrices (tensor cores) where it has them: with rows and weights rounded to halves, sums in f32, and bits
+    /// that may depend on the step's other rows. Elsewhere as `Invariant`.
+    Fast,
+}
+
 /// A device as people and plans see it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeviceInfo {
@@ -21,4 +32,6 @@ pub struct DeviceInfo {
     pub fingerprint: String,
     /// Memory that the device has; 0 when it does not say.
     pub memory_bytes: u64,
+    /// Steps of fewer rows are batch-invariant; all are where it is `None`.
+    pub invariant_below: Option<usize>,
 }

@@ -20,7 +20,7 @@ pub use batch::{Batch, KV_BLOCK_TOKENS, Row};
 pub use bench::{ProductShape, ProductTime};
 pub use check::{BatchInvariance, check_batch_invariance};
 pub use cpu::{CpuActivations, CpuBackend, CpuKvPool, CpuMatrix, CpuSelection};
-pub use device::{DeviceInfo, Precision};
+pub use device::{DeviceInfo, Precision, Prefill};
 pub use error::KernelError;
 pub use forward::{MemoryNeed, StageModel, StageOptions, Trace, TracedStage};
 pub use gpu::{

@@ -3,11 +3,14 @@
 use std::path::Path;
 
 use grokpipe_kernels::{SHADERS, Shader, gpu_kernels};
-use wgpu::naga::{
-    AddressSpace, Module, ShaderStage, StorageAccess, TypeInner,
-    back::pipeline_constants::process_overrides,
-    front::wgsl,
-    valid::{Capabilities, ValidationFlags, Validator},
+use wgpu::{
+    Features,
+    naga::{
+        AddressSpace, Module, ShaderStage, StorageAccess, TypeInner,
+        back::pipeline_constants::process_overrides,
+        front::wgsl,
+        valid::{Capabilities, ValidationFlags, Validator},
+    },
 };
 
 /// The folders of the files that shaders are joined with.
@@ -16,33 +19,41 @@ const SHARED: [&str; 2] = ["product", "lanes"];
 /// Halves within words: Vulkan, Metal and DX12 have them always, OpenGL does not.
 const CAPABILITIES: Capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
 
+fn validator(capabilities: Capabilities) -> Validator {
+    Validator::new(ValidationFlags::all(), capabilities)
+}
+
 fn parse(shader: &Shader) -> Module {
     let source = shader.source();
     wgsl::parse_str(&source).unwrap_or_else(|error| panic!("{}: {}", shader.name, error.emit_to_string(&source)))
 }
 
-/// What a shader is compiled with.
+/// What a shader may use, by the features that it names.
 fn capabilities(shader: &Shader) -> Capabilities {
-    if shader.needs_subgroups() { CAPABILITIES | Capabilities::SUBGROUP } else { CAPABILITIES }
+    let features = [
+        (Features::SUBGROUP, Capabilities::SUBGROUP),
+        (Features::SHADER_F16, Capabilities::SHADER_FLOAT16),
+        (Features::EXPERIMENTAL_COOPERATIVE_MATRIX, Capabilities::COOPERATIVE_MATRIX),
+    ];
+    let named = features.into_iter().filter(|(feature, _)| shader.features().contains(*feature));
+    named.fold(CAPABILITIES, |all, (_, capability)| all | capability)
 }
 
 #[test]
-fn shaders_are_valid_without_optional_capabilities_but_what_they_say() {
+fn shaders_are_valid_without_capabilities_that_they_do_not_name() {
     for shader in SHADERS {
-        let validate = |capabilities| {
-            Validator::new(ValidationFlags::all(), capabilities).validate(&parse(shader)).map_err(Box::new)
-        };
-        let validated = validate(capabilities(shader));
+        let validated = validator(capabilities(shader)).validate(&parse(shader));
         assert!(validated.is_ok(), "{}: {:?}", shader.name, validated.err());
-        assert!(!shader.needs_subgroups() || validate(CAPABILITIES).is_err(), "{} needs no subgroups", shader.name);
+        let portable = validator(CAPABILITIES).validate(&parse(shader));
+        assert_eq!(portable.is_ok(), shader.features().is_empty(), "{} names features for nothing", shader.name);
     }
 }
 
 #[test]
-fn a_shader_with_subgroups_has_one_without_beside_it() {
-    let has_portable = |name| SHADERS.iter().any(|shader| shader.name == name && !shader.needs_subgroups());
+fn a_shader_that_needs_features_has_one_without_beside_it() {
+    let has_portable = |name| SHADERS.iter().any(|shader| shader.name == name && shader.features().is_empty());
     for shader in SHADERS.iter().filter(|shader| shader.name != "subgroup_probe") {
-        assert!(has_portable(shader.name), "{}", shader.name);
+        assert!(has_portable(shader.name.trim_end_matches("_cooperative")), "{}", shader.name);
     }
 }
 
@@ -50,7 +61,7 @@ fn a_shader_with_subgroups_has_one_without_beside_it() {
 fn every_variant_is_valid_with_its_constants() {
     for (shader, constants) in gpu_kernels() {
         let module = parse(shader);
-        let info = Validator::new(ValidationFlags::all(), capabilities(shader)).validate(&module).unwrap();
+        let info = validator(capabilities(shader)).validate(&module).unwrap();
         let values = constants.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
         let entry = Some((ShaderStage::Compute, shader.name));
         let made = process_overrides(&module, &info, entry, &values);
@@ -116,7 +127,7 @@ fn every_shader_file_is_in_the_list_and_opens_with_its_name() {
     let mut listed: Vec<_> = SHADERS.iter().map(|shader| shader.name).collect();
     found.sort_unstable();
     listed.sort_unstable();
-    // The precisions of a shader are in one file, and so are its ways to reduce.
+    // The precisions of a shader are in one file, and so are its ways to reduce and its sizes of cooperative matrices.
     listed.dedup();
     assert_eq!(found, listed);
     for shader in SHADERS {
@@ -124,7 +135,20 @@ fn every_shader_file_is_in_the_list_and_opens_with_its_name() {
     }
 }
 
-/// wgpu's own checks of pipelines, on a device that computes nothing.
+/// A device that computes nothing.
+#[expect(unsafe_code, reason = "wgpu's cooperative matrices are experimental, and asked for by name")]
+fn noop_device(adapter: &wgpu::Adapter, features: Features) -> wgpu::Device {
+    let descriptor = wgpu::DeviceDescriptor {
+        required_features: features,
+        // SAFETY: nothing runs on this device.
+        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
+        ..Default::default()
+    };
+    let opened = pollster::block_on(adapter.request_device(&descriptor));
+    opened.expect("a noop device has every feature").0
+}
+
+/// wgpu's own checks of pipelines, on devices with the features that a kernel names and no others.
 #[test]
 fn every_kernel_becomes_a_pipeline() {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
@@ -133,23 +157,29 @@ fn every_kernel_becomes_a_pipeline() {
     let instance = wgpu::Instance::new(descriptor);
     let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::NOOP));
     let adapter = adapters.first().expect("the noop backend is built in");
-    let descriptor = wgpu::DeviceDescriptor { required_features: wgpu::Features::SUBGROUP, ..Default::default() };
-    let (device, _queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
-    for (shader, constants) in gpu_kernels() {
-        let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
-        let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
-            label: Some(shader.name),
-            source: wgpu::ShaderSource::Wgsl(shader.source().into()),
-        });
-        let _pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-            label: Some(shader.name),
-            layout: None,
-            module: &module,
-            entry_point: Some(shader.name),
-            compilation_options: wgpu::PipelineCompilationOptions { constants: &constants, ..Default::default() },
-            cache: None,
-        });
-        let error = pollster::block_on(scope.pop());
-        assert!(error.is_none(), "{} {constants:?}: {error:?}", shader.name);
+    let mut kernels = gpu_kernels();
+    while let Some((shader, _)) = kernels.first() {
+        let features = shader.features();
+        let device = noop_device(adapter, features);
+        let (these, others) = kernels.into_iter().partition(|(shader, _)| shader.features() == features);
+        kernels = others;
+        let these: Vec<_> = these;
+        for (shader, constants) in these {
+            let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+            let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
+                label: Some(shader.name),
+                source: wgpu::ShaderSource::Wgsl(shader.source().into()),
+            });
+            let _pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label: Some(shader.name),
+                layout: None,
+                module: &module,
+                entry_point: Some(shader.name),
+                compilation_options: wgpu::PipelineCompilationOptions { constants: &constants, ..Default::default() },
+                cache: None,
+            });
+            let error = pollster::block_on(scope.pop());
+            assert!(error.is_none(), "{} {constants:?}: {error:?}", shader.name);
+        }
     }
 }

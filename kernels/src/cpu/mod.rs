@@ -142,6 +142,7 @@ impl CpuBackend {
             is_gpu: false,
             fingerprint: FINGERPRINTS[precision as usize].to_owned(),
             memory_bytes: memory::available_bytes(),
+            invariant_below: None,
         };
         Ok(Self {
             info,

@@ -5,12 +5,19 @@
 
 use wgpu::{Adapter, AdapterInfo, DeviceType, Limits};
 
-use super::{failure::Failure, probe::SUBGROUP_MIN};
-use crate::{DeviceInfo, KernelError, Precision};
+use super::{
+    GpuOptions,
+    cooperative::{self, Cooperative},
+    failure::Failure,
+    probe::SUBGROUP_MIN,
+};
+use crate::{DeviceInfo, KernelError, Prefill};
 
 /// Version of the portable kernels' arithmetic in each precision. Raised with every change of a sum's order, so that stages of
 /// different versions do not pass for equal.
 const KERNEL_SETS: [&str; 2] = ["gpu-exact/4", "gpu-fast/3"];
+/// The same of prefill `fast`, where it is in use.
+const PREFILL_FAST: &str = "+prefill-fast/1";
 
 /// Which adapter is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +58,8 @@ pub(super) struct Opened {
     pub(super) has_large_workgroups: bool,
     /// Whether it has subgroups of eight threads and more, as far as the adapter says.
     pub(super) has_subgroups: bool,
+    /// Where prefill `fast` was asked for and the adapter has what it needs.
+    pub(super) cooperative: Option<Cooperative>,
     pub(super) failure: Failure,
 }
 
@@ -58,7 +67,7 @@ pub(super) struct Opened {
 ///
 /// # Errors
 /// [`KernelError::NoDevice`] listing the adapters; [`KernelError::Limit`] when the adapter is too small for any model.
-pub(super) fn open(choice: &GpuChoice, precision: Precision) -> Result<Opened, KernelError> {
+pub(super) fn open(choice: &GpuChoice, options: &GpuOptions) -> Result<Opened, KernelError> {
     let mut adapters = adapters();
     adapters.sort_by_key(|adapter| rank(adapter.get_info().device_type));
     let mut found = Vec::new();
@@ -69,10 +78,16 @@ pub(super) fn open(choice: &GpuChoice, precision: Precision) -> Result<Opened, K
             continue;
         }
         check_limits(&adapter, &info)?;
-        match open_adapter(&adapter, &info, precision) {
+        match open_adapter(&adapter, &info, options) {
             Ok(opened) => {
                 if opened.software && *choice == GpuChoice::Best {
                     tracing::warn!(device = %opened.info.name, "no hardware GPU was found, a software one is used");
+                }
+                if options.prefill == Prefill::Fast && opened.cooperative.is_none() {
+                    tracing::warn!(
+                        device = %opened.info.name,
+                        "prefill is not fast: the device has no cooperative matrices of f16 with sums in f32"
+                    );
                 }
                 return Ok(opened);
             }
@@ -136,16 +151,25 @@ fn check_limits(adapter: &Adapter, info: &AdapterInfo) -> Result<(), KernelError
     Ok(())
 }
 
-fn open_adapter(adapter: &Adapter, info: &AdapterInfo, precision: Precision) -> Result<Opened, String> {
+fn open_adapter(adapter: &Adapter, info: &AdapterInfo, options: &GpuOptions) -> Result<Opened, String> {
     let offered = adapter.limits();
     // WebGPU's defaults, or less where the adapter has less that the kernels do not need; buffers as large as it can.
     let mut limits = Limits::default().or_worse_values_from(&offered);
     limits.max_buffer_size = offered.max_buffer_size;
     limits.max_storage_buffer_binding_size = offered.max_storage_buffer_binding_size;
+    let cooperative = match options.prefill {
+        Prefill::Invariant => None,
+        Prefill::Fast => Cooperative::of(adapter, info),
+    };
+    let (features, experimental_features) = match cooperative {
+        None => (wgpu::Features::empty(), wgpu::ExperimentalFeatures::disabled()),
+        Some(_) => (Cooperative::FEATURES, experimental_features()),
+    };
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("grokpipe"),
-        // The clock is for benchmarks, subgroups are for kernels that others can stand in for.
-        required_features: adapter.features() & (wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::SUBGROUP),
+        // The clock is for benchmarks, subgroups are for kernels that others can stand in for; what prefill `fast` needs it asks for itself.
+        required_features: adapter.features() & (wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::SUBGROUP) | features,
+        experimental_features,
         required_limits: limits,
         memory_hints: wgpu::MemoryHints::Performance,
         ..Default::default()
@@ -153,19 +177,33 @@ fn open_adapter(adapter: &Adapter, info: &AdapterInfo, precision: Precision) -> 
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).map_err(|error| error.to_string())?;
     let name = describe(info);
     let failure = Failure::watch(&device, &name);
-    let kernel_set = KERNEL_SETS[precision as usize];
+    let kernel_set = KERNEL_SETS[options.precision as usize];
+    let prefill = cooperative.map_or("", |_| PREFILL_FAST);
     let fingerprint =
-        format!("{kernel_set} f32 {} driver {} {}", name, info.driver, info.driver_info).trim().to_string();
-    let info_out = DeviceInfo { name, is_gpu: true, fingerprint, memory_bytes: memory_bytes(adapter, info) };
+        format!("{kernel_set}{prefill} f32 {} driver {} {}", name, info.driver, info.driver_info).trim().to_string();
+    let info_out = DeviceInfo {
+        name,
+        is_gpu: true,
+        fingerprint,
+        memory_bytes: memory_bytes(adapter, info),
+        invariant_below: cooperative.map(|_| cooperative::ROWS_MIN),
+    };
     let has_large_workgroups = device.limits().max_compute_invocations_per_workgroup >= 256;
     let has_subgroups = has_subgroups(device.features(), info.subgroup_min_size);
     let software = is_software(info);
-    Ok(Opened { device, queue, info: info_out, software, has_large_workgroups, has_subgroups, failure })
+    Ok(Opened { device, queue, info: info_out, software, has_large_workgroups, has_subgroups, cooperative, failure })
 }
 
 /// An adapter with subgroups of different sizes takes one for each kernel, so the least must do.
 fn has_subgroups(features: wgpu::Features, min_size: u32) -> bool {
     features.contains(wgpu::Features::SUBGROUP) && min_size >= SUBGROUP_MIN
+}
+
+#[expect(unsafe_code, reason = "wgpu's cooperative matrices are experimental, and asked for by name")]
+fn experimental_features() -> wgpu::ExperimentalFeatures {
+    // SAFETY: what could be undefined are cooperative loads and stores outside of their memory, or by a part of a subgroup. Those of
+    // prefill `fast` are in the workgroup's own arrays, with places that do not depend on data, in control flow that is uniform.
+    unsafe { wgpu::ExperimentalFeatures::enabled() }
 }
 
 /// Memory of the device: what is free of the host's for a software adapter, the device-local heaps of a Vulkan one, else 0.

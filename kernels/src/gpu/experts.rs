@@ -7,8 +7,9 @@
 use super::{
     GpuActivations, GpuBackend, GpuBuffer, GpuMatrix, GpuSelection,
     batch::grow,
+    cooperative::PLACES,
     format::Numbers,
-    matrix::{LANES, WORKGROUPS_MAX},
+    matrix::{LANES, Shard, WORKGROUPS_MAX},
     pipelines::{Kernel, Sharing, TILE_ROWS, TILES_PER_WORKGROUP},
     shaders::{CombineParams, ExpertParams, TilesParams},
     shape, workgroups,
@@ -16,21 +17,20 @@ use super::{
 use crate::ops::{expert_down, gated_gelu, moe_router};
 
 /// Experts that the router's kernel has room for.
-const EXPERTS_MAX: usize = 64;
+pub(super) const EXPERTS_MAX: usize = 64;
 /// Rows from which pairs are grouped: with eight experts and two a row, four rows give an expert one pair on average.
 const TILED_ROWS_MIN: usize = 8;
-/// Words of a tile.
-const TILE_WORDS: usize = 5;
 
-/// Tiles that always suffice: full ones, and one that is not for each expert.
-fn tiles(pairs: usize, experts: usize) -> usize {
-    pairs / TILE_ROWS + experts
+/// Tiles of `tile_rows` pairs that always suffice: full ones, and one that is not for each expert.
+pub(super) fn tiles(pairs: usize, experts: usize, tile_rows: usize) -> usize {
+    pairs / tile_rows + experts
 }
 
-/// Bytes of the tiles of a selection.
+/// Bytes of the tiles of a selection, whichever there will be; each is an expert and its pairs.
 pub(super) fn tiles_bytes(rows: usize, chosen: usize) -> Option<u64> {
     let pairs = rows.checked_mul(chosen)?;
-    super::words(&[tiles(pairs, EXPERTS_MAX), TILE_WORDS])
+    let bytes = |tile_rows| super::words(&[tiles(pairs, EXPERTS_MAX, tile_rows), 1 + tile_rows]);
+    Some(bytes(TILE_ROWS)?.max(bytes(PLACES)?))
 }
 
 /// How a step's pairs are given to the expert kernels.
@@ -72,9 +72,10 @@ impl GpuBackend {
         self.recorder.dispatch(Kernel::MoeRouter, &params, &buffers, [rows as u32, 1, 1], work);
         if rows >= TILED_ROWS_MIN {
             let pairs = rows * out.chosen;
-            let params =
-                TilesParams { pairs: pairs as u32, num_experts: experts as u32, tiles: tiles(pairs, experts) as u32 };
-            self.recorder.dispatch(Kernel::ExpertTiles, &params, &[&out.ids, &out.tiles], [1, 1, 1], 0);
+            let tile_rows = if self.cooperative().is_some() { PLACES } else { TILE_ROWS };
+            let tiles = tiles(pairs, experts, tile_rows) as u32;
+            let params = TilesParams { pairs: pairs as u32, num_experts: experts as u32, tiles };
+            self.recorder.dispatch(Kernel::ExpertTiles { tile_rows }, &params, &[&out.ids, &out.tiles], [1, 1, 1], 0);
         }
     }
 
@@ -97,6 +98,15 @@ impl GpuBackend {
         if !fits {
             return;
         }
+        let op = gated_gelu::Params {
+            inputs: gate.shape.inputs as u32,
+            outputs: gate.shape.outputs as u32,
+            groups: gate.shape.groups as u32,
+            chosen: selection.chosen as u32,
+        };
+        if let Some(cooperative) = self.cooperative() {
+            return self.cooperative_gate_up(cooperative, x, selection, [gate, up], op, out);
+        }
         let pairs = self.pairs(selection, gate.shape.experts);
         let variant = self.variant(gate, pairs.sharing);
         // A kernel knows one way to hold weights, and shards are cut by it.
@@ -108,20 +118,15 @@ impl GpuBackend {
         if !alike {
             self.expert_products(x, rows, &pairs, selection.chosen, up, &out.buffer);
         }
-        let op = gated_gelu::Params {
-            inputs: gate.shape.inputs as u32,
-            outputs: gate.shape.outputs as u32,
-            groups: gate.shape.groups as u32,
-            chosen: selection.chosen as u32,
-        };
-        self.rounded.make(&mut self.memory, &mut self.recorder, self.precision, gate, x, rows);
-        let [x, factors] = self.rounded.bindings(self.precision, gate, x);
+        let rounding = gate.shape.rounding(self.precision);
+        self.rounded.make(&mut self.memory, &mut self.recorder, rounding, x, rows);
+        let [x, factors] = self.rounded.bindings(rounding, x);
         for (gates, ups) in gate.shards.iter().zip(&ups.shards) {
             let params = expert_params(op, &pairs, selection.chosen, gates);
             let (choice, out) = (pairs.choice, &out.buffer);
             let buffers = [x, factors, choice, &gates.chunks, gates.scales(), &ups.chunks, ups.scales(), out];
             let groups = [pairs.groups, gates.blocks.len() as u32, variant.workgroups_a_block()];
-            let work = if alike { 2 } else { 1 } * work(&pairs, gate, gates);
+            let work = if alike { 2 } else { 1 } * work(pairs.count, gate, gates);
             self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work);
         }
     }
@@ -147,8 +152,13 @@ impl GpuBackend {
             return self.recorder.refuse(error);
         }
         let Some(products) = self.products.take() else { return };
-        let pairs = self.pairs(selection, down.shape.experts);
-        self.expert_products(hidden, rows * selection.chosen, &pairs, 1, down, &products);
+        match self.cooperative() {
+            Some(cooperative) => self.cooperative_products(cooperative, hidden, selection, 1, down, &products),
+            None => {
+                let pairs = self.pairs(selection, down.shape.experts);
+                self.expert_products(hidden, rows * selection.chosen, &pairs, 1, down, &products);
+            }
+        }
         let params = CombineParams { outputs: down.shape.outputs as u32, chosen: selection.chosen as u32 };
         let buffers = [&selection.probabilities, &products, &out.buffer];
         let groups = [workgroups(down.shape.outputs), rows as u32, 1];
@@ -173,13 +183,14 @@ impl GpuBackend {
             groups: matrix.shape.groups as u32,
             chosen: pairs.chosen as u32,
         };
-        self.rounded.make(&mut self.memory, &mut self.recorder, self.precision, matrix, x, rows);
-        let [x, factors] = self.rounded.bindings(self.precision, matrix, x);
+        let rounding = matrix.shape.rounding(self.precision);
+        self.rounded.make(&mut self.memory, &mut self.recorder, rounding, x, rows);
+        let [x, factors] = self.rounded.bindings(rounding, x);
         for shard in &matrix.shards {
             let params = expert_params(op, pairs, pairs_a_row, shard);
             let buffers = [x, factors, pairs.choice, &shard.chunks, shard.scales(), out];
             let groups = [pairs.groups, shard.blocks.len() as u32, variant.workgroups_a_block()];
-            let work = work(pairs, matrix, shard);
+            let work = work(pairs.count, matrix, shard);
             self.recorder.dispatch(Kernel::ExpertDown(variant), &params.to_words(), &buffers, groups, work);
         }
     }
@@ -198,7 +209,7 @@ impl GpuBackend {
         let count = self.rows * chosen;
         if self.rows >= TILED_ROWS_MIN {
             // Unused ones say so themselves.
-            let items = tiles(count, experts.min(EXPERTS_MAX));
+            let items = tiles(count, experts.min(EXPERTS_MAX), TILE_ROWS);
             let groups = items.div_ceil(TILES_PER_WORKGROUP) as u32;
             return Pairs { choice: &selection.tiles, chosen, groups, items, sharing: Sharing::Tiled, count };
         }
@@ -207,7 +218,7 @@ impl GpuBackend {
     }
 }
 
-fn expert_params<P>(op: P, pairs: &Pairs<'_>, pairs_a_row: usize, shard: &super::matrix::Shard) -> ExpertParams<P> {
+fn expert_params<P>(op: P, pairs: &Pairs<'_>, pairs_a_row: usize, shard: &Shard) -> ExpertParams<P> {
     ExpertParams {
         op,
         items: pairs.items as u32,
@@ -220,7 +231,7 @@ fn expert_params<P>(op: P, pairs: &Pairs<'_>, pairs_a_row: usize, shard: &super:
 }
 
 /// Multiply-adds of one matrix over a shard, if the pairs are spread evenly.
-fn work(pairs: &Pairs<'_>, matrix: &GpuMatrix, shard: &super::matrix::Shard) -> u64 {
+pub(super) fn work(pairs: usize, matrix: &GpuMatrix, shard: &Shard) -> u64 {
     let columns = (shard.blocks.len() * LANES) as u64;
-    (pairs.count * matrix.shape.inputs) as u64 * columns * shard.experts.len() as u64 / matrix.shape.experts as u64
+    (pairs * matrix.shape.inputs) as u64 * columns * shard.experts.len() as u64 / matrix.shape.experts as u64
 }

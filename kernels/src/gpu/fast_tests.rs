@@ -4,6 +4,7 @@ use grokpipe_model::{BlockType, Format, Layout};
 
 use super::{
     GpuBackend, GpuOptions,
+    rounded::Rounding,
     tests::{open, open_with},
 };
 use crate::{
@@ -106,7 +107,7 @@ fn rounded_inputs_are_the_references() {
     let input = upload(&mut backend, &single_tokens(3), 64, &x);
     let mut out = backend.activations(3, 4).unwrap();
     backend.matmul(&input, &w, 1.0, &mut out);
-    let [numbers, factors] = backend.rounded.bindings(Precision::Fast, &w, &input);
+    let [numbers, factors] = backend.rounded.bindings(Rounding::Bytes, &input);
     let read = backend.recorder.read_back::<u32>(&[(numbers, 6 * 8), (factors, 6 * 2)]).unwrap();
     let numbers: &[[i8; 32]] = bytemuck::cast_slice(&read[0]);
     for (index, block) in x.as_chunks::<32>().0.iter().enumerate() {

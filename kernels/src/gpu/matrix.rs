@@ -16,6 +16,7 @@ use super::{
     format::{CHUNK_BYTES, Held, Scales},
     memory::{GpuBuffer, Memory, product},
     recorder::Recorder,
+    rounded::Rounding,
 };
 use crate::{KernelError, Precision, ops::quantise::BLOCK};
 
@@ -29,6 +30,8 @@ pub struct GpuMatrix {
     pub(super) name: String,
     pub(super) shape: Shape,
     pub(super) shards: Vec<Shard>,
+    /// Power of two by which prefill `fast` multiplies weights that it rounds to halves; 1 where it is not in use.
+    pub(super) factor: f32,
 }
 
 /// Some experts' columns.
@@ -101,6 +104,14 @@ impl Shape {
         let blocks_share_scales =
             self.held.scales != Scales::Groups || (self.inputs / self.groups).is_multiple_of(BLOCK);
         if self.held.has_fast() && blocks_share_scales { wanted } else { Precision::Exact }
+    }
+
+    /// What its products read of their rows where `wanted` is.
+    pub(super) fn rounding(self, wanted: Precision) -> Rounding {
+        match self.precision(wanted) {
+            Precision::Exact => Rounding::None,
+            Precision::Fast => Rounding::Bytes,
+        }
     }
 
     pub(super) fn blocks(self) -> usize {
@@ -183,7 +194,7 @@ pub(super) fn allocate(
         };
         shards.push(Shard { experts, blocks, chunks, scales });
     }
-    Ok(GpuMatrix { name: name.to_string(), shape, shards })
+    Ok(GpuMatrix { name: name.to_string(), shape, shards, factor: 1.0 })
 }
 
 impl GpuMatrix {

@@ -7,14 +7,17 @@
 //!
 //! `device.rs` opens an adapter, `probe.rs` tries its subgroups, `failure.rs` keeps why it failed, `memory.rs` counts buffers.
 //! `format.rs` says how weights are held, `matrix.rs` lays them out, `blocks.rs` and `upload.rs` get them there. `shaders.rs` and
-//! `pipelines.rs` hold the kernels, `recorder.rs` submits them, `batch.rs` is what a step's rows become, `rounded.rs` what precision
-//! `fast` makes of rows, `attention.rs` and `experts.rs` are the operations of several dispatches, `measure.rs` times the device,
-//! `clock.rs` reads its own clock.
+//! `pipelines.rs` hold the kernels, `recorder.rs` submits them, `batch.rs` is what a step's rows become, `rounded.rs` what products
+//! of rounded rows read, `attention.rs` and `experts.rs` are the operations of several dispatches, `cooperative.rs` is prefill
+//! `fast`, `measure.rs` times the device, `clock.rs` reads its own clock.
 
 mod attention;
 mod batch;
 mod blocks;
 mod clock;
+mod cooperative;
+#[cfg(test)]
+mod cooperative_tests;
 mod device;
 mod experts;
 mod failure;
@@ -37,9 +40,10 @@ use grokpipe_model::{MatrixSource, MatrixSpec};
 
 use self::{
     batch::StepBatch,
+    cooperative::Cooperative,
     matrix::Shape,
     memory::{GpuBuffer, Memory, words},
-    pipelines::{Kernel, Sharing, TILE_ROWS, TILES_PER_WORKGROUP, Variant},
+    pipelines::{CooperativeVariant, Kernel, OF_PREFILL_FAST, Sharing, TILE_ROWS, TILES_PER_WORKGROUP, Variant},
     recorder::Recorder,
     rounded::RoundedRows,
     shaders::{GatherParams, Lanes, MatmulParams},
@@ -52,7 +56,7 @@ pub use self::{
     shaders::{SHADERS, Shader},
 };
 use crate::{
-    AttentionParams, Backend, Batch, DeviceInfo, KernelError, Precision,
+    AttentionParams, Backend, Batch, DeviceInfo, KernelError, Precision, Prefill,
     ops::{gather, matmul, rms_norm},
 };
 
@@ -70,6 +74,8 @@ pub struct GpuOptions {
     pub share_sums: Option<bool>,
     /// Whether threads reduce within subgroups on a device where these work; else hardware does. Results do not change.
     pub subgroups: Option<bool>,
+    /// How steps of many rows are computed.
+    pub prefill: Prefill,
 }
 
 /// A device behind wgpu. See the module's page.
@@ -81,6 +87,8 @@ pub struct GpuBackend {
     /// How threads reduce their numbers.
     lanes: Lanes,
     precision: Precision,
+    /// Where prefill `fast` is in use.
+    cooperative: Option<Cooperative>,
     recorder: Recorder,
     memory: Memory,
     /// The step's rows on the device.
@@ -146,7 +154,7 @@ impl GpuBackend {
     /// # Errors
     /// As there.
     pub fn open_with(choice: &GpuChoice, options: &GpuOptions) -> Result<Self, KernelError> {
-        let opened = device::open(choice, options.precision)?;
+        let opened = device::open(choice, options)?;
         let memory_bytes = opened.info.memory_bytes;
         let mut memory = Memory::new(&opened.device, &opened.failure, memory_bytes, options.max_shard_bytes);
         let mut recorder = Recorder::new(opened.device, opened.queue, opened.failure)?;
@@ -154,12 +162,16 @@ impl GpuBackend {
         let works = wanted && probe::subgroups_work(&mut recorder, &mut memory)?;
         let lanes = if works { Lanes::Subgroups } else { Lanes::Memory };
         recorder.compile_always(lanes)?;
+        if opened.cooperative.is_some() {
+            OF_PREFILL_FAST.into_iter().try_for_each(|kernel| recorder.compile(kernel))?;
+        }
         Ok(Self {
             info: opened.info,
             software: opened.software,
             sliced: options.share_sums.unwrap_or(!opened.software && opened.has_large_workgroups),
             lanes,
             precision: options.precision,
+            cooperative: opened.cooperative,
             recorder,
             memory,
             batch: StepBatch::default(),
@@ -251,8 +263,9 @@ impl Backend for GpuBackend {
         source: &dyn MatrixSource,
         progress: &mut dyn FnMut(u64),
     ) -> Result<GpuMatrix, KernelError> {
-        let matrix = upload::load(&mut self.memory, &mut self.recorder, source, progress)?;
+        let mut matrix = upload::load(&mut self.memory, &mut self.recorder, source, progress)?;
         self.compile_for(&matrix)?;
+        self.prepare_cooperative(&mut matrix)?;
         Ok(matrix)
     }
 
@@ -270,6 +283,10 @@ impl Backend for GpuBackend {
     fn pair_experts(&mut self, gate: &GpuMatrix, up: &GpuMatrix) -> Result<(), KernelError> {
         if gate.shape == up.shape {
             return Ok(());
+        }
+        if let Some(cooperative) = self.cooperative {
+            let variant = CooperativeVariant::of(up, cooperative);
+            self.recorder.compile(Kernel::GatedGeluCooperativeOfGate(variant))?;
         }
         [self.sharing_of_one(), Sharing::Tiled]
             .into_iter()
@@ -356,20 +373,24 @@ impl Backend for GpuBackend {
         if !fits {
             return;
         }
-        let (sharing, rows_per_workgroup) = match rows {
-            1 => (self.sharing_of_one(), 1),
-            _ => (Sharing::Tiled, TILE_ROWS * TILES_PER_WORKGROUP),
-        };
-        let variant = self.variant(w, sharing);
-        let kernel = Kernel::Matmul(variant);
         let op = matmul::Params {
             inputs: shape.inputs as u32,
             outputs: shape.outputs as u32,
             groups: shape.groups as u32,
             factor,
         };
-        self.rounded.make(&mut self.memory, &mut self.recorder, self.precision, w, x, rows);
-        let [x, factors] = self.rounded.bindings(self.precision, w, x);
+        if let Some(cooperative) = self.cooperative() {
+            return self.cooperative_matmul(cooperative, x, w, op, out);
+        }
+        let (sharing, rows_per_workgroup) = match rows {
+            1 => (self.sharing_of_one(), 1),
+            _ => (Sharing::Tiled, TILE_ROWS * TILES_PER_WORKGROUP),
+        };
+        let variant = self.variant(w, sharing);
+        let kernel = Kernel::Matmul(variant);
+        let rounding = shape.rounding(self.precision);
+        self.rounded.make(&mut self.memory, &mut self.recorder, rounding, x, rows);
+        let [x, factors] = self.rounded.bindings(rounding, x);
         for shard in &w.shards {
             let column_begin = (shard.blocks.start * matrix::LANES) as u32;
             let params = MatmulParams { op, rows: rows as u32, column_begin };

@@ -7,8 +7,10 @@
 use std::collections::HashMap;
 
 use super::{
+    cooperative::{Cooperative, Edge, PLACES},
     failure::Failure,
     format::Held,
+    matrix::GpuMatrix,
     memory::scoped,
     shaders::{self, Lanes, Shader},
 };
@@ -22,10 +24,19 @@ pub(super) enum Kernel {
     /// The same where up is held otherwise than gate: the products with it are there, and the variant is gate's.
     GatedGeluOfUp(Variant),
     ExpertDown(Variant),
+    MatmulCooperative(CooperativeVariant),
+    GatedGeluCooperative(CooperativeVariant),
+    /// Of a gate that is held otherwise than `up`.
+    GatedGeluCooperativeOfGate(CooperativeVariant),
+    ExpertDownCooperative(CooperativeVariant),
+    LargestWeight(Held),
     ExpertCombine,
     MoeRouter,
-    ExpertTiles,
+    ExpertTiles {
+        tile_rows: usize,
+    },
     Quantise,
+    QuantiseHalves,
     RmsNorm(Lanes),
     RmsNormAdd(Lanes),
     Rope,
@@ -40,7 +51,7 @@ pub(super) enum Kernel {
 const ALWAYS: [Kernel; 8] = [
     Kernel::ExpertCombine,
     Kernel::MoeRouter,
-    Kernel::ExpertTiles,
+    Kernel::ExpertTiles { tile_rows: TILE_ROWS },
     Kernel::Quantise,
     Kernel::Rope,
     Kernel::MarkSlots,
@@ -65,6 +76,33 @@ pub(super) struct Variant {
     pub(super) sliced: bool,
     /// Whether the driver may repeat loops' bodies.
     pub(super) unrolled: bool,
+}
+
+/// The kernels of prefill `fast` that have no variants.
+pub(super) const OF_PREFILL_FAST: [Kernel; 2] = [Kernel::ExpertTiles { tile_rows: PLACES }, Kernel::QuantiseHalves];
+
+/// A variant of a kernel that multiplies by weights with cooperative matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct CooperativeVariant {
+    held: Held,
+    whole: bool,
+    cooperative: Cooperative,
+}
+
+impl CooperativeVariant {
+    pub(super) fn of(matrix: &GpuMatrix, cooperative: Cooperative) -> Self {
+        Self { held: matrix.shape.held, whole: matrix.shape.is_whole(), cooperative }
+    }
+
+    fn shader(self, eight: &'static Shader, sixteen: &'static Shader) -> (&'static Shader, Constants) {
+        let mut constants = self.held.constants();
+        constants.push(("WHOLE", f64::from(u8::from(self.whole))));
+        constants.push(("WORKGROUP", f64::from(self.cooperative.threads)));
+        match self.cooperative.edge {
+            Edge::Eight => (eight, constants),
+            Edge::Sixteen => (sixteen, constants),
+        }
+    }
 }
 
 /// Rows, or pairs, of a tile of the tiled matrix kernels.
@@ -144,10 +182,27 @@ impl Kernel {
             Self::ExpertDown(variant) => {
                 (variant.of(&shaders::EXPERT_DOWN, &shaders::EXPERT_DOWN_FAST), variant.constants())
             }
+            Self::MatmulCooperative(variant) => {
+                variant.shader(&shaders::MATMUL_COOPERATIVE_8, &shaders::MATMUL_COOPERATIVE_16)
+            }
+            Self::GatedGeluCooperative(variant) => {
+                variant.shader(&shaders::GATED_GELU_COOPERATIVE_8, &shaders::GATED_GELU_COOPERATIVE_16)
+            }
+            Self::GatedGeluCooperativeOfGate(variant) => {
+                let (shader, mut constants) =
+                    variant.shader(&shaders::GATED_GELU_COOPERATIVE_8, &shaders::GATED_GELU_COOPERATIVE_16);
+                constants.push(("GATE_IS_THERE", 1.0));
+                (shader, constants)
+            }
+            Self::ExpertDownCooperative(variant) => {
+                variant.shader(&shaders::EXPERT_DOWN_COOPERATIVE_8, &shaders::EXPERT_DOWN_COOPERATIVE_16)
+            }
+            Self::LargestWeight(held) => (&shaders::LARGEST_WEIGHT, held.constants()),
             Self::ExpertCombine => (&shaders::EXPERT_COMBINE, Vec::new()),
             Self::MoeRouter => (&shaders::MOE_ROUTER, Vec::new()),
-            Self::ExpertTiles => (&shaders::EXPERT_TILES, Vec::new()),
+            Self::ExpertTiles { tile_rows } => (&shaders::EXPERT_TILES, vec![("TILE_ROWS", tile_rows as f64)]),
             Self::Quantise => (&shaders::QUANTISE, Vec::new()),
+            Self::QuantiseHalves => (&shaders::QUANTISE_HALVES, Vec::new()),
             Self::RmsNorm(lanes) => (lanes.of(&shaders::RMS_NORM, &shaders::RMS_NORM_SUBGROUP), Vec::new()),
             Self::RmsNormAdd(lanes) => (lanes.of(&shaders::RMS_NORM, &shaders::RMS_NORM_SUBGROUP), vec![("ADD", 1.0)]),
             Self::Rope => (&shaders::ROPE, Vec::new()),
@@ -162,7 +217,7 @@ impl Kernel {
 
 /// Every kernel that any device may be given, for tools and tests.
 pub fn gpu_kernels() -> Vec<(&'static Shader, Vec<(&'static str, f64)>)> {
-    let mut kernels = ALWAYS.to_vec();
+    let mut kernels = [ALWAYS.as_slice(), OF_PREFILL_FAST.as_slice()].concat();
     kernels.extend([Lanes::Memory, Lanes::Subgroups].into_iter().flat_map(reductions));
     kernels.push(Kernel::SubgroupProbe);
     let sliced = [Sharing::One, Sharing::Tiled].map(|sharing| (sharing, true, true));
@@ -180,6 +235,22 @@ pub fn gpu_kernels() -> Vec<(&'static Shader, Vec<(&'static str, f64)>)> {
                 kernels.extend([Kernel::Matmul(variant), Kernel::ExpertDown(variant)]);
                 kernels.extend([Kernel::GatedGelu(variant), Kernel::GatedGeluOfUp(variant)]);
             }
+        }
+    }
+    // With subgroups of 8 and of 32 threads.
+    let cooperative = [Edge::Eight, Edge::Sixteen].map(|edge| Cooperative { edge, threads: 128 });
+    for held in Held::all() {
+        kernels.push(Kernel::LargestWeight(held));
+        for (cooperative, whole) in
+            cooperative.into_iter().flat_map(|cooperative| [(cooperative, true), (cooperative, false)])
+        {
+            let variant = CooperativeVariant { held, whole, cooperative };
+            kernels.extend([
+                Kernel::MatmulCooperative(variant),
+                Kernel::GatedGeluCooperative(variant),
+                Kernel::GatedGeluCooperativeOfGate(variant),
+                Kernel::ExpertDownCooperative(variant),
+            ]);
         }
     }
     kernels.into_iter().map(Kernel::shader).collect()

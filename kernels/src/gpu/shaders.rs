@@ -5,6 +5,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::cooperative::{Cooperative, Edge};
 use crate::{
     Precision,
     ops::{attention, expert_down, gated_gelu, gather, matmul, moe_router, quantise, rms_norm, rope},
@@ -33,6 +34,12 @@ enum Joined {
     Products(Precision, &'static [&'static str]),
     /// The same for pairs of rows and experts.
     PairProducts(Precision, &'static [&'static str]),
+    /// Products of rows, by cooperative matrices.
+    CooperativeProducts(Edge, &'static [&'static str]),
+    /// The same for pairs of rows and experts.
+    CooperativePairProducts(Edge, &'static [&'static str]),
+    /// No products, but the weights of these names are read.
+    Weights(&'static [&'static str]),
 }
 
 /// How the threads of a workgroup reduce their numbers to one. The bits of a result do not depend on it.
@@ -57,33 +64,48 @@ macro_rules! shared {
 impl Shader {
     /// The whole text: the shader's file, and what it is joined with. `MATRIX` in files that stand for one matrix becomes its name.
     pub fn source(&self) -> String {
-        let mut source = self.text.to_owned();
-        let (precision, names) = match self.joined {
-            Joined::Alone => return source,
+        let portable = |precision| match precision {
+            Precision::Exact => (shared!("inputs"), [shared!("product"), shared!("sums")]),
+            Precision::Fast => (shared!("inputs_fast"), [shared!("product_fast"), shared!("sums")]),
+        };
+        let tiles = |edge| match edge {
+            Edge::Eight => shared!("tiles_8"),
+            Edge::Sixteen => shared!("tiles_16"),
+        };
+        // Files for all matrices, and those for each one beside `matrix`.
+        let (files, each, names): (Vec<_>, Vec<_>, _) = match self.joined {
+            Joined::Alone => return self.text.to_owned(),
             Joined::Lanes(lanes) => {
-                source.push_str(shared!("lanes" / "lanes"));
-                source.push_str(match lanes {
+                let reduce = match lanes {
                     Lanes::Memory => shared!("lanes" / "lanes_memory"),
                     Lanes::Subgroups => shared!("lanes" / "lanes_subgroup"),
-                });
-                return source;
+                };
+                return [self.text, shared!("lanes" / "lanes"), reduce].concat();
             }
-            Joined::Products(precision, names) => (precision, names),
+            Joined::Products(precision, names) => {
+                let (inputs, each) = portable(precision);
+                (vec![inputs], each.to_vec(), names)
+            }
             Joined::PairProducts(precision, names) => {
-                source.push_str(shared!("pairs"));
-                (precision, names)
+                let (inputs, each) = portable(precision);
+                (vec![shared!("pairs"), inputs], each.to_vec(), names)
             }
+            Joined::CooperativeProducts(edge, names) => {
+                (vec![tiles(edge), shared!("cooperative")], vec![shared!("product_cooperative")], names)
+            }
+            Joined::CooperativePairProducts(edge, names) => (
+                vec![shared!("pairs_cooperative"), tiles(edge), shared!("cooperative")],
+                vec![shared!("product_cooperative")],
+                names,
+            ),
+            Joined::Weights(names) => (Vec::new(), Vec::new(), names),
         };
-        let (inputs, product) = match precision {
-            Precision::Exact => (shared!("inputs"), shared!("product")),
-            Precision::Fast => (shared!("inputs_fast"), shared!("product_fast")),
-        };
-        source.push_str(shared!("columns"));
-        source.push_str(inputs);
+        let mut source = [self.text, shared!("columns")].concat();
+        source.extend(files);
         for name in names {
-            source.push_str(&shared!("matrix").replace("MATRIX", name));
-            source.push_str(&product.replace("MATRIX", name));
-            source.push_str(&shared!("sums").replace("MATRIX", name));
+            source.extend(
+                [shared!("matrix")].into_iter().chain(each.iter().copied()).map(|file| file.replace("MATRIX", name)),
+            );
         }
         source
     }
@@ -94,9 +116,13 @@ impl Shader {
         Self { text: text.leak(), joined: Joined::Alone, ..self }
     }
 
-    /// Whether only devices with subgroups compile it.
-    pub fn needs_subgroups(&self) -> bool {
-        matches!(self.joined, Joined::Lanes(Lanes::Subgroups))
+    /// Features of a device that it needs; none but for what others can stand in for.
+    pub fn features(&self) -> wgpu::Features {
+        match self.joined {
+            Joined::Lanes(Lanes::Subgroups) => wgpu::Features::SUBGROUP,
+            Joined::CooperativeProducts(..) | Joined::CooperativePairProducts(..) => Cooperative::FEATURES,
+            _ => wgpu::Features::empty(),
+        }
     }
 }
 
@@ -127,6 +153,24 @@ shaders! {
         [false, false, false, false, false, false, false, true];
     EXPERT_DOWN_FAST = "expert_down" / "expert_down", Joined::PairProducts(Precision::Fast, &["down"]), ExpertParams<expert_down::Params>,
         [false, false, false, false, false, true];
+    MATMUL_COOPERATIVE_8 = "matmul" / "matmul_cooperative", Joined::CooperativeProducts(Edge::Eight, &["weights"]),
+        CooperativeMatmulParams, [false, false, false, false, true];
+    MATMUL_COOPERATIVE_16 = "matmul" / "matmul_cooperative", Joined::CooperativeProducts(Edge::Sixteen, &["weights"]),
+        CooperativeMatmulParams, [false, false, false, false, true];
+    GATED_GELU_COOPERATIVE_8 = "gated_gelu" / "gated_gelu_cooperative",
+        Joined::CooperativePairProducts(Edge::Eight, &["gate", "up"]), CooperativeExpertParams<gated_gelu::Params>,
+        [false, false, false, false, false, false, false, true];
+    GATED_GELU_COOPERATIVE_16 = "gated_gelu" / "gated_gelu_cooperative",
+        Joined::CooperativePairProducts(Edge::Sixteen, &["gate", "up"]), CooperativeExpertParams<gated_gelu::Params>,
+        [false, false, false, false, false, false, false, true];
+    EXPERT_DOWN_COOPERATIVE_8 = "expert_down" / "expert_down_cooperative",
+        Joined::CooperativePairProducts(Edge::Eight, &["down"]), CooperativeExpertParams<expert_down::Params>,
+        [false, false, false, false, false, true];
+    EXPERT_DOWN_COOPERATIVE_16 = "expert_down" / "expert_down_cooperative",
+        Joined::CooperativePairProducts(Edge::Sixteen, &["down"]), CooperativeExpertParams<expert_down::Params>,
+        [false, false, false, false, false, true];
+    LARGEST_WEIGHT = "matmul" / "largest_weight", Joined::Weights(&["weights"]), LargestParams, [false, false, true];
+    QUANTISE_HALVES = "quantise" / "quantise_halves", Joined::Alone, quantise::HalvesParams, [false, true, true];
     QUANTISE = "quantise" / "quantise", Joined::Alone, quantise::Params, [false, true, true];
     EXPERT_COMBINE = "expert_down" / "expert_combine", Joined::Alone, CombineParams, [false, false, true];
     MOE_ROUTER = "moe_router" / "moe_router", Joined::Alone, moe_router::Params, [false, false, true, true];
@@ -178,6 +222,51 @@ impl<P: Pod> ExpertParams<P> {
         out[9] = self.pairs_a_row;
         out
     }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct CooperativeMatmulParams {
+    pub(super) op: matmul::Params,
+    pub(super) rows: u32,
+    pub(super) column_begin: u32,
+    /// Power of two of the weights.
+    pub(super) weights_factor: f32,
+}
+
+/// [`ExpertParams`] of prefill `fast`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct CooperativeExpertParams<P> {
+    pub(super) op: P,
+    pub(super) expert_begin: u32,
+    pub(super) expert_count: u32,
+    pub(super) column_begin: u32,
+    pub(super) blocks: u32,
+    /// Pairs that share a row of inputs.
+    pub(super) pairs_a_row: u32,
+    /// Powers of two of the weights, of both matrices where there are two.
+    pub(super) factors: [f32; 2],
+}
+
+impl<P: Pod> CooperativeExpertParams<P> {
+    /// As [`ExpertParams::to_words`].
+    pub(super) fn to_words(self) -> [u32; 11] {
+        let mut out = [0; 11];
+        out[..4].copy_from_slice(bytemuck::cast_slice(bytemuck::bytes_of(&self.op)));
+        out[4..8].copy_from_slice(&[self.expert_begin, self.expert_count, self.column_begin, self.blocks]);
+        out[8] = self.pairs_a_row;
+        out[9..].copy_from_slice(&self.factors.map(f32::to_bits));
+        out
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct LargestParams {
+    pub(super) inputs: u32,
+    pub(super) groups: u32,
+    pub(super) blocks: u32,
 }
 
 #[repr(C)]

@@ -143,7 +143,7 @@ fn with_and_without_subgroups() -> Option<[GpuBackend; 2]> {
     if backends[1].lanes == Lanes::Subgroups {
         return Some(backends);
     }
-    assert!(!super::device::open(&choice(), Precision::Exact).unwrap().has_subgroups, "the probe refuses them");
+    assert!(!super::device::open(&choice(), &GpuOptions::default()).unwrap().has_subgroups, "the probe refuses them");
     println!("skipped: the adapter has no subgroups of eight threads");
     None
 }

@@ -2,7 +2,8 @@
 // for the columns n and the experts of one shard. gelu(g) = 0.5 * g * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 * g^3))).
 // Shapes (row-major): x [rows, inputs], hidden [pairs, outputs] f32. Weights, scales and the order of sums as in product/columns.wgsl,
 // one stretch of `blocks` blocks an expert. With UP_IS_THERE, where up is held otherwise than gate, hidden has the products with it
-// already, of expert_down.wgsl, whose sums are the same; the bindings of up are not read. Joined with columns, pairs, inputs, and matrix, product and sums for `gate` and `up`.
+// already, of expert_down.wgsl, whose sums are the same; the bindings of up are not read. Joined with columns, pairs, inputs, and
+// matrix, product and sums for `gate` and `up`.
 // Dispatch: (ceil(items / TILES), blocks of the shard, 64 / (COLUMN_THREADS * COLUMNS_PER_THREAD)); a thread computes ROWS_PER_THREAD
 // pairs of COLUMNS_PER_THREAD columns, or SLICE_THREADS threads do.
 // tanh is given at most 15 in magnitude: beyond, it is 1 in f32, and some GPUs return NaN. CPU reference: cpu.rs.

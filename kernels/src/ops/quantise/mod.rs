@@ -2,6 +2,9 @@
 //!
 //! `number = round(x * 127 / largest)`, ties to even; it is worth `factor = largest / 127`. What is not finite makes its block's factor
 //! NaN, so that it is not hidden. No operation of its own: a device does it to the inputs of its products.
+//!
+//! And rows as halves, for products of prefill `fast`: multiplied by the power of two that brings a row's largest magnitude to
+//! 2^14..2^15; `factor` undoes it, and is NaN for a row with what is not finite.
 
 #[cfg(test)]
 pub(crate) mod cpu;
@@ -9,7 +12,15 @@ pub(crate) mod cpu;
 /// Inputs of a block.
 pub(crate) const BLOCK: usize = 32;
 
-/// Constants of the operation.
+/// Constants of rounding to halves.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct HalvesParams {
+    /// Length of a row.
+    pub(crate) inputs: u32,
+}
+
+/// Constants of rounding to 8 bits.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub(crate) struct Params {
