@@ -29,7 +29,7 @@ pub(crate) use self::{
     secret::SecretText,
     sections::{
         ClusterSection, CoordinatorSection, DEVICES, KvSection, LimitsSection, ModelSection, Objective, PlanSection,
-        Split, WorkerSection, device, is_name, parse_precision, precision_name,
+        Split, WorkerSection, device, is_name, parse_precision, parse_prefill, precision_name, prefill_name,
     },
     units::{ByteSize, duration, host_port, socket_addr},
 };

@@ -10,7 +10,7 @@ use std::{
 };
 
 use grokpipe_kernels::{
-    Batch, KV_BLOCK_TOKENS, Precision, Row, StageOptions, StepInput, StepOutput, Trace, select_device,
+    Batch, KV_BLOCK_TOKENS, Precision, Prefill, Row, StageOptions, StepInput, StepOutput, Trace, select_device,
 };
 use grokpipe_model::{Model, ModelConfig};
 use safetensors::{Dtype, tensor::TensorView};
@@ -60,7 +60,7 @@ pub(crate) fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         max_rows: args.token_ids.len().min(CHUNK_ROWS),
         ..StageOptions::default()
     };
-    let device = select_device(&args.device, threads, args.precision)?;
+    let device = select_device(&args.device, threads, args.precision, Prefill::Invariant)?;
     let layers = 0..config.num_hidden_layers;
     let mut stage = device.load_traced(&config, Arc::new(model), layers, options, &mut |_, _| ())?;
     let mut found = Found::default();

@@ -108,7 +108,7 @@ fn draw_seconds(vocab_size: usize) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use grokpipe_kernels::{Precision, select_device};
+    use grokpipe_kernels::{Precision, Prefill, select_device};
     use grokpipe_model::BlockType;
 
     use super::*;
@@ -117,7 +117,7 @@ mod tests {
     fn measured(kind: Option<BlockType>) -> Rates {
         let weights = Weights::synthetic(Shape::Tiny, kind, None).unwrap();
         let specs = all_matrices(&weights).unwrap();
-        let mut device = select_device("cpu", 1, Precision::Fast).unwrap();
+        let mut device = select_device("cpu", 1, Precision::Fast, Prefill::Invariant).unwrap();
         Rates::measure(device.as_mut(), &weights, &specs).unwrap()
     }
 

@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use grokpipe_kernels::Precision;
+use grokpipe_kernels::{Precision, Prefill};
 use grokpipe_proto::{
     snapshot::VerdictPhase,
     v1::{GenerateRequest, generate_request::Prompt},
@@ -38,7 +38,7 @@ use self::{
 use crate::{
     client::Client,
     common::{self, ConfigArgs, parse_device},
-    config::{Config, WorkerSection, parse_precision},
+    config::{Config, WorkerSection, parse_precision, parse_prefill},
     error::{CliError, Code, output},
     generate::generate,
     machine,
@@ -79,6 +79,9 @@ pub(crate) struct Args {
     /// fast multiplies quantised weights by 8-bit inputs, exact by f32 [default: fast]
     #[arg(long, value_name = "exact|fast", value_parser = parse_precision)]
     precision: Option<Precision>,
+    /// How a GPU computes steps of many rows: fast takes its tensor cores, where it has them [default: invariant]
+    #[arg(long, value_name = "invariant|fast", value_parser = parse_prefill)]
+    prefill: Option<Prefill>,
     /// The tokenizer.model
     #[arg(long, value_name = "F")]
     tokenizer: Option<PathBuf>,
@@ -117,6 +120,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         worker.device = args.device.clone().unwrap_or_else(|| worker.device.clone());
         worker.threads = args.threads.or(worker.threads);
         worker.precision = args.precision.or(worker.precision);
+        worker.prefill = args.prefill.or(worker.prefill);
     }
     check_addresses(&config, &roster, args.insecure)?;
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -9,7 +9,9 @@ use std::{
     sync::Arc,
 };
 
-use grokpipe_kernels::{CpuBackend, Device, KernelError, Precision, Stage, StageModel, StageOptions, select_device};
+use grokpipe_kernels::{
+    CpuBackend, Device, KernelError, Precision, Prefill, Stage, StageModel, StageOptions, select_device,
+};
 use grokpipe_model::{MatrixSpec, ModelConfig};
 use grokpipe_proto::transport::Tcp;
 use grokpipe_worker::{
@@ -22,7 +24,7 @@ use tracing::{info, warn};
 use crate::{
     client,
     common::{self, ConfigArgs, parse_device},
-    config::{self, ByteSize, SecretText, WorkerSection, parse_precision},
+    config::{self, ByteSize, SecretText, WorkerSection, parse_precision, parse_prefill},
     error::CliError,
     machine,
     rates::{self, Rates},
@@ -57,6 +59,9 @@ pub(crate) struct Args {
     /// fast multiplies quantised weights by 8-bit inputs, exact by f32 [default: fast]
     #[arg(long, value_name = "exact|fast", value_parser = parse_precision)]
     precision: Option<Precision>,
+    /// How a GPU computes steps of many rows: fast takes its tensor cores, where it has them [default: invariant]
+    #[arg(long, value_name = "invariant|fast", value_parser = parse_prefill)]
+    prefill: Option<Prefill>,
     /// Memory that it may fill, as 8GiB [default: what the device has free]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<ByteSize>,
@@ -182,6 +187,7 @@ struct DeviceLoader {
     device: String,
     threads: usize,
     precision: Precision,
+    prefill: Prefill,
     weights: Weights,
     facts: DeviceFacts,
 }
@@ -191,16 +197,24 @@ impl DeviceLoader {
         let device = args.device.clone().unwrap_or_else(|| described.device.clone());
         let threads = args.threads.or(described.threads).unwrap_or_else(machine::cores) as usize;
         let precision = args.precision.or(described.precision).unwrap_or(Precision::Fast);
-        let mut opened = select_device(&device, threads, precision)?;
+        let prefill = args.prefill.or(described.prefill).unwrap_or_default();
+        let mut opened = select_device(&device, threads, precision, prefill)?;
         let memory = args.memory.or(described.memory);
         let memory_bytes = memory_offered(memory, args.memory_share, opened.as_ref())?;
         // Plans count in stored bytes.
         let specs = rates::all_matrices(&weights)?;
         let memory_bytes = (memory_bytes as f64 / growth(&specs, opened.as_ref())) as u64;
         let invariance = opened.check_batch_invariance()?;
-        let notes: Vec<String> = invariance.difference.into_iter().collect();
+        let mut notes: Vec<String> = invariance.difference.into_iter().collect();
         for note in &notes {
             warn!(device = opened.info().name, note, "results depend on the batch: splits may change tokens");
+        }
+        if let Some(rows) = opened.info().invariant_below {
+            info!(
+                device = opened.info().name,
+                rows, "prefill is fast, as asked for: results of steps of so many rows depend on the batch"
+            );
+            notes.push(format!("prefill is fast, as asked for: steps of {rows} rows and more are not batch-invariant"));
         }
         let Rates { read_bandwidth, flop_rate, formats: format_rates, overhead, draw_seconds } =
             Rates::measure(opened.as_mut(), &weights, &specs)?;
@@ -215,7 +229,7 @@ impl DeviceLoader {
             draw_seconds,
             notes,
         };
-        Ok(Self { device, threads, precision, weights, facts })
+        Ok(Self { device, threads, precision, prefill, weights, facts })
     }
 }
 
@@ -282,7 +296,8 @@ impl StageLoader for DeviceLoader {
             });
         }
         let weights = Arc::clone(&self.weights.source);
-        select_device(&self.device, self.threads, self.precision)?.load(config, weights, layers, options, progress)
+        let device = select_device(&self.device, self.threads, self.precision, self.prefill)?;
+        device.load(config, weights, layers, options, progress)
     }
 }
 

@@ -9,7 +9,7 @@ use grokpipe_model::{MatrixSpec, ModelConfig, WeightSource};
 
 use crate::{
     Backend, BatchInvariance, CpuBackend, DeviceInfo, FormatRate, GpuBackend, GpuChoice, GpuOptions, KernelError,
-    Precision, ProductShape, ProductTime, Stage, StageModel, StageOptions, StepOverhead, TracedStage,
+    Precision, Prefill, ProductShape, ProductTime, Stage, StageModel, StageOptions, StepOverhead, TracedStage,
     bench::time_products,
     check_batch_invariance,
     measure::{measure_format, measure_overhead},
@@ -160,13 +160,18 @@ pub fn device<B: Backend>(backend: B) -> Box<dyn Device> {
     Box::new(Opened(backend))
 }
 
-/// Opens the device that `spec` names: `auto`, `gpu`, `gpu:NAME` or `cpu`. `threads`, at least one, is for the CPU.
+/// Opens the device that `spec` names: `auto`, `gpu`, `gpu:NAME` or `cpu`. `threads`, at least one, is for the CPU, `prefill` for GPUs.
 ///
 /// # Errors
 /// [`KernelError::NoDevice`] when `spec` is none of these, or no adapter matches.
-pub fn select_device(spec: &str, threads: usize, precision: Precision) -> Result<Box<dyn Device>, KernelError> {
+pub fn select_device(
+    spec: &str,
+    threads: usize,
+    precision: Precision,
+    prefill: Prefill,
+) -> Result<Box<dyn Device>, KernelError> {
     let cpu = || CpuBackend::new(threads, precision).map(device);
-    let gpu = |choice| GpuBackend::open_with(&choice, &GpuOptions { precision, ..GpuOptions::default() });
+    let gpu = |choice| GpuBackend::open_with(&choice, &GpuOptions { precision, prefill, ..GpuOptions::default() });
     match spec {
         "cpu" => cpu(),
         "auto" => match gpu(GpuChoice::Hardware) {
@@ -191,7 +196,7 @@ mod tests {
 
     #[test]
     fn the_cpu_is_opened_by_name() {
-        let mut cpu = select_device("cpu", 2, Precision::Exact).unwrap();
+        let mut cpu = select_device("cpu", 2, Precision::Exact, Prefill::Fast).unwrap();
         assert!(!cpu.info().is_gpu);
         assert!(cpu.check_batch_invariance().unwrap().holds());
     }
@@ -199,7 +204,7 @@ mod tests {
     #[test]
     fn an_unknown_name_is_refused_with_those_there_are() {
         for wanted in ["", "cuda", "gpu:", "CPU"] {
-            let error = select_device(wanted, 1, Precision::Exact).err().unwrap().to_string();
+            let error = select_device(wanted, 1, Precision::Exact, Prefill::Invariant).err().unwrap().to_string();
             assert!(error.contains("auto, gpu, gpu:NAME, cpu"), "{error}");
         }
     }

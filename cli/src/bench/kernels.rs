@@ -5,7 +5,7 @@
 
 use std::error::Error;
 
-use grokpipe_kernels::{Precision, ProductShape, ProductTime, select_device};
+use grokpipe_kernels::{Precision, Prefill, ProductShape, ProductTime, select_device};
 use grokpipe_model::{BlockType, Format};
 use serde_json::{Value, json};
 
@@ -48,7 +48,7 @@ pub(super) struct Args {
 /// What the device reports.
 pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let threads = args.threads.unwrap_or_else(machine::cores) as usize;
-    let mut device = select_device(&args.device, threads, args.precision)?;
+    let mut device = select_device(&args.device, threads, args.precision, Prefill::Invariant)?;
     let types = if args.r#type.is_empty() { BlockType::all().collect() } else { args.r#type.clone() };
     let rows: Vec<usize> = args.rows.iter().map(|&rows| rows as usize).collect();
     let (inputs, outputs) = (args.inputs as usize, args.outputs as usize);

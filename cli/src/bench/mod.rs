@@ -10,12 +10,12 @@ mod stage;
 
 use std::{error::Error, ops::Range, path::Path};
 
-use grokpipe_kernels::Precision;
+use grokpipe_kernels::{Precision, Prefill};
 use grokpipe_model::ModelError;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
-    config::parse_precision,
+    config::{parse_precision, parse_prefill},
     weights::{Shape, SyntheticArgs, Weights},
 };
 
@@ -37,6 +37,9 @@ struct TestArgs {
     /// fast multiplies quantised weights by 8-bit inputs, exact by f32
     #[arg(long, value_name = "exact|fast", value_parser = parse_precision, default_value = "fast")]
     precision: Precision,
+    /// How a GPU computes steps of many rows: fast takes its tensor cores, where it has them
+    #[arg(long, value_name = "invariant|fast", value_parser = parse_prefill, default_value = "invariant")]
+    prefill: Prefill,
     /// Lengths of prompts whose prefill is timed
     #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=8192))]
     prompt: Vec<u32>,

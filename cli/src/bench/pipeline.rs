@@ -25,7 +25,7 @@ use self::{
 use super::{TestArgs, open, parse_layers, progress_bar, reads::Reads};
 use crate::{
     common,
-    config::precision_name,
+    config::{precision_name, prefill_name},
     error::CliError,
     machine,
     plan::even_shares,
@@ -136,6 +136,7 @@ async fn measure(args: &Args, weights: &Weights, layers: Range<u32>) -> Result<R
                 device: hello.device.clone(),
                 threads: args.threads,
                 precision: precision_name(args.tests.precision),
+                prefill: prefill_name(args.tests.prefill),
                 layers,
                 workers: args.workers,
                 bandwidth: hello.read_bandwidth,
@@ -191,7 +192,8 @@ fn flags(args: &Args) -> Vec<OsString> {
         }
     };
     let threads = args.threads.to_string();
-    let more = ["--device", &args.device, "--threads", &threads, "--precision", precision_name(args.tests.precision)];
+    let (precision, prefill) = (precision_name(args.tests.precision), prefill_name(args.tests.prefill));
+    let more = ["--device", &args.device, "--threads", &threads, "--precision", precision, "--prefill", prefill];
     flags.extend(more.map(OsString::from));
     flags
 }
@@ -326,7 +328,10 @@ mod tests {
     fn workers_are_told_what_is_measured() {
         let line = Line::try_parse_from(["x", "--type", "q4_0", "--synthetic", "tiny", "--threads", "3"]).unwrap();
         let flags: Vec<String> = flags(&line.args).iter().map(|flag| flag.to_string_lossy().into_owned()).collect();
-        assert_eq!(flags.join(" "), "--synthetic tiny --type q4_0 --device auto --threads 3 --precision fast");
+        assert_eq!(
+            flags.join(" "),
+            "--synthetic tiny --type q4_0 --device auto --threads 3 --precision fast --prefill invariant"
+        );
         let line = Line::try_parse_from(["x"]).unwrap();
         assert!(flags_text(&line.args).starts_with("--synthetic grok1 --device"), "Grok-1 if nothing is said");
     }

@@ -7,7 +7,7 @@
 use std::{error::Error, fs, path::PathBuf, sync::Arc};
 
 use grokpipe_kernels::{
-    Batch, KV_BLOCK_TOKENS, Precision, Row, Stage, StageOptions, StepInput, StepOutput, select_device,
+    Batch, KV_BLOCK_TOKENS, Precision, Prefill, Row, Stage, StageOptions, StepInput, StepOutput, select_device,
 };
 use grokpipe_model::{Model, ModelConfig};
 use indicatif::ProgressBar;
@@ -52,7 +52,8 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
             max_rows: MOST_TOKENS,
             ..StageOptions::default()
         };
-        let (device, model) = (select_device("cpu", threads, precision)?, Arc::new(Model::open(&args.model)?));
+        let (device, model) =
+            (select_device("cpu", threads, precision, Prefill::Invariant)?, Arc::new(Model::open(&args.model)?));
         Ok(device.load(&config, model, 0..config.num_hidden_layers, options, &mut |_, _| ())?)
     };
     let (mut exact, mut fast) = (open(Precision::Exact)?, open(Precision::Fast)?);

@@ -5,13 +5,15 @@
 
 use std::{error::Error, ops::Range, path::PathBuf, time::Instant};
 
-use grokpipe_kernels::{Batch, KV_BLOCK_TOKENS, Precision, Row, Stage, StageOptions, StepInput, select_device};
+use grokpipe_kernels::{
+    Batch, KV_BLOCK_TOKENS, Precision, Prefill, Row, Stage, StageOptions, StepInput, select_device,
+};
 use grokpipe_model::ModelConfig;
 use serde_json::{Value, json};
 
 use super::{CHUNK_ROWS, TestArgs, WARM_UP_STEPS, inputs, open, parse_layers, progress_bar, reads::Reads, repeated};
 use crate::{
-    config::precision_name,
+    config::{precision_name, prefill_name},
     error::CliError,
     machine,
     text::Table,
@@ -55,7 +57,7 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
             .into());
     }
     let threads = args.threads.unwrap_or_else(machine::cores) as usize;
-    let mut device = select_device(&args.device, threads, args.tests.precision)?;
+    let mut device = select_device(&args.device, threads, args.tests.precision, args.tests.prefill)?;
     let bandwidth = device.measure_read_bandwidth()?;
     let longest = args.tests.prompt.iter().copied().max().unwrap_or(0);
     let sequences = args.tests.batch.iter().copied().max().unwrap_or(1);
@@ -93,6 +95,7 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         device: stage.device().name.clone(),
         threads,
         precision: args.tests.precision,
+        prefill: args.tests.prefill,
         layers,
         weights_bytes: stage.weights_bytes(),
         load_seconds,
@@ -191,6 +194,7 @@ struct Report {
     device: String,
     threads: usize,
     precision: Precision,
+    prefill: Prefill,
     layers: Range<u32>,
     weights_bytes: u64,
     load_seconds: f64,
@@ -239,6 +243,7 @@ impl Report {
             },
             "model": self.model,
             "precision": precision_name(self.precision),
+            "prefill": prefill_name(self.prefill),
             "layers": [self.layers.start, self.layers.end],
             "weights_bytes": self.weights_bytes,
             "load_seconds": self.load_seconds,
@@ -255,8 +260,9 @@ impl Report {
         let peak =
             self.peak_memory.map_or(String::new(), |bytes| format!(", peak memory {:.2} GB", bytes as f64 / 1e9));
         text += &format!("loaded {gigabytes:.2} GB in {:.1} s, {rate:.1} GB/s{peak}\n", self.load_seconds);
-        text +=
-            &format!("precision {}; memory reads {:.1} GB/s\n\n", precision_name(self.precision), self.bandwidth / 1e9);
+        let (precision, prefill) = (precision_name(self.precision), prefill_name(self.prefill));
+        let bandwidth = self.bandwidth / 1e9;
+        text += &format!("precision {precision}, prefill {prefill}; memory reads {bandwidth:.1} GB/s\n\n");
         let mut table =
             Table::new(&["test", "tokens/s", "least", "most", "a token", "reads", "GB/s", "of memory", "GFLOP/s"]);
         for measured in &self.results {
@@ -297,7 +303,7 @@ mod tests {
         let config = model.config().clone();
         let options = StageOptions { kv_blocks: 16, max_rows: 40, head: false, logit_rows: 1 };
         let reads = Reads::of(&config, &model, &(0..2), false).unwrap();
-        let device = select_device("cpu", 1, Precision::Fast).unwrap();
+        let device = select_device("cpu", 1, Precision::Fast, Prefill::Invariant).unwrap();
         let mut stage = device.load(&config, Arc::new(model), 0..2, options, &mut |_, _| ()).unwrap();
         let mut bench = Bench { stage: stage.as_mut(), config: &config, is_first: true, has_head: false };
         let decode = repeated(2, || bench.decode(3, 4)).unwrap();
@@ -307,6 +313,7 @@ mod tests {
             device: "cpu".into(),
             threads: 1,
             precision: Precision::Fast,
+            prefill: Prefill::Invariant,
             layers: 0..2,
             weights_bytes: 1000,
             load_seconds: 1.0,

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use grokpipe_kernels::Precision;
+use grokpipe_kernels::{Precision, Prefill};
 
 use super::{
     table::Table,
@@ -249,6 +249,31 @@ pub(crate) fn parse_precision(text: &str) -> Result<Precision, String> {
     precision(text).ok_or_else(|| "expected exact or fast".to_owned())
 }
 
+/// `invariant` or `fast`.
+pub(crate) fn prefill(text: &str) -> Option<Prefill> {
+    match text {
+        "invariant" => Some(Prefill::Invariant),
+        "fast" => Some(Prefill::Fast),
+        _ => None,
+    }
+}
+
+/// The word that [`prefill`] reads.
+pub(crate) fn prefill_name(prefill: Prefill) -> &'static str {
+    match prefill {
+        Prefill::Invariant => "invariant",
+        Prefill::Fast => "fast",
+    }
+}
+
+/// As [`prefill`], for a flag.
+///
+/// # Errors
+/// In words.
+pub(crate) fn parse_prefill(text: &str) -> Result<Prefill, String> {
+    prefill(text).ok_or_else(|| "expected invariant or fast".to_owned())
+}
+
 /// Who decides how many layers a worker runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Split {
@@ -304,6 +329,8 @@ pub(crate) struct WorkerSection {
     pub(crate) threads: Option<u32>,
     /// How exactly products are computed; absent: exactly.
     pub(crate) precision: Option<Precision>,
+    /// How steps of many rows are computed; absent: as all others.
+    pub(crate) prefill: Option<Prefill>,
     /// Memory that it may fill; absent: what the device has free.
     pub(crate) memory: Option<ByteSize>,
     /// Layers that it must run; absent: as planned.
@@ -327,6 +354,7 @@ impl WorkerSection {
             device: "auto".to_owned(),
             threads: None,
             precision: None,
+            prefill: None,
             memory: None,
             layers: None,
             listen: None,
@@ -346,6 +374,7 @@ impl WorkerSection {
             device: table.get("device", DEVICES, |v| device(v.text()?))?.unwrap_or(default.device),
             threads: whole(&mut table, "threads", 1..=1024)?,
             precision: table.get("precision", r#""exact" or "fast""#, |value| precision(value.text()?))?,
+            prefill: table.get("prefill", r#""invariant" or "fast""#, |value| prefill(value.text()?))?,
             memory: table.get("memory", r#"a size of at least "1 MiB", as "8 GiB""#, |v| {
                 ByteSize::parse(v.any()).filter(|size| size.0 >= 1 << 20)
             })?,

@@ -6,7 +6,7 @@ use tokio::process::Command;
 
 use super::reach::Reach;
 use crate::{
-    config::{Config, WorkerSection, precision_name},
+    config::{Config, WorkerSection, precision_name, prefill_name},
     error::CliError,
     logging,
 };
@@ -180,6 +180,9 @@ fn worker_args(worker: &WorkerSection, reach: &Reach) -> Vec<String> {
     }
     if let Some(precision) = worker.precision {
         args.extend(["--precision".to_owned(), precision_name(precision).to_owned()]);
+    }
+    if let Some(prefill) = worker.prefill {
+        args.extend(["--prefill".to_owned(), prefill_name(prefill).to_owned()]);
     }
     args
 }

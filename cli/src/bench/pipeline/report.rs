@@ -98,6 +98,8 @@ pub(super) struct Report {
     pub(super) threads: u32,
     /// `exact` or `fast`.
     pub(super) precision: &'static str,
+    /// `invariant` or `fast`.
+    pub(super) prefill: &'static str,
     /// Layers of either arrangement.
     pub(super) layers: Range<u32>,
     /// Workers of the split one.
@@ -191,6 +193,7 @@ impl Report {
             },
             "model": self.model,
             "precision": self.precision,
+            "prefill": self.prefill,
             "layers": [self.layers.start, self.layers.end],
             "workers": self.workers,
             "results": results.collect::<Vec<_>>(),
@@ -204,9 +207,10 @@ impl Report {
     }
 
     pub(super) fn render(&self) -> String {
-        let Self { model, device, precision, layers, .. } = self;
+        let Self { model, device, precision, prefill, layers, .. } = self;
+        let Range { start, end } = layers;
         let mut text =
-            format!("{model}, layers {}..{}, {device} a worker, precision {precision}", layers.start, layers.end);
+            format!("{model}, layers {start}..{end}, {device} a worker, precision {precision}, prefill {prefill}");
         text += &format!("; memory reads {:.1} GB/s\n\n", self.bandwidth / 1e9);
         let mut table = Table::new(&["test", "workers", "tokens/s", "least", "most", "a token", "GB/s", "of memory"]);
         for (test, workers, timed) in self.rows() {
@@ -318,6 +322,7 @@ mod tests {
             device: "cpu".into(),
             threads: 1,
             precision: "fast",
+            prefill: "invariant",
             layers: 0..3,
             workers: 3,
             bandwidth: 1e9,

@@ -52,7 +52,7 @@ const BENCH: &str = "bench";
 pub(super) struct Setup {
     /// This program.
     pub(super) program: PathBuf,
-    /// Flags of each worker: its weights, device, threads and precision.
+    /// Flags of each worker: its weights, device, threads, precision and prefill.
     pub(super) flags: Vec<OsString>,
     /// The model's sizes.
     pub(super) config: ModelConfig,
