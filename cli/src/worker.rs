@@ -210,11 +210,9 @@ impl DeviceLoader {
             warn!(device = opened.info().name, note, "results depend on the batch: splits may change tokens");
         }
         if let Some(rows) = opened.info().invariant_below {
-            info!(
-                device = opened.info().name,
-                rows, "prefill is fast, as asked for: results of steps of so many rows depend on the batch"
-            );
-            notes.push(format!("prefill is fast, as asked for: steps of {rows} rows and more are not batch-invariant"));
+            let note = format!("prefill is fast, as asked for: steps of {rows} rows and more are not batch-invariant");
+            info!(device = opened.info().name, "{note}");
+            notes.push(note);
         }
         let Rates { read_bandwidth, flop_rate, formats: format_rates, overhead, draw_seconds } =
             Rates::measure(opened.as_mut(), &weights, &specs)?;

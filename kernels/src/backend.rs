@@ -5,7 +5,8 @@
 //! row-major, one row a token. No operation waits on a network, and none decides which tokens run.
 //!
 //! **Batch invariance.** A row of any result depends on that row's inputs and the weights alone: the order of every sum depends
-//! on the shapes of the weights, in attention on absolute key positions, and never on how many rows a call has.
+//! on the shapes of the weights, in attention on absolute key positions, and never on how many rows a call has. A device that was
+//! asked for [`Prefill::Fast`](crate::Prefill) may break this, and says for which steps ([`DeviceInfo::invariant_below`]).
 
 use grokpipe_model::{MatrixSource, MatrixSpec};
 

@@ -2,6 +2,7 @@
 
 use std::{fs, time::Duration};
 
+use grokpipe_kernels::Prefill;
 use tempfile::TempDir;
 
 use super::*;
@@ -88,6 +89,7 @@ fn bad_values_name_key_value_place_and_what_is_allowed() {
         ("[[worker]]\ndevice = \"tpu\"", &["worker[0].device is \"tpu\"", "\"auto\", \"cpu\", \"gpu\""]),
         ("[[worker]]\ndevice = \"gpu:\"", &["worker[0].device is \"gpu:\""]),
         ("[[worker]]\nthreads = 0", &["worker[0].threads is 0", "from 1 to 1024"]),
+        ("[[worker]]\nprefill = \"slow\"", &["worker[0].prefill is \"slow\"", "\"invariant\" or \"fast\""]),
         ("[[worker]]\nmemory = \"8 Gibi\"", &["worker[0].memory is \"8 Gibi\"", "8 GiB"]),
         ("[[worker]]\nlayers = \"16..16\"", &["worker[0].layers is \"16..16\"", "0..16"]),
         (
@@ -166,12 +168,14 @@ fn paths_count_from_the_file_and_outside_of_it_from_here() {
 #[test]
 fn workers_are_read_with_units() {
     let text = "[[worker]]\nhost = \"me@node\"\nmemory = \"8 GiB\"\nlayers = \"0..16\"\nthreads = 3\nlisten = \"0.0.0.0:7101\"\n\
-                advertise = \"node:7101\"\nbinary = \"/opt/grokpipe\"\nmodel = \"/m\"\ndevice = \"gpu:H200\"\n[[worker]]\nhost = \"localhost\"";
+                advertise = \"node:7101\"\nbinary = \"/opt/grokpipe\"\nmodel = \"/m\"\ndevice = \"gpu:H200\"\nprefill = \"fast\"\n\
+                [[worker]]\nhost = \"localhost\"";
     let config = load(text, &[], &[]).unwrap();
     let first = &config.workers[0];
     assert_eq!((first.name.as_str(), first.host.as_deref()), ("w1", Some("me@node")));
     assert_eq!((first.memory, first.layers.clone(), first.threads), (Some(ByteSize(8 << 30)), Some(0..16), Some(3)));
     assert_eq!(first.device, "gpu:H200");
+    assert_eq!((first.prefill, config.workers[1].prefill), (Some(Prefill::Fast), None));
     assert_eq!(config.workers[1], WorkerSection::named("w2"));
     assert_eq!(config.worker("w1"), *first);
     assert_eq!(config.worker("other"), WorkerSection::named("other"));

@@ -199,6 +199,8 @@ fn quoted(word: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use grokpipe_kernels::Prefill;
+
     use super::*;
     use crate::config::{Layers, SecretText};
 
@@ -218,6 +220,7 @@ mod tests {
         worker.binary = "/opt/my tools/grokpipe".into();
         worker.model = Some("/it's here".into());
         worker.device = "gpu:A B; rm".into();
+        worker.prefill = Some(Prefill::Fast);
         let reach = Reach {
             coordinator: "n1:7070".into(),
             listen: "0.0.0.0:0".parse().unwrap(),
@@ -229,7 +232,14 @@ mod tests {
         assert_eq!(words[..5], ["-o", "BatchMode=yes", "-T", "-p", "2222"]);
         assert_eq!(words[words.len() - 3..words.len() - 1], ["--", "me@n3"]);
         let line = words.last().unwrap();
-        for part in ["'/opt/my tools/grokpipe' worker", r"'/it'\''s here'", "'gpu:A B; rm'", "--secret-stdin", "n3:0"] {
+        for part in [
+            "'/opt/my tools/grokpipe' worker",
+            r"'/it'\''s here'",
+            "'gpu:A B; rm'",
+            "--secret-stdin",
+            "n3:0",
+            "--prefill fast",
+        ] {
             assert!(line.contains(part), "{line}");
         }
         assert_eq!(launch.first_line.as_deref(), Some("0123456789abcdef"));

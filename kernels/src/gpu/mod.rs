@@ -1,14 +1,14 @@
 //! The GPU backend: Grok-1's operations as compute shaders, through wgpu, on any adapter that has WebGPU's default limits.
 //!
-//! This is the portable path: no f16, no binding arrays. Faster paths for an adapter's features, such as subgroups, are further kernels
-//! in `pipelines.rs`, chosen when the device is opened. The one idea: operations only record what is to be done; `finish` submits a
-//! step as one compute pass and reads what is wanted, so that a decode step costs one submission however many layers it has. Nothing
-//! here panics on what a driver does: failures become [`KernelError`]s.
+//! This is the portable path: no f16, no binding arrays. Faster paths for an adapter's features, subgroups and cooperative matrices, are
+//! further kernels in `pipelines.rs`, chosen when the device is opened. The one idea: operations only record what is to be done; `finish`
+//! submits a step as one compute pass and reads what is wanted, so that a decode step costs one submission however many layers it has.
+//! Nothing here panics on what a driver does: failures become [`KernelError`]s.
 //!
 //! `device.rs` opens an adapter, `probe.rs` tries its subgroups, `failure.rs` keeps why it failed, `memory.rs` counts buffers.
 //! `format.rs` says how weights are held, `matrix.rs` lays them out, `blocks.rs` and `upload.rs` get them there. `shaders.rs` and
-//! `pipelines.rs` hold the kernels, `recorder.rs` submits them, `batch.rs` is what a step's rows become, `rounded.rs` what products
-//! of rounded rows read, `attention.rs` and `experts.rs` are the operations of several dispatches, `cooperative.rs` is prefill
+//! `pipelines.rs` hold the kernels, `recorder.rs` submits them, `batch.rs` is what a step's rows become, `rounded.rs` what precision and
+//! prefill `fast` make of rows, `attention.rs` and `experts.rs` are the operations of several dispatches, `cooperative.rs` is prefill
 //! `fast`, `measure.rs` times the device, `clock.rs` reads its own clock.
 
 mod attention;

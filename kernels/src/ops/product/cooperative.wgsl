@@ -11,7 +11,8 @@ override WORKGROUP: u32 = 128u;  // threads
 const ROWS: u32 = 64u;           // places for rows in a workgroup
 const STEP: u32 = 32u;           // inputs that are staged at a time
 const STEP_QUADS: u32 = STEP / 4u;
-// Quads from a staged row, or column, to the next: two more than it has, which keeps neighbours out of the same banks.
+// Quads from a staged row, or column, to the next: two more than it has, which keeps neighbours out of the same banks. Rows, tiles and
+// the arrays below begin at multiples of 16 bytes, as cooperative loads and stores want it.
 const STRIDE: u32 = STEP_QUADS + 2u;
 const TASK_QUADS: u32 = 4u;      // quads of a column that a thread stages at once
 const UNIT: u32 = 2u * EDGE;     // rows and columns of a unit
