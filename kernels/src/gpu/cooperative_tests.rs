@@ -423,7 +423,8 @@ fn without_cooperative_matrices_prefill_fast_is_the_usual_one() {
     if asked.cooperative.is_some() {
         return println!("skipped: {} has cooperative matrices", asked.info().name);
     }
-    assert_eq!(asked.info(), usual.info());
+    let kind = |backend: &GpuBackend| (backend.info().fingerprint.clone(), backend.info().invariant_below);
+    assert_eq!(kind(&asked), kind(&usual));
     let format = Format::Int8 { groups: 8 };
     let (want, got) = (layer(&mut usual, format, 40), layer(&mut asked, format, 40));
     compare_bits("layer", &format, "no cooperative matrices", 5, &got, &want);
