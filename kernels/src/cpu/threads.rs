@@ -92,10 +92,10 @@ impl Threads {
 
     /// How many outputs a piece of a product of `rows` with `outputs` should have: a multiple of sixteen; several pieces a thread, so that
     /// all end at about the same time, and many outputs, since a piece begins with weights that nobody asked for, and many rows are to
-    /// come into the cache for many outputs.
+    /// come into the cache for many outputs. Where nobody shares, a few rows pass 4096 outputs, whose results stay in the cache.
     pub(crate) fn outputs_a_piece(&self, outputs: usize, rows: usize) -> usize {
         if self.count == 1 {
-            return 256;
+            return if rows <= 16 { 4096 } else { 256 };
         }
         (outputs / (self.count * 8)).next_multiple_of(16).clamp(16, if rows < 64 { 128 } else { 256 })
     }
