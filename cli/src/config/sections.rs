@@ -327,7 +327,7 @@ pub(crate) struct WorkerSection {
     pub(crate) device: String,
     /// CPU threads; absent: the machine's cores shared by its workers.
     pub(crate) threads: Option<u32>,
-    /// How exactly products are computed; absent: exactly.
+    /// How exactly products are computed; absent: fast.
     pub(crate) precision: Option<Precision>,
     /// How steps of many rows are computed; absent: as all others.
     pub(crate) prefill: Option<Prefill>,

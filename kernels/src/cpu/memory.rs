@@ -34,7 +34,8 @@ pub(crate) struct Arena {
 }
 
 impl Arena {
-    /// `count` words of zero, for `what` on `device`.
+    /// `count` words of zero, for `what` on `device`. A region is given back with the last of its parts and when nothing is left of it
+    /// here: what is left keeps it.
     pub(crate) fn words(&mut self, count: usize, what: &str, device: &str) -> Result<ArenaWords, KernelError> {
         let bytes = product(&[count, size_of::<Word>()], what, device)?;
         check_room(bytes as u64, what, device)?;

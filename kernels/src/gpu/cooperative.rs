@@ -4,19 +4,20 @@
 //! halves can hold them. The one idea: rows and weights are rounded to halves, their products are added in f32. Both operands lose
 //! 2^-11 of themselves, and the order of a sum is the device's, so a row's bits may depend on the other rows of its step.
 
-use wgpu::{Adapter, AdapterInfo, CooperativeMatrixProperties, CooperativeScalarType, Features};
+use grokpipe_model::{Format, Layout, MatrixSource, MatrixSpec, ModelError};
+use wgpu::{Adapter, AdapterInfo, CooperativeMatrixProperties, CooperativeScalarType, Features, Limits};
 
 use super::{
     GpuActivations, GpuBackend, GpuMatrix, GpuSelection,
     experts::{EXPERTS_MAX, tiles, work},
     matrix::{LANES, Shard},
     memory::{GpuBuffer, words},
-    pipelines::{CooperativeVariant, Kernel},
+    pipelines::{CooperativeVariant, Kernel, OF_PREFILL_FAST},
     rounded::Rounding,
     shaders::{CooperativeExpertParams, CooperativeMatmulParams, LargestParams},
 };
 use crate::{
-    KernelError,
+    Backend, Batch, KV_BLOCK_TOKENS, KernelError, Row,
     ops::{expert_down, gated_gelu, matmul},
 };
 
@@ -27,6 +28,8 @@ pub(super) const ROWS_MIN: usize = 32;
 pub(super) const PLACES: usize = 64;
 /// Memory of a workgroup: places, staged rows and weights, and results.
 const WORKGROUP_BYTES: u32 = 4 * 64 + 2 * 64 * 10 * 8 + 4 * 1024;
+/// What a fingerprint says of kernels and their version, before its first space.
+const PREFILL_FAST: &str = "+prefill-fast/1 ";
 /// Exponent of the largest weight, and of a row's largest input, as a half: one less than halves can have.
 const EXPONENT: u32 = 14;
 
@@ -55,7 +58,7 @@ impl Edge {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Cooperative {
     pub(super) edge: Edge,
-    /// Threads of a workgroup: as many subgroups of the smallest size as there is work for.
+    /// Threads of a workgroup: as many subgroups of the smallest size as there is work for, or as fit.
     pub(super) threads: u32,
 }
 
@@ -64,27 +67,29 @@ impl Cooperative {
     pub(super) const FEATURES: Features =
         Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(Features::SHADER_F16).union(Features::SUBGROUP);
 
-    /// What an adapter offers; `None` when the portable kernels have to do.
-    pub(super) fn of(adapter: &Adapter, info: &AdapterInfo) -> Option<Self> {
-        let limits = adapter.limits();
-        let subgroups = [info.subgroup_min_size, info.subgroup_max_size];
-        let found = Self::choose(&adapter.cooperative_matrix_properties(), subgroups)?;
-        let fits = adapter.features().contains(Self::FEATURES)
-            && found.threads <= limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x)
+    /// What an adapter offers to a device of these limits; `None` when the portable kernels have to do. Only by Vulkan: what naga 30
+    /// makes of these kernels for Metal loads from arrays of scalars alone.
+    pub(super) fn of(adapter: &Adapter, info: &AdapterInfo, limits: &Limits) -> Option<Self> {
+        let fits = info.backend == wgpu::Backend::Vulkan
+            && adapter.features().contains(Self::FEATURES)
             && WORKGROUP_BYTES <= limits.max_compute_workgroup_storage_size;
-        fits.then_some(found)
+        let subgroups = [info.subgroup_min_size, info.subgroup_max_size];
+        let most = limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x);
+        Self::choose(&adapter.cooperative_matrix_properties(), subgroups, most).filter(|_| fits)
     }
 
     /// The larger of the matrices that there are kernels for. A workgroup has to be whole subgroups, of whatever size between the
     /// smallest and the largest the driver takes.
-    fn choose(offered: &[CooperativeMatrixProperties], [smallest, largest]: [u32; 2]) -> Option<Self> {
+    fn choose(offered: &[CooperativeMatrixProperties], [smallest, largest]: [u32; 2], most: u32) -> Option<Self> {
         [Edge::Sixteen, Edge::Eight].into_iter().find_map(|edge| {
             let is_there = offered.iter().any(|matrices| {
                 [matrices.m_size, matrices.n_size, matrices.k_size] == [edge.length(); 3]
                     && (matrices.ab_type, matrices.cr_type) == (CooperativeScalarType::F16, CooperativeScalarType::F32)
             });
-            let threads = edge.units().checked_mul(smallest)?;
-            let whole = [smallest, largest].iter().all(|size| size.is_power_of_two() && threads.is_multiple_of(*size));
+            // With fewer subgroups than there is work for, each does several units.
+            let threads = edge.units().checked_mul(smallest)?.min(most);
+            let whole = threads > 0
+                && [smallest, largest].iter().all(|size| size.is_power_of_two() && threads.is_multiple_of(*size));
             (is_there && whole).then_some(Self { edge, threads })
         })
     }
@@ -105,6 +110,66 @@ impl GpuBackend {
         self.cooperative.filter(|_| self.rows >= ROWS_MIN)
     }
 
+    /// Takes cooperative matrices into use, if they do on this device what the kernels need. An adapter says that it has them, but not
+    /// that its driver compiles these kernels or loads matrices as they expect, and a wrong product would show nowhere.
+    ///
+    /// # Errors
+    /// Those of allocations; [`KernelError::DeviceLost`].
+    pub(super) fn try_cooperative(&mut self, cooperative: Cooperative) -> Result<(), KernelError> {
+        for inputs in [96, 100] {
+            if let Some(reason) = self.refusal_of_cooperative(cooperative, inputs)? {
+                tracing::warn!(device = %self.info.name, reason, "prefill is not fast: the device does not multiply cooperative matrices");
+                self.cooperative = None;
+                return Ok(());
+            }
+        }
+        self.cooperative = Some(cooperative);
+        self.info.fingerprint = self.info.fingerprint.replacen(" ", PREFILL_FAST, 1);
+        self.info.invariant_below = Some(ROWS_MIN);
+        Ok(())
+    }
+
+    /// Why cooperative matrices cannot be used: the driver refuses a kernel, or products of whole numbers, which both halves and sums in
+    /// f32 hold exactly, are not those of the portable kernel.
+    fn refusal_of_cooperative(
+        &mut self,
+        cooperative: Cooperative,
+        inputs: usize,
+    ) -> Result<Option<String>, KernelError> {
+        const ROWS: usize = 65;
+        const OUTPUTS: usize = 70;
+        self.cooperative = None;
+        let mut matrix = self.load_matrix(&WholeNumbers::new(inputs, OUTPUTS), &mut |_| ())?;
+        let variant = CooperativeVariant::of(&matrix, cooperative);
+        let kernels = [
+            Kernel::MatmulCooperative(variant),
+            Kernel::GatedGeluCooperative(variant),
+            Kernel::ExpertDownCooperative(variant),
+            Kernel::LargestWeight(matrix.shape.held),
+        ];
+        for kernel in kernels.into_iter().chain(OF_PREFILL_FAST) {
+            if let Some(reason) = self.recorder.refusal(kernel)? {
+                return Ok(Some(format!("its driver refuses {kernel:?}: {reason}")));
+            }
+        }
+        let row = |row| Row { position: 0, table_offset: row, attended: true };
+        let batch = Batch { rows: (0..ROWS as u32).map(row).collect(), block_tables: (0..ROWS as u32).collect() };
+        let mut kv = self.kv_pool(1, ROWS * KV_BLOCK_TOKENS, 1)?;
+        let (mut x, mut out) = (self.activations(ROWS, inputs)?, self.activations(ROWS, OUTPUTS)?);
+        let values: Vec<f32> = (0..ROWS * inputs).map(|i| (i * i % 17) as f32 - 8.0).collect();
+        let mut product = |backend: &mut Self, matrix: &GpuMatrix| {
+            backend.begin(&batch, &mut kv)?;
+            backend.write(&values, &mut x)?;
+            backend.matmul(&x, matrix, 1.0, &mut out);
+            backend.finish(&[(&out, ROWS)])
+        };
+        let want = product(self, &matrix)?;
+        self.cooperative = Some(cooperative);
+        self.prepare_cooperative(&mut matrix)?;
+        let found = product(self, &matrix)?;
+        Ok((found != want).then(|| "products are not what they should be".to_owned()))
+    }
+
     /// Prepares a loaded matrix: finds the power of two of its weights and compiles its kernels.
     ///
     /// # Errors
@@ -118,6 +183,7 @@ impl GpuBackend {
             self.recorder.compile(Kernel::GatedGeluCooperative(variant))?;
             self.recorder.compile(Kernel::ExpertDownCooperative(variant))?;
         }
+        self.recorder.begin(true);
         let largest = self.memory.allocate("the largest weight", words(&[1]))?;
         for shard in &matrix.shards {
             let params = LargestParams {
@@ -127,11 +193,12 @@ impl GpuBackend {
             };
             let buffers = [&shard.chunks, shard.scales(), &largest];
             let groups = [shard.blocks.len() as u32, shard.experts.len() as u32, 1];
-            self.recorder.dispatch(Kernel::LargestWeight(matrix.shape.held), &params, &buffers, groups, 0);
+            let work = (shard.blocks.len() * LANES * shard.experts.len() * matrix.shape.inputs) as u64;
+            self.recorder.dispatch(Kernel::LargestWeight(matrix.shape.held), &params, &buffers, groups, work);
         }
         let read = self.recorder.read_back::<u32>(&[(&largest, 1)])?;
         self.recorder.forget_bind_groups();
-        matrix.factor = power_for(read.first().and_then(|bits| bits.first()).copied().unwrap_or_default());
+        matrix.factor = power_for(read[0][0]);
         Ok(())
     }
 
@@ -235,6 +302,33 @@ fn expert_groups(pairs: usize, matrix: &GpuMatrix, shard: &Shard) -> [u32; 3] {
     [tiles(pairs, matrix.shape.experts.min(EXPERTS_MAX), PLACES) as u32, shard.blocks.len() as u32, 1]
 }
 
+/// A matrix of whole numbers.
+pub(super) struct WholeNumbers(MatrixSpec);
+
+impl WholeNumbers {
+    pub(super) fn new(inputs: usize, outputs: usize) -> Self {
+        let (name, format) = ("a trial of cooperative matrices".to_owned(), Format::Int8 { groups: 1 });
+        Self(MatrixSpec { name, experts: 1, inputs, outputs, format, layout: Layout::InOut })
+    }
+}
+
+impl MatrixSource for WholeNumbers {
+    fn spec(&self) -> &MatrixSpec {
+        &self.0
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), ModelError> {
+        for (byte, place) in out.iter_mut().zip(offset..) {
+            *byte = (place * place % 251) as u8;
+        }
+        Ok(())
+    }
+
+    fn scales(&self) -> Result<Vec<f32>, ModelError> {
+        Ok(vec![1.0; self.0.outputs])
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -259,10 +353,12 @@ mod tests {
     fn the_larger_matrices_with_sums_in_f32_are_taken() {
         use CooperativeScalarType::{F16, F32};
         let [small, large] = [8, 16].map(|edge| matrices(edge, F16, F32));
-        let chosen = |offered: &[_], subgroups| Cooperative::choose(offered, subgroups);
+        let chosen = |offered: &[_], subgroups| Cooperative::choose(offered, subgroups, 256);
         let of = |edge, threads| Some(Cooperative { edge, threads });
         assert_eq!(chosen(&[small, large], [32, 32]), of(Edge::Sixteen, 128));
         assert_eq!(chosen(&[small], [8, 8]), of(Edge::Eight, 128));
+        // Half as many subgroups as there is work for: more threads a workgroup does not have.
+        assert_eq!(chosen(&[small], [32, 32]), of(Edge::Eight, 256));
         // Two subgroups of 64 then have two units each.
         assert_eq!(chosen(&[large], [32, 64]), of(Edge::Sixteen, 128));
         // Three numbers that cannot be had: sums in halves, products of f32, a workgroup that is no whole subgroup.

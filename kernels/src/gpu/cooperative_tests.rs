@@ -8,8 +8,10 @@ use grokpipe_model::{BlockType, Format, Layout, MatrixSpec};
 
 use super::{
     GpuBackend, GpuOptions,
-    cooperative::{Cooperative, Edge, ROWS_MIN},
+    cooperative::{Cooperative, Edge, ROWS_MIN, WholeNumbers},
+    pipelines::{CooperativeVariant, Kernel},
     rounded::Rounding,
+    shaders,
     tests::{open, open_with},
 };
 use crate::{
@@ -196,7 +198,7 @@ fn a_row_that_is_no_number_stays_so_and_does_not_touch_others() {
 
 #[test]
 fn rows_as_halves_are_the_references() {
-    let Some(mut backend) = open_fast(&options()) else { return };
+    let Some(mut backend) = open(None) else { return };
     let seed = seed(44);
     let mut random = Random::new(seed);
     for width in [1, 67, 130] {
@@ -216,6 +218,37 @@ fn rows_as_halves_are_the_references() {
             assert_eq!(f32::from_bits(read[1][index]), factor, "row {index} of {width}, seed {seed}");
         }
     }
+}
+
+/// An adapter may list what its driver refuses or does otherwise; then the portable kernels are used, and nothing fails.
+#[test]
+fn cooperative_matrices_that_do_not_work_are_not_used() {
+    let Some(mut backend) = open_fast(&options()) else { return };
+    let Some(cooperative) = backend.cooperative else { return };
+    let matrix = backend.load_matrix(&WholeNumbers::new(100, 70), &mut |_| ()).unwrap();
+    let kernel = Kernel::MatmulCooperative(CooperativeVariant::of(&matrix, cooperative));
+    let whole = match cooperative.edge {
+        Edge::Eight => shaders::MATMUL_COOPERATIVE_8,
+        Edge::Sixteen => shaders::MATMUL_COOPERATIVE_16,
+    };
+    let source = whole.source();
+    let breaks = [
+        // Rows and columns of the weights changed for each other, rows that are not those, products that are left out.
+        ("let left = coopLoad<WeightTile>", "let left = coopLoadT<WeightTile>"),
+        ("let lower = coopLoadT<RowTile>(&staged_x[corner.x + EDGE * STRIDE + quad], STRIDE)", "let lower = upper"),
+        ("d = coopMultiplyAdd(lower, right, d);", ""),
+        // The driver refuses it.
+        ("let corner = corner_of(first + member.subgroup) * STRIDE;", "let corner = none;"),
+    ];
+    for (right, wrong) in breaks {
+        assert!(source.contains(right), "{right}");
+        backend.recorder.replace(kernel, whole.with_text(source.replace(right, wrong)));
+        backend.try_cooperative(cooperative).unwrap();
+        assert_eq!(backend.cooperative, None, "{wrong}");
+    }
+    backend.recorder.replace(kernel, whole);
+    backend.try_cooperative(cooperative).unwrap();
+    assert_eq!(backend.cooperative, Some(cooperative));
 }
 
 /// Rows of `width` whose first numbers have a router of ones choose expert `of(row, 0)`, then `of(row, 1)`.

@@ -5,19 +5,12 @@
 
 use wgpu::{Adapter, AdapterInfo, DeviceType, Limits};
 
-use super::{
-    GpuOptions,
-    cooperative::{self, Cooperative},
-    failure::Failure,
-    probe::SUBGROUP_MIN,
-};
+use super::{GpuOptions, cooperative::Cooperative, failure::Failure, probe::SUBGROUP_MIN};
 use crate::{DeviceInfo, KernelError, Prefill};
 
 /// Version of the portable kernels' arithmetic in each precision. Raised with every change of a sum's order, so that stages of
 /// different versions do not pass for equal.
 const KERNEL_SETS: [&str; 2] = ["gpu-exact/4", "gpu-fast/3"];
-/// The same of prefill `fast`, where it is in use.
-const PREFILL_FAST: &str = "+prefill-fast/1";
 
 /// Which adapter is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,7 +51,7 @@ pub(super) struct Opened {
     pub(super) has_large_workgroups: bool,
     /// Whether it has subgroups of eight threads and more, as far as the adapter says.
     pub(super) has_subgroups: bool,
-    /// Where prefill `fast` was asked for and the adapter has what it needs.
+    /// Where prefill `fast` was asked for and the adapter says that it has what that needs.
     pub(super) cooperative: Option<Cooperative>,
     pub(super) failure: Failure,
 }
@@ -159,7 +152,7 @@ fn open_adapter(adapter: &Adapter, info: &AdapterInfo, options: &GpuOptions) -> 
     limits.max_storage_buffer_binding_size = offered.max_storage_buffer_binding_size;
     let cooperative = match options.prefill {
         Prefill::Invariant => None,
-        Prefill::Fast => Cooperative::of(adapter, info),
+        Prefill::Fast => Cooperative::of(adapter, info, &limits),
     };
     let (features, experimental_features) = match cooperative {
         None => (wgpu::Features::empty(), wgpu::ExperimentalFeatures::disabled()),
@@ -178,16 +171,10 @@ fn open_adapter(adapter: &Adapter, info: &AdapterInfo, options: &GpuOptions) -> 
     let name = describe(info);
     let failure = Failure::watch(&device, &name);
     let kernel_set = KERNEL_SETS[options.precision as usize];
-    let prefill = cooperative.map_or("", |_| PREFILL_FAST);
     let fingerprint =
-        format!("{kernel_set}{prefill} f32 {} driver {} {}", name, info.driver, info.driver_info).trim().to_string();
-    let info_out = DeviceInfo {
-        name,
-        is_gpu: true,
-        fingerprint,
-        memory_bytes: memory_bytes(adapter, info),
-        invariant_below: cooperative.map(|_| cooperative::ROWS_MIN),
-    };
+        format!("{kernel_set} f32 {} driver {} {}", name, info.driver, info.driver_info).trim().to_string();
+    let memory_bytes = memory_bytes(adapter, info);
+    let info_out = DeviceInfo { name, is_gpu: true, fingerprint, memory_bytes, invariant_below: None };
     let has_large_workgroups = device.limits().max_compute_invocations_per_workgroup >= 256;
     let has_subgroups = has_subgroups(device.features(), info.subgroup_min_size);
     let software = is_software(info);

@@ -43,7 +43,7 @@ use self::{
     cooperative::Cooperative,
     matrix::Shape,
     memory::{GpuBuffer, Memory, words},
-    pipelines::{CooperativeVariant, Kernel, OF_PREFILL_FAST, Sharing, TILE_ROWS, TILES_PER_WORKGROUP, Variant},
+    pipelines::{CooperativeVariant, Kernel, Sharing, TILE_ROWS, TILES_PER_WORKGROUP, Variant},
     recorder::Recorder,
     rounded::RoundedRows,
     shaders::{GatherParams, Lanes, MatmulParams},
@@ -162,16 +162,13 @@ impl GpuBackend {
         let works = wanted && probe::subgroups_work(&mut recorder, &mut memory)?;
         let lanes = if works { Lanes::Subgroups } else { Lanes::Memory };
         recorder.compile_always(lanes)?;
-        if opened.cooperative.is_some() {
-            OF_PREFILL_FAST.into_iter().try_for_each(|kernel| recorder.compile(kernel))?;
-        }
-        Ok(Self {
+        let mut backend = Self {
             info: opened.info,
             software: opened.software,
             sliced: options.share_sums.unwrap_or(!opened.software && opened.has_large_workgroups),
             lanes,
             precision: options.precision,
-            cooperative: opened.cooperative,
+            cooperative: None,
             recorder,
             memory,
             batch: StepBatch::default(),
@@ -179,7 +176,11 @@ impl GpuBackend {
             products: None,
             partials: None,
             rounded: RoundedRows::default(),
-        })
+        };
+        if let Some(cooperative) = opened.cooperative {
+            backend.try_cooperative(cooperative)?;
+        }
+        Ok(backend)
     }
 
     /// The variant of a kernel for a matrix.

@@ -33,12 +33,12 @@ pub(super) fn subgroups_work(recorder: &mut Recorder, memory: &mut Memory) -> Re
         recorder.begin(false);
         recorder.dispatch(Kernel::SubgroupProbe, &ProbeParams { factor }, &[&found], [WORKGROUPS, 1, 1], 0);
         let read = recorder.read_back::<u32>(&[(&found, 4 * threads)])?;
+        recorder.forget_bind_groups();
         if !is_right(read[0].as_chunks().0) {
             tracing::warn!("subgroups are not used: they do not reduce as they should");
             return Ok(false);
         }
     }
-    recorder.forget_bind_groups();
     Ok(true)
 }
 

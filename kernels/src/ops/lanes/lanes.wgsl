@@ -2,7 +2,7 @@
 // lanes_memory.wgsl or, where a device has subgroups, lanes_subgroup.wgsl, which say what lane a thread is, and do the first step, through
 // workgroup memory or by shuffles: the bits are the same.
 // Order of a sum: sixteen sums of eight neighbours, ((a + b) + (c + d)) + ((e + f) + (g + h)), then these ascending.
-// All threads call these functions, each of them once in a kernel. A barrier is passed in either, and all get the result.
+// All threads call these functions, each of them once in a kernel. Barriers are passed in either, and all get the result.
 const WORKGROUP: u32 = 128u;
 const EIGHTS: u32 = 16u;
 var<workgroup> sums: array<f32, 16>;

@@ -21,11 +21,11 @@ fn stage_MATRIX(block: Block, held: u32, thread: u32) {
                 w = chunks_of_MATRIX(first + select(index, index / 2u, HALVED) * LANES + lane).a;
                 if HALVED && index % 2u == 1u { w = w.zwxy; }
                 let scales = scales_of_MATRIX(first_scale + lane, index / chunks);
-                scale = scales.scale.x * block.factor;
-                minimum = scales.minimum.x * block.factor;
+                scale = scales.scale.x;
+                minimum = scales.minimum.x;
             }
             for (var i = 0u; i < min(QUADS, TASK_QUADS); i++) {
-                let weights = quad_of(w, at / 4u % QUADS + i) * scale - minimum;
+                let weights = (quad_of(w, at / 4u % QUADS + i) * scale - minimum) * block.factor;
                 staged_w[lane * STRIDE + quad + i] = vec4<f16>(weights);
             }
         }
