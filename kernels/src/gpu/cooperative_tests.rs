@@ -1,4 +1,5 @@
-//! Prefill `fast` held to the references, on adapters that have cooperative matrices; on others tests say that they are skipped.
+//! Prefill `fast` held to the references, on adapters that have cooperative matrices; on others tests say that they are skipped,
+//! or fail with COOPERATIVE_REQUIRED set.
 //!
 //! Bound of a result, 1.25 * 2^-10 of the sum of its products' magnitudes: rows and weights are rounded to halves, 2^-11 of each number
 //! at most, and a quarter more is for sums in f32, whose order and rounding are the device's (2^-13 or less for some thousand inputs).
@@ -8,8 +9,9 @@ use grokpipe_model::{BlockType, Format, Layout, MatrixSpec};
 
 use super::{
     GpuBackend, GpuOptions,
-    cooperative::{Cooperative, Edge, ROWS_MIN, WholeNumbers},
-    pipelines::{CooperativeVariant, Kernel},
+    cooperative::{Cooperative, Edge, ROWS_MIN},
+    pipelines::Kernel,
+    prefill::WholeNumbers,
     rounded::Rounding,
     shaders,
     tests::{open, open_with},
@@ -33,6 +35,7 @@ fn options() -> GpuOptions {
 fn open_fast(options: &GpuOptions) -> Option<GpuBackend> {
     let backend = open_with(options)?;
     if backend.cooperative.is_none() {
+        assert!(std::env::var_os("COOPERATIVE_REQUIRED").is_none(), "cooperative matrices are not used");
         println!("skipped: {} has no cooperative matrices", backend.info().name);
         return None;
     }
@@ -226,7 +229,7 @@ fn cooperative_matrices_that_do_not_work_are_not_used() {
     let Some(mut backend) = open_fast(&options()) else { return };
     let Some(cooperative) = backend.cooperative else { return };
     let matrix = backend.load_matrix(&WholeNumbers::new(100, 70), &mut |_| ()).unwrap();
-    let kernel = Kernel::MatmulCooperative(CooperativeVariant::of(&matrix, cooperative));
+    let kernel = Kernel::MatmulCooperative(GpuBackend::cooperative_variant(&matrix, cooperative));
     let whole = match cooperative.edge {
         Edge::Eight => shaders::MATMUL_COOPERATIVE_8,
         Edge::Sixteen => shaders::MATMUL_COOPERATIVE_16,

@@ -7,22 +7,23 @@
 use super::{
     GpuActivations, GpuBackend, GpuBuffer, GpuMatrix, GpuSelection,
     batch::grow,
-    cooperative::PLACES,
+    cooperative::{Cooperative, PLACES},
     format::Numbers,
     matrix::{LANES, Shard, WORKGROUPS_MAX},
     pipelines::{Kernel, Sharing, TILE_ROWS, TILES_PER_WORKGROUP},
-    shaders::{CombineParams, ExpertParams, TilesParams},
+    rounded::Rounding,
+    shaders::{CombineParams, CooperativeExpertParams, ExpertParams, TilesParams},
     shape, workgroups,
 };
 use crate::ops::{expert_down, gated_gelu, moe_router};
 
 /// Experts that the router's kernel has room for.
-pub(super) const EXPERTS_MAX: usize = 64;
+const EXPERTS_MAX: usize = 64;
 /// Rows from which pairs are grouped: with eight experts and two a row, four rows give an expert one pair on average.
 const TILED_ROWS_MIN: usize = 8;
 
 /// Tiles of `tile_rows` pairs that always suffice: full ones, and one that is not for each expert.
-pub(super) fn tiles(pairs: usize, experts: usize, tile_rows: usize) -> usize {
+fn tiles(pairs: usize, experts: usize, tile_rows: usize) -> usize {
     pairs / tile_rows + experts
 }
 
@@ -118,7 +119,7 @@ impl GpuBackend {
         if !alike {
             self.expert_products(x, rows, &pairs, selection.chosen, up, &out.buffer);
         }
-        let rounding = gate.shape.rounding(self.precision);
+        let rounding = Rounding::of(gate.shape.precision(self.precision));
         self.rounded.make(&mut self.memory, &mut self.recorder, rounding, x, rows);
         let [x, factors] = self.rounded.bindings(rounding, x);
         for (gates, ups) in gate.shards.iter().zip(&ups.shards) {
@@ -183,7 +184,7 @@ impl GpuBackend {
             groups: matrix.shape.groups as u32,
             chosen: pairs.chosen as u32,
         };
-        let rounding = matrix.shape.rounding(self.precision);
+        let rounding = Rounding::of(matrix.shape.precision(self.precision));
         self.rounded.make(&mut self.memory, &mut self.recorder, rounding, x, rows);
         let [x, factors] = self.rounded.bindings(rounding, x);
         for shard in &matrix.shards {
@@ -192,6 +193,67 @@ impl GpuBackend {
             let groups = [pairs.groups, shard.blocks.len() as u32, variant.workgroups_a_block()];
             let work = work(pairs.count, matrix, shard);
             self.recorder.dispatch(Kernel::ExpertDown(variant), &params.to_words(), &buffers, groups, work);
+        }
+    }
+
+    fn cooperative_gate_up(
+        &mut self,
+        cooperative: Cooperative,
+        x: &GpuActivations,
+        selection: &GpuSelection,
+        [gate, up]: [&GpuMatrix; 2],
+        op: gated_gelu::Params,
+        out: &GpuActivations,
+    ) {
+        // A kernel knows one way to hold weights, and shards are cut by it.
+        let alike = gate.shape == up.shape;
+        let variant = Self::cooperative_variant(up, cooperative);
+        let (kernel, gates) = match alike {
+            true => (Kernel::GatedGeluCooperative(variant), gate),
+            false => (Kernel::GatedGeluCooperativeOfGate(variant), up),
+        };
+        if !alike {
+            self.cooperative_products(cooperative, x, selection, selection.chosen, gate, &out.buffer);
+        }
+        let (rows, pairs) = (self.rows, self.rows * selection.chosen);
+        self.rounded.make(&mut self.memory, &mut self.recorder, Rounding::Halves, x, rows);
+        let [halves, factors] = self.rounded.bindings(Rounding::Halves, x);
+        let op = gated_gelu::Params { groups: up.shape.groups as u32, ..op };
+        for (gates, ups) in gates.shards.iter().zip(&up.shards) {
+            let params = cooperative_params(op, selection.chosen, ups, [gate.factor, up.factor]);
+            let (choice, out) = (&selection.tiles, &out.buffer);
+            let buffers = [halves, factors, choice, &gates.chunks, gates.scales(), &ups.chunks, ups.scales(), out];
+            let groups = cooperative_groups(pairs, up, ups);
+            let work = if alike { 2 } else { 1 } * work(pairs, up, ups);
+            self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work);
+        }
+    }
+
+    /// `out[p] = x[p / pairs_a_row] @ matrix[e]` for each pair.
+    fn cooperative_products(
+        &mut self,
+        cooperative: Cooperative,
+        x: &GpuActivations,
+        selection: &GpuSelection,
+        pairs_a_row: usize,
+        matrix: &GpuMatrix,
+        out: &GpuBuffer,
+    ) {
+        let kernel = Kernel::ExpertDownCooperative(Self::cooperative_variant(matrix, cooperative));
+        let pairs = self.rows * selection.chosen;
+        self.rounded.make(&mut self.memory, &mut self.recorder, Rounding::Halves, x, pairs / pairs_a_row);
+        let [halves, factors] = self.rounded.bindings(Rounding::Halves, x);
+        let op = expert_down::Params {
+            inputs: matrix.shape.inputs as u32,
+            outputs: matrix.shape.outputs as u32,
+            groups: matrix.shape.groups as u32,
+            chosen: selection.chosen as u32,
+        };
+        for shard in &matrix.shards {
+            let params = cooperative_params(op, pairs_a_row, shard, [matrix.factor; 2]);
+            let buffers = [halves, factors, &selection.tiles, &shard.chunks, shard.scales(), out];
+            let groups = cooperative_groups(pairs, matrix, shard);
+            self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work(pairs, matrix, shard));
         }
     }
 
@@ -230,8 +292,24 @@ fn expert_params<P>(op: P, pairs: &Pairs<'_>, pairs_a_row: usize, shard: &Shard)
     }
 }
 
+fn cooperative_params<P>(op: P, pairs_a_row: usize, shard: &Shard, factors: [f32; 2]) -> CooperativeExpertParams<P> {
+    CooperativeExpertParams {
+        op,
+        expert_begin: shard.experts.start as u32,
+        expert_count: shard.experts.len() as u32,
+        column_begin: (shard.blocks.start * LANES) as u32,
+        blocks: shard.blocks.len() as u32,
+        pairs_a_row: pairs_a_row as u32,
+        factors,
+    }
+}
+
+fn cooperative_groups(pairs: usize, matrix: &GpuMatrix, shard: &Shard) -> [u32; 3] {
+    [tiles(pairs, matrix.shape.experts.min(EXPERTS_MAX), PLACES) as u32, shard.blocks.len() as u32, 1]
+}
+
 /// Multiply-adds of one matrix over a shard, if the pairs are spread evenly.
-pub(super) fn work(pairs: usize, matrix: &GpuMatrix, shard: &Shard) -> u64 {
+fn work(pairs: usize, matrix: &GpuMatrix, shard: &Shard) -> u64 {
     let columns = (shard.blocks.len() * LANES) as u64;
     (pairs * matrix.shape.inputs) as u64 * columns * shard.experts.len() as u64 / matrix.shape.experts as u64
 }

@@ -16,7 +16,6 @@ use super::{
     format::{CHUNK_BYTES, Held, Scales},
     memory::{GpuBuffer, Memory, product},
     recorder::Recorder,
-    rounded::Rounding,
 };
 use crate::{KernelError, Precision, ops::quantise::BLOCK};
 
@@ -104,14 +103,6 @@ impl Shape {
         let blocks_share_scales =
             self.held.scales != Scales::Groups || (self.inputs / self.groups).is_multiple_of(BLOCK);
         if self.held.has_fast() && blocks_share_scales { wanted } else { Precision::Exact }
-    }
-
-    /// What its products read of their rows where `wanted` is.
-    pub(super) fn rounding(self, wanted: Precision) -> Rounding {
-        match self.precision(wanted) {
-            Precision::Exact => Rounding::None,
-            Precision::Fast => Rounding::Bytes,
-        }
     }
 
     pub(super) fn blocks(self) -> usize {

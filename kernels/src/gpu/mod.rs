@@ -8,8 +8,8 @@
 //! `device.rs` opens an adapter, `probe.rs` tries its subgroups, `failure.rs` keeps why it failed, `memory.rs` counts buffers.
 //! `format.rs` says how weights are held, `matrix.rs` lays them out, `blocks.rs` and `upload.rs` get them there. `shaders.rs` and
 //! `pipelines.rs` hold the kernels, `recorder.rs` submits them, `batch.rs` is what a step's rows become, `rounded.rs` what precision and
-//! prefill `fast` make of rows, `attention.rs` and `experts.rs` are the operations of several dispatches, `cooperative.rs` is prefill
-//! `fast`, `measure.rs` times the device, `clock.rs` reads its own clock.
+//! prefill `fast` make of rows, `attention.rs` and `experts.rs` are the operations of several dispatches, `cooperative.rs` says
+//! what prefill `fast` needs and `prefill.rs` tries it, `measure.rs` times the device, `clock.rs` reads its own clock.
 
 mod attention;
 mod batch;
@@ -28,6 +28,7 @@ mod matrix;
 mod measure;
 mod memory;
 mod pipelines;
+mod prefill;
 mod probe;
 mod recorder;
 mod rounded;
@@ -40,12 +41,12 @@ use grokpipe_model::{MatrixSource, MatrixSpec};
 
 use self::{
     batch::StepBatch,
-    cooperative::Cooperative,
+    cooperative::{Cooperative, ROWS_MIN},
     matrix::Shape,
     memory::{GpuBuffer, Memory, words},
     pipelines::{CooperativeVariant, Kernel, Sharing, TILE_ROWS, TILES_PER_WORKGROUP, Variant},
     recorder::Recorder,
-    rounded::RoundedRows,
+    rounded::{RoundedRows, Rounding},
     shaders::{GatherParams, Lanes, MatmulParams},
     upload::Expanded,
 };
@@ -195,6 +196,16 @@ impl GpuBackend {
         if self.software && !self.sliced { Sharing::Wide } else { Sharing::One }
     }
 
+    /// The variant of a kernel for a matrix in prefill `fast`.
+    fn cooperative_variant(matrix: &GpuMatrix, cooperative: Cooperative) -> CooperativeVariant {
+        CooperativeVariant { held: matrix.shape.held, whole: matrix.shape.is_whole(), cooperative }
+    }
+
+    /// How this step's products use cooperative matrices; `None` for few rows and where they are not in use.
+    fn cooperative(&self) -> Option<Cooperative> {
+        self.cooperative.filter(|_| self.rows >= ROWS_MIN)
+    }
+
     /// Compiles what a matrix will be multiplied with.
     fn compile_for(&mut self, matrix: &GpuMatrix) -> Result<(), KernelError> {
         for sharing in [self.sharing_of_one(), Sharing::Tiled] {
@@ -286,7 +297,7 @@ impl Backend for GpuBackend {
             return Ok(());
         }
         if let Some(cooperative) = self.cooperative {
-            let variant = CooperativeVariant::of(up, cooperative);
+            let variant = Self::cooperative_variant(up, cooperative);
             self.recorder.compile(Kernel::GatedGeluCooperativeOfGate(variant))?;
         }
         [self.sharing_of_one(), Sharing::Tiled]
@@ -389,7 +400,7 @@ impl Backend for GpuBackend {
         };
         let variant = self.variant(w, sharing);
         let kernel = Kernel::Matmul(variant);
-        let rounding = shape.rounding(self.precision);
+        let rounding = Rounding::of(shape.precision(self.precision));
         self.rounded.make(&mut self.memory, &mut self.recorder, rounding, x, rows);
         let [x, factors] = self.rounded.bindings(rounding, x);
         for shard in &w.shards {

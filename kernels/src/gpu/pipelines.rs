@@ -10,7 +10,6 @@ use super::{
     cooperative::{Cooperative, Edge, PLACES},
     failure::Failure,
     format::Held,
-    matrix::GpuMatrix,
     memory::scoped,
     shaders::{self, Lanes, Shader},
 };
@@ -84,16 +83,13 @@ pub(super) const OF_PREFILL_FAST: [Kernel; 2] = [Kernel::ExpertTiles { tile_rows
 /// A variant of a kernel that multiplies by weights with cooperative matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct CooperativeVariant {
-    held: Held,
-    whole: bool,
-    cooperative: Cooperative,
+    pub(super) held: Held,
+    /// Whether groups of inputs are whole chunks.
+    pub(super) whole: bool,
+    pub(super) cooperative: Cooperative,
 }
 
 impl CooperativeVariant {
-    pub(super) fn of(matrix: &GpuMatrix, cooperative: Cooperative) -> Self {
-        Self { held: matrix.shape.held, whole: matrix.shape.is_whole(), cooperative }
-    }
-
     fn shader(self, eight: &'static Shader, sixteen: &'static Shader) -> (&'static Shader, Constants) {
         let mut constants = self.held.constants();
         constants.push(("WHOLE", f64::from(u8::from(self.whole))));

@@ -11,7 +11,10 @@ use super::{
     recorder::Recorder,
     shape, workgroups,
 };
-use crate::ops::quantise::{self, BLOCK};
+use crate::{
+    Precision,
+    ops::quantise::{self, BLOCK},
+};
 
 /// What a product reads of its rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +23,16 @@ pub(super) enum Rounding {
     None,
     Bytes,
     Halves,
+}
+
+impl Rounding {
+    /// What a product of this precision reads.
+    pub(super) fn of(precision: Precision) -> Self {
+        match precision {
+            Precision::Exact => Self::None,
+            Precision::Fast => Self::Bytes,
+        }
+    }
 }
 
 /// See the module's page. Buffers grow when a step needs more and are kept.
