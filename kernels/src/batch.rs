@@ -24,6 +24,14 @@ pub struct Batch {
     pub block_tables: Vec<u32>,
 }
 
+/// `count` sequences of one token each, at position 0, a block each: what checks and measurements run.
+pub(crate) fn single_tokens(count: usize) -> Batch {
+    Batch {
+        rows: (0..count).map(|i| Row { position: 0, table_offset: i as u32, attended: true }).collect(),
+        block_tables: (0..count as u32).collect(),
+    }
+}
+
 impl Batch {
     /// Slot in the pool of `position` for a sequence whose table begins at `table_offset`; `None` when the table is too short.
     pub fn slot(&self, table_offset: u32, position: u32) -> Option<u32> {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use grokpipe_model::{Format, Layout, MatrixSpec};
 
-use crate::{Backend, Batch, KV_BLOCK_TOKENS, KernelError, Row, synthetic::SyntheticMatrix};
+use crate::{Backend, KV_BLOCK_TOKENS, KernelError, batch::single_tokens, synthetic::SyntheticMatrix};
 
 /// Stored bytes of all copies together, at least: several times the last-level cache of ordinary machines.
 const ALL_BYTES: u64 = 384 << 20;
@@ -101,8 +101,7 @@ fn median_pass<B: Backend>(
     kv: &mut B::KvPool,
     passes: usize,
 ) -> Result<f64, KernelError> {
-    let row = |table_offset| Row { position: 0, table_offset, attended: true };
-    let batch = Batch { rows: (0..rows as u32).map(row).collect(), block_tables: (0..rows as u32).collect() };
+    let batch = single_tokens(rows);
     let mut seconds = Vec::with_capacity(passes);
     // One pass more than is counted: pages and clocks settle.
     for _ in 0..=passes {

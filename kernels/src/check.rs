@@ -8,7 +8,7 @@ use grokpipe_model::ModelConfig;
 
 use crate::{
     Backend, Batch, KV_BLOCK_TOKENS, KernelError, Row, StageOptions, StepInput, StepOutput, SyntheticWeights, Trace,
-    forward::Layers,
+    batch::single_tokens, forward::Layers,
 };
 
 /// Rows of the larger batch, at most: one more than any power of two that a kernel may have as a block of rows.
@@ -113,10 +113,7 @@ fn compare(what: &str, alone: &[f32], among: &[f32]) -> Option<String> {
 
 /// Sequences `first..first + count`, each a token at position 0 in a block of its own.
 fn sequences(first: usize, count: usize) -> Batch {
-    Batch {
-        rows: (0..count).map(|i| Row { position: 0, table_offset: i as u32, attended: true }).collect(),
-        block_tables: (first..first + count).map(|i| i as u32).collect(),
-    }
+    Batch { block_tables: (first as u32..(first + count) as u32).collect(), ..single_tokens(count) }
 }
 
 /// Positions `first..first + count` of one sequence, whose blocks are `block` and those after it.

@@ -8,7 +8,8 @@ use std::time::Instant;
 use grokpipe_model::ModelConfig;
 
 use crate::{
-    Backend, Batch, KernelError, ProductShape, Row, StageOptions, StepInput, SyntheticWeights,
+    Backend, KernelError, ProductShape, StageOptions, StepInput, SyntheticWeights,
+    batch::single_tokens,
     bench::{matrix_bytes, time_copies},
     forward::Layers,
 };
@@ -102,7 +103,7 @@ fn small_step<B: Backend>(backend: &mut B, layers: u32) -> Result<f64, KernelErr
     let weights = SyntheticWeights::new(config.clone(), 1);
     let options = StageOptions { kv_blocks: 1, max_rows: 1, head: false, logit_rows: 1 };
     let mut stage = Layers::load(backend, &config, &weights, 0..layers, options, &mut |_, _| ())?;
-    let batch = Batch { rows: vec![Row { position: 0, table_offset: 0, attended: true }], block_tables: vec![0] };
+    let batch = single_tokens(1);
     let mut seconds = Vec::with_capacity(STEPS);
     for _ in 0..STEPS {
         let started = Instant::now();

@@ -12,7 +12,7 @@ use super::{
     matrix::{LANES, Shard, WORKGROUPS_MAX},
     pipelines::{Kernel, Sharing, TILE_ROWS, TILES_PER_WORKGROUP},
     rounded::Rounding,
-    shaders::{CombineParams, CooperativeExpertParams, ExpertParams, TilesParams},
+    shaders::{CombineParams, CooperativeExpertParams, ExpertParams, ExpertShard, TilesParams},
     shape, workgroups,
 };
 use crate::ops::{expert_down, gated_gelu, moe_router};
@@ -123,7 +123,7 @@ impl GpuBackend {
         self.rounded.make(&mut self.memory, &mut self.recorder, rounding, x, rows);
         let [x, factors] = self.rounded.bindings(rounding, x);
         for (gates, ups) in gate.shards.iter().zip(&ups.shards) {
-            let params = expert_params(op, &pairs, selection.chosen, gates);
+            let params = ExpertParams { op, items: pairs.items as u32, shard: expert_shard(gates, selection.chosen) };
             let (choice, out) = (pairs.choice, &out.buffer);
             let buffers = [x, factors, choice, &gates.chunks, gates.scales(), &ups.chunks, ups.scales(), out];
             let groups = [pairs.groups, gates.blocks.len() as u32, variant.workgroups_a_block()];
@@ -188,7 +188,7 @@ impl GpuBackend {
         self.rounded.make(&mut self.memory, &mut self.recorder, rounding, x, rows);
         let [x, factors] = self.rounded.bindings(rounding, x);
         for shard in &matrix.shards {
-            let params = expert_params(op, pairs, pairs_a_row, shard);
+            let params = ExpertParams { op, items: pairs.items as u32, shard: expert_shard(shard, pairs_a_row) };
             let buffers = [x, factors, pairs.choice, &shard.chunks, shard.scales(), out];
             let groups = [pairs.groups, shard.blocks.len() as u32, variant.workgroups_a_block()];
             let work = work(pairs.count, matrix, shard);
@@ -220,7 +220,11 @@ impl GpuBackend {
         let [halves, factors] = self.rounded.bindings(Rounding::Halves, x);
         let op = gated_gelu::Params { groups: up.shape.groups as u32, ..op };
         for (gates, ups) in gates.shards.iter().zip(&up.shards) {
-            let params = cooperative_params(op, selection.chosen, ups, [gate.factor, up.factor]);
+            let params = CooperativeExpertParams {
+                op,
+                shard: expert_shard(ups, selection.chosen),
+                factors: [gate.factor, up.factor],
+            };
             let (choice, out) = (&selection.tiles, &out.buffer);
             let buffers = [halves, factors, choice, &gates.chunks, gates.scales(), &ups.chunks, ups.scales(), out];
             let groups = cooperative_groups(pairs, up, ups);
@@ -250,7 +254,8 @@ impl GpuBackend {
             chosen: selection.chosen as u32,
         };
         for shard in &matrix.shards {
-            let params = cooperative_params(op, pairs_a_row, shard, [matrix.factor; 2]);
+            let params =
+                CooperativeExpertParams { op, shard: expert_shard(shard, pairs_a_row), factors: [matrix.factor; 2] };
             let buffers = [halves, factors, &selection.tiles, &shard.chunks, shard.scales(), out];
             let groups = cooperative_groups(pairs, matrix, shard);
             self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work(pairs, matrix, shard));
@@ -280,27 +285,13 @@ impl GpuBackend {
     }
 }
 
-fn expert_params<P>(op: P, pairs: &Pairs<'_>, pairs_a_row: usize, shard: &Shard) -> ExpertParams<P> {
-    ExpertParams {
-        op,
-        items: pairs.items as u32,
+fn expert_shard(shard: &Shard, pairs_a_row: usize) -> ExpertShard {
+    ExpertShard {
         expert_begin: shard.experts.start as u32,
         expert_count: shard.experts.len() as u32,
         column_begin: (shard.blocks.start * LANES) as u32,
         blocks: shard.blocks.len() as u32,
         pairs_a_row: pairs_a_row as u32,
-    }
-}
-
-fn cooperative_params<P>(op: P, pairs_a_row: usize, shard: &Shard, factors: [f32; 2]) -> CooperativeExpertParams<P> {
-    CooperativeExpertParams {
-        op,
-        expert_begin: shard.experts.start as u32,
-        expert_count: shard.experts.len() as u32,
-        column_begin: (shard.blocks.start * LANES) as u32,
-        blocks: shard.blocks.len() as u32,
-        pairs_a_row: pairs_a_row as u32,
-        factors,
     }
 }
 

@@ -15,7 +15,7 @@ use super::{
     rounded::Rounding,
     shaders::{CooperativeMatmulParams, LargestParams},
 };
-use crate::{Backend, Batch, KV_BLOCK_TOKENS, KernelError, Row, ops::matmul};
+use crate::{Backend, KV_BLOCK_TOKENS, KernelError, batch::single_tokens, ops::matmul};
 
 /// What a fingerprint says of kernels and their version, before its first space.
 const PREFILL_FAST: &str = "+prefill-fast/1 ";
@@ -75,8 +75,7 @@ impl GpuBackend {
                 return Ok(Some(format!("its driver refuses {kernel:?}: {reason}")));
             }
         }
-        let row = |row| Row { position: 0, table_offset: row, attended: true };
-        let batch = Batch { rows: (0..ROWS as u32).map(row).collect(), block_tables: (0..ROWS as u32).collect() };
+        let batch = single_tokens(ROWS);
         let mut kv = self.kv_pool(1, ROWS * KV_BLOCK_TOKENS, 1)?;
         let (mut x, mut out) = (self.activations(ROWS, inputs)?, self.activations(ROWS, OUTPUTS)?);
         let values: Vec<f32> = (0..ROWS * inputs).map(|i| (i * i % 17) as f32 - 8.0).collect();

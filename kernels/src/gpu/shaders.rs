@@ -196,13 +196,10 @@ pub(super) struct MatmulParams {
     pub(super) column_begin: u32,
 }
 
-/// Parameters of the two expert kernels: the operation's, and the shard.
+/// What a dispatch of an expert kernel has of its matrix.
 #[repr(C)]
-#[derive(Clone, Copy)]
-pub(super) struct ExpertParams<P> {
-    pub(super) op: P,
-    /// Pairs or tiles.
-    pub(super) items: u32,
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct ExpertShard {
     pub(super) expert_begin: u32,
     pub(super) expert_count: u32,
     pub(super) column_begin: u32,
@@ -211,15 +208,23 @@ pub(super) struct ExpertParams<P> {
     pub(super) pairs_a_row: u32,
 }
 
+/// Parameters of the two expert kernels: the operation's, and the shard.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct ExpertParams<P> {
+    pub(super) op: P,
+    /// Pairs or tiles.
+    pub(super) items: u32,
+    pub(super) shard: ExpertShard,
+}
+
 impl<P: Pod> ExpertParams<P> {
     /// The words as the shader sees them. Both operations' parameters are four words.
     pub(super) fn to_words(self) -> [u32; 10] {
         let mut out = [0; 10];
         out[..4].copy_from_slice(bytemuck::cast_slice(bytemuck::bytes_of(&self.op)));
-        let shard = [self.expert_begin, self.expert_count, self.column_begin, self.blocks];
         out[4] = self.items;
-        out[5..9].copy_from_slice(&shard);
-        out[9] = self.pairs_a_row;
+        out[5..].copy_from_slice(bytemuck::cast_ref::<_, [u32; 5]>(&self.shard));
         out
     }
 }
@@ -239,12 +244,7 @@ pub(super) struct CooperativeMatmulParams {
 #[derive(Clone, Copy)]
 pub(super) struct CooperativeExpertParams<P> {
     pub(super) op: P,
-    pub(super) expert_begin: u32,
-    pub(super) expert_count: u32,
-    pub(super) column_begin: u32,
-    pub(super) blocks: u32,
-    /// Pairs that share a row of inputs.
-    pub(super) pairs_a_row: u32,
+    pub(super) shard: ExpertShard,
     /// Powers of two of the weights, of both matrices where there are two.
     pub(super) factors: [f32; 2],
 }
@@ -254,8 +254,7 @@ impl<P: Pod> CooperativeExpertParams<P> {
     pub(super) fn to_words(self) -> [u32; 11] {
         let mut out = [0; 11];
         out[..4].copy_from_slice(bytemuck::cast_slice(bytemuck::bytes_of(&self.op)));
-        out[4..8].copy_from_slice(&[self.expert_begin, self.expert_count, self.column_begin, self.blocks]);
-        out[8] = self.pairs_a_row;
+        out[4..9].copy_from_slice(bytemuck::cast_ref::<_, [u32; 5]>(&self.shard));
         out[9..].copy_from_slice(&self.factors.map(f32::to_bits));
         out
     }

@@ -6,6 +6,7 @@ use std::{fmt::Debug, ops::Range};
 
 use grokpipe_model::{BlockType, Format, Layout, MatrixSource, MatrixSpec, ModelError};
 
+pub(crate) use crate::batch::single_tokens;
 use crate::{Backend, Batch, KV_BLOCK_TOKENS, Row, synthetic::SyntheticMatrix};
 
 /// The seed of a test: `SEED` from the environment, else `default`.
@@ -168,14 +169,6 @@ pub(crate) fn one_sequence(first: usize, count: usize, blocks: u32, attended: im
             .map(|position| Row { position: position as u32, table_offset: 0, attended: attended(position) })
             .collect(),
         block_tables: (0..needed).map(|i| blocks - 1 - i).collect(),
-    }
-}
-
-/// `count` sequences of one token each, at position 0, a block each.
-pub(crate) fn single_tokens(count: usize) -> Batch {
-    Batch {
-        rows: (0..count).map(|i| Row { position: 0, table_offset: i as u32, attended: true }).collect(),
-        block_tables: (0..count as u32).collect(),
     }
 }
 
