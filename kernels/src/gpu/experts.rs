@@ -72,12 +72,16 @@ impl GpuBackend {
         let work = (rows * inputs * experts) as u64;
         self.recorder.dispatch(Kernel::MoeRouter, &params, &buffers, [rows as u32, 1, 1], work);
         if rows >= TILED_ROWS_MIN {
-            let pairs = rows * out.chosen;
             let tile_rows = if self.cooperative().is_some() { PLACES } else { TILE_ROWS };
-            let tiles = tiles(pairs, experts, tile_rows) as u32;
-            let params = TilesParams { pairs: pairs as u32, num_experts: experts as u32, tiles };
-            self.recorder.dispatch(Kernel::ExpertTiles { tile_rows }, &params, &[&out.ids, &out.tiles], [1, 1, 1], 0);
+            self.group_pairs([&out.ids, &out.tiles], rows * out.chosen, experts, tile_rows);
         }
+    }
+
+    /// Makes tiles of the pairs whose experts these ids are.
+    fn group_pairs(&mut self, ids_and_tiles: [&GpuBuffer; 2], pairs: usize, experts: usize, tile_rows: usize) {
+        let tiles = tiles(pairs, experts, tile_rows) as u32;
+        let params = TilesParams { pairs: pairs as u32, num_experts: experts as u32, tiles };
+        self.recorder.dispatch(Kernel::ExpertTiles { tile_rows }, &params, &ids_and_tiles, [1, 1, 1], 0);
     }
 
     pub(super) fn gate_up_impl(
@@ -303,4 +307,50 @@ fn cooperative_groups(pairs: usize, matrix: &GpuMatrix, shard: &Shard) -> [u32; 
 fn work(pairs: usize, matrix: &GpuMatrix, shard: &Shard) -> u64 {
     let columns = (shard.blocks.len() * LANES) as u64;
     (pairs * matrix.shape.inputs) as u64 * columns * shard.experts.len() as u64 / matrix.shape.experts as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        gpu::{memory::words, tests::open},
+        ops::testing::{Random, seed},
+    };
+
+    /// Pairs that make no run, one, runs of different lengths, and as many as a step may have; with all experts of the model, and with
+    /// so many that there are fewer runs than threads.
+    #[test]
+    fn pairs_are_grouped_as_the_reference_groups_them() {
+        let Some(mut backend) = open(None) else { return };
+        let seed = seed(47);
+        let random = &mut Random::new(seed);
+        // All of the experts, two of them, and one.
+        let spreads: [fn(&mut Random, usize) -> usize; 3] = [
+            |random, experts| random.below(experts),
+            |random, experts| random.below(2) * (experts - 1),
+            |_, experts| experts - 1,
+        ];
+        for pairs in [1, 2, 16, 127, 128, 129, 1000, 1024, 5003, WORKGROUPS_MAX] {
+            for (experts, tile_rows) in
+                [1, 8, 9, EXPERTS_MAX].into_iter().flat_map(|experts| [(experts, TILE_ROWS), (experts, PLACES)])
+            {
+                for spread in spreads {
+                    let ids: Vec<_> = (0..pairs).map(|_| spread(random, experts) as u32).collect();
+                    let found = group(&mut backend, &ids, experts, tile_rows);
+                    let want = moe_router::cpu::tiles(&ids, experts, tile_rows);
+                    assert!(found == want, "{pairs} pairs, {experts} experts, {tile_rows} a tile, seed {seed}");
+                }
+            }
+        }
+    }
+
+    fn group(backend: &mut GpuBackend, ids: &[u32], experts: usize, tile_rows: usize) -> Vec<Option<u32>> {
+        let count = tiles(ids.len(), experts, tile_rows) * (1 + tile_rows);
+        let [held, made] = [ids.len(), count].map(|count| backend.memory.allocate("test", words(&[count])).unwrap());
+        backend.recorder.begin(false);
+        backend.recorder.write(&held, 0, bytemuck::cast_slice(ids));
+        backend.group_pairs([&held, &made], ids.len(), experts, tile_rows);
+        let read = backend.recorder.read_back::<u32>(&[(&made, count)]).unwrap();
+        read[0].iter().map(|&word| (word != u32::MAX).then_some(word)).collect()
+    }
 }

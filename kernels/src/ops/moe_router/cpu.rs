@@ -1,4 +1,4 @@
-//! Reference of the choice of experts.
+//! References of the choice of experts, and of its grouping by expert.
 
 use super::Params;
 use crate::ops::{matmul::cpu::dot, testing::TestMatrix};
@@ -19,4 +19,20 @@ pub(crate) fn route(params: Params, x: &[f32], router: &TestMatrix) -> (Vec<u32>
         }
     }
     (ids, probabilities)
+}
+
+/// Tiles of an expert and `tile_rows` of its pairs, by ascending experts and pairs; `None` where there is nothing.
+pub(crate) fn tiles(ids: &[u32], num_experts: usize, tile_rows: usize) -> Vec<Option<u32>> {
+    let mut tiles = Vec::new();
+    for expert in 0..num_experts as u32 {
+        let pairs: Vec<_> = (0..).zip(ids).filter(|&(_, &id)| id == expert).map(|(pair, _)| Some(pair)).collect();
+        for pairs in pairs.chunks(tile_rows) {
+            let end = tiles.len() + 1 + tile_rows;
+            tiles.push(Some(expert));
+            tiles.extend(pairs);
+            tiles.resize(end, None);
+        }
+    }
+    tiles.resize((ids.len() / tile_rows + num_experts) * (1 + tile_rows), None);
+    tiles
 }
