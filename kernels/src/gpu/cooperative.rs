@@ -1,6 +1,6 @@
 //! Cooperative matrices, which hardware has units of its own for (tensor cores): what prefill `fast` needs of an adapter.
 //!
-//! Decides whether an adapter has it, and how a workgroup is laid out for it. Believes what the adapter says; `prefill.rs` does not.
+//! Decides whether an adapter has it, and how a workgroup is laid out for it. Believes what the adapter says; `trial.rs` does not.
 
 use wgpu::{Adapter, AdapterInfo, CooperativeMatrixProperties, CooperativeScalarType, Features, Limits};
 

@@ -11,10 +11,10 @@ use super::{
     GpuBackend, GpuOptions,
     cooperative::{Cooperative, Edge, ROWS_MIN},
     pipelines::Kernel,
-    prefill::WholeNumbers,
     rounded::Rounding,
     shaders,
     tests::{open, open_with},
+    trial::WholeNumbers,
 };
 use crate::{
     Backend, Precision, Prefill, check_batch_invariance,
@@ -228,28 +228,56 @@ fn rows_as_halves_are_the_references() {
 fn cooperative_matrices_that_do_not_work_are_not_used() {
     let Some(mut backend) = open_fast(&options()) else { return };
     let Some(cooperative) = backend.cooperative else { return };
-    let matrix = backend.load_matrix(&WholeNumbers::new(100, 70), &mut |_| ()).unwrap();
-    let kernel = Kernel::MatmulCooperative(GpuBackend::cooperative_variant(&matrix, cooperative));
-    let whole = match cooperative.edge {
-        Edge::Eight => shaders::MATMUL_COOPERATIVE_8,
-        Edge::Sixteen => shaders::MATMUL_COOPERATIVE_16,
+    let matrix = WholeNumbers::new([1, 100, 70], 1, 1.0);
+    let matrix = backend.load_matrix(&matrix, &mut |_| ()).unwrap();
+    let variant = GpuBackend::cooperative_variant(&matrix, cooperative);
+    let [matmul, gated_gelu, expert_down] = match cooperative.edge {
+        Edge::Eight => {
+            [shaders::MATMUL_COOPERATIVE_8, shaders::GATED_GELU_COOPERATIVE_8, shaders::EXPERT_DOWN_COOPERATIVE_8]
+        }
+        Edge::Sixteen => {
+            [shaders::MATMUL_COOPERATIVE_16, shaders::GATED_GELU_COOPERATIVE_16, shaders::EXPERT_DOWN_COOPERATIVE_16]
+        }
     };
-    let source = whole.source();
+    let [of_matmul, of_gated_gelu, of_the_other, of_expert_down] = [
+        Kernel::MatmulCooperative(variant),
+        Kernel::GatedGeluCooperative(variant),
+        Kernel::GatedGeluCooperativeOfGate(variant),
+        Kernel::ExpertDownCooperative(variant),
+    ];
     let breaks = [
         // Rows and columns of the weights changed for each other, rows that are not those, products that are left out.
-        ("let left = coopLoad<WeightTile>", "let left = coopLoadT<WeightTile>"),
-        ("let lower = coopLoadT<RowTile>(&staged_x[corner.x + EDGE * STRIDE + quad], STRIDE)", "let lower = upper"),
-        ("d = coopMultiplyAdd(lower, right, d);", ""),
-        // The driver refuses it.
-        ("let corner = corner_of(first + member.subgroup) * STRIDE;", "let corner = none;"),
+        (of_matmul, matmul, "let left = coopLoad<WeightTile>", "let left = coopLoadT<WeightTile>"),
+        (
+            of_matmul,
+            matmul,
+            "let lower = coopLoadT<RowTile>(&staged_x[corner.x + EDGE * STRIDE + quad], STRIDE)",
+            "let lower = upper",
+        ),
+        (of_matmul, matmul, "d = coopMultiplyAdd(lower, right, d);", ""),
+        // Gates that are not there, ups in their place, gelus that are left out, gates that were there, another expert's weights.
+        (of_gated_gelu, gated_gelu, "hidden[at] = sum;", ""),
+        (of_gated_gelu, gated_gelu, "gelu(hidden[at]) * sum", "gelu(sum) * sum"),
+        (of_the_other, gated_gelu, "gelu(hidden[at]) * sum", "hidden[at] * sum"),
+        (of_the_other, gated_gelu, "if !GATE_IS_THERE", "if true"),
+        (of_expert_down, expert_down, "expert * params.blocks", "params.blocks"),
+        (of_expert_down, expert_down, "c = coopMultiplyAdd(lower, left, c);", ""),
     ];
-    for (right, wrong) in breaks {
+    // The driver refuses it.
+    let refused = [(of_matmul, matmul), (of_gated_gelu, gated_gelu), (of_the_other, gated_gelu)]
+        .into_iter()
+        .chain([(of_expert_down, expert_down)])
+        .map(|(kernel, shader)| {
+            (kernel, shader, "let corner = corner_of(first + member.subgroup) * STRIDE;", "let corner = none;")
+        });
+    for (kernel, whole, right, wrong) in breaks.into_iter().chain(refused) {
+        let source = whole.source();
         assert!(source.contains(right), "{right}");
         backend.recorder.replace(kernel, whole.with_text(source.replace(right, wrong)));
         backend.try_cooperative(cooperative).unwrap();
-        assert_eq!(backend.cooperative, None, "{wrong}");
+        assert_eq!(backend.cooperative, None, "{kernel:?}: {wrong}");
+        backend.recorder.replace(kernel, whole);
     }
-    backend.recorder.replace(kernel, whole);
     backend.try_cooperative(cooperative).unwrap();
     assert_eq!(backend.cooperative, Some(cooperative));
 }

@@ -78,7 +78,13 @@ impl GpuBackend {
     }
 
     /// Makes tiles of the pairs whose experts these ids are.
-    fn group_pairs(&mut self, ids_and_tiles: [&GpuBuffer; 2], pairs: usize, experts: usize, tile_rows: usize) {
+    pub(super) fn group_pairs(
+        &mut self,
+        ids_and_tiles: [&GpuBuffer; 2],
+        pairs: usize,
+        experts: usize,
+        tile_rows: usize,
+    ) {
         let tiles = tiles(pairs, experts, tile_rows) as u32;
         let params = TilesParams { pairs: pairs as u32, num_experts: experts as u32, tiles };
         self.recorder.dispatch(Kernel::ExpertTiles { tile_rows }, &params, &ids_and_tiles, [1, 1, 1], 0);

@@ -1,24 +1,20 @@
-//! Prefill `fast`: products of many rows with cooperative matrices. Whether they work on a device, and what a matrix needs for them.
+//! Prefill `fast`: products of many rows with cooperative matrices, and what a matrix needs for them.
 //!
 //! The one idea: rows and weights are rounded to halves, their products are added in f32. Both operands lose 2^-11 of themselves,
 //! and the order of a sum is the device's, so a row's bits may depend on the other rows of its step. Decides by which power of two the
 //! weights of a matrix are multiplied so that halves can hold them.
 
-use grokpipe_model::{Format, Layout, MatrixSource, MatrixSpec, ModelError};
-
 use super::{
     GpuActivations, GpuBackend, GpuMatrix,
-    cooperative::{Cooperative, PLACES, ROWS_MIN},
+    cooperative::{Cooperative, PLACES},
     matrix::LANES,
     memory::words,
-    pipelines::{Kernel, OF_PREFILL_FAST},
+    pipelines::Kernel,
     rounded::Rounding,
     shaders::{CooperativeMatmulParams, LargestParams},
 };
-use crate::{Backend, KV_BLOCK_TOKENS, KernelError, batch::single_tokens, ops::matmul};
+use crate::{KernelError, ops::matmul};
 
-/// What a fingerprint says of kernels and their version, before its first space.
-const PREFILL_FAST: &str = "+prefill-fast/1 ";
 /// Exponent of the largest weight, and of a row's largest input, as a half: one less than halves can have.
 const EXPONENT: u32 = 14;
 
@@ -32,66 +28,6 @@ fn power_for(bits: u32) -> f32 {
 }
 
 impl GpuBackend {
-    /// Takes cooperative matrices into use, if they do on this device what the kernels need. An adapter says that it has them, but not
-    /// that its driver compiles these kernels or loads matrices as they expect, and a wrong product would show nowhere.
-    ///
-    /// # Errors
-    /// Those of allocations; [`KernelError::DeviceLost`].
-    pub(super) fn try_cooperative(&mut self, cooperative: Cooperative) -> Result<(), KernelError> {
-        for inputs in [96, 100] {
-            if let Some(reason) = self.refusal_of_cooperative(cooperative, inputs)? {
-                tracing::warn!(device = %self.info.name, reason, "prefill is not fast: the device does not multiply cooperative matrices");
-                self.cooperative = None;
-                return Ok(());
-            }
-        }
-        self.cooperative = Some(cooperative);
-        self.info.fingerprint = self.info.fingerprint.replacen(" ", PREFILL_FAST, 1);
-        self.info.invariant_below = Some(ROWS_MIN);
-        Ok(())
-    }
-
-    /// Why cooperative matrices cannot be used: the driver refuses a kernel, or products of whole numbers, which both halves and sums in
-    /// f32 hold exactly, are not what they should be.
-    fn refusal_of_cooperative(
-        &mut self,
-        cooperative: Cooperative,
-        inputs: usize,
-    ) -> Result<Option<String>, KernelError> {
-        const ROWS: usize = 65;
-        const OUTPUTS: usize = 70;
-        // Not yet, so that what the driver refuses is no failure of the device.
-        self.cooperative = None;
-        let mut matrix = self.load_matrix(&WholeNumbers::new(inputs, OUTPUTS), &mut |_| ())?;
-        let variant = Self::cooperative_variant(&matrix, cooperative);
-        let kernels = [
-            Kernel::MatmulCooperative(variant),
-            Kernel::GatedGeluCooperative(variant),
-            Kernel::ExpertDownCooperative(variant),
-            Kernel::LargestWeight(matrix.shape.held),
-        ];
-        for kernel in kernels.into_iter().chain(OF_PREFILL_FAST) {
-            if let Some(reason) = self.recorder.refusal(kernel)? {
-                return Ok(Some(format!("its driver refuses {kernel:?}: {reason}")));
-            }
-        }
-        let batch = single_tokens(ROWS);
-        let mut kv = self.kv_pool(1, ROWS * KV_BLOCK_TOKENS, 1)?;
-        let (mut x, mut out) = (self.activations(ROWS, inputs)?, self.activations(ROWS, OUTPUTS)?);
-        let values: Vec<f32> = (0..ROWS * inputs).map(|i| (i * i % 17) as f32 - 8.0).collect();
-        self.cooperative = Some(cooperative);
-        self.prepare_cooperative(&mut matrix)?;
-        self.begin(&batch, &mut kv)?;
-        self.write(&values, &mut x)?;
-        self.matmul(&x, &matrix, 1.0, &mut out);
-        let found = self.finish(&[(&out, ROWS)])?;
-        let product =
-            |row: &[f32], n| (0..).zip(row).map(|(k, x)| x * WholeNumbers::at(k * OUTPUTS as u64 + n)).sum::<f32>();
-        let want = values.chunks(inputs).flat_map(|row| (0..OUTPUTS as u64).map(move |n| product(row, n)));
-        let right = found.iter().flatten().copied().eq(want);
-        Ok((!right).then(|| "products are not what they should be".to_owned()))
-    }
-
     /// Prepares a loaded matrix: finds the power of two of its weights and compiles its kernels.
     ///
     /// # Errors
@@ -144,38 +80,6 @@ impl GpuBackend {
             let buffers = [halves, factors, &shard.chunks, shard.scales(), &out.buffer];
             self.recorder.dispatch(kernel, &params, &buffers, groups, work);
         }
-    }
-}
-
-/// A matrix of whole numbers.
-pub(super) struct WholeNumbers(MatrixSpec);
-
-impl WholeNumbers {
-    pub(super) fn new(inputs: usize, outputs: usize) -> Self {
-        let (name, format) = ("a trial of cooperative matrices".to_owned(), Format::Int8 { groups: 1 });
-        Self(MatrixSpec { name, experts: 1, inputs, outputs, format, layout: Layout::InOut })
-    }
-
-    /// The number at this place.
-    fn at(place: u64) -> f32 {
-        (place * place % 251) as f32 - 125.0
-    }
-}
-
-impl MatrixSource for WholeNumbers {
-    fn spec(&self) -> &MatrixSpec {
-        &self.0
-    }
-
-    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), ModelError> {
-        for (byte, place) in out.iter_mut().zip(offset..) {
-            *byte = Self::at(place) as i8 as u8;
-        }
-        Ok(())
-    }
-
-    fn scales(&self) -> Result<Vec<f32>, ModelError> {
-        Ok(vec![1.0; self.0.outputs])
     }
 }
 
