@@ -204,6 +204,9 @@ impl DeviceLoader {
         // Plans count in stored bytes.
         let specs = rates::all_matrices(&weights)?;
         let memory_bytes = (memory_bytes as f64 / growth(&specs, opened.as_ref())) as u64;
+        // First: kernels of a format that its driver refuses may change what the device says of itself.
+        let Rates { read_bandwidth, flop_rate, formats: format_rates, overhead, draw_seconds } =
+            Rates::measure(opened.as_mut(), &weights, &specs)?;
         let invariance = opened.check_batch_invariance()?;
         let mut notes: Vec<String> = invariance.difference.into_iter().collect();
         for note in &notes {
@@ -214,8 +217,6 @@ impl DeviceLoader {
             info!(device = opened.info().name, "{note}");
             notes.push(note);
         }
-        let Rates { read_bandwidth, flop_rate, formats: format_rates, overhead, draw_seconds } =
-            Rates::measure(opened.as_mut(), &weights, &specs)?;
         let facts = DeviceFacts {
             name: opened.info().name.clone(),
             fingerprint: opened.info().fingerprint.clone(),

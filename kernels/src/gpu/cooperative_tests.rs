@@ -10,14 +10,15 @@ use grokpipe_model::{BlockType, Format, Layout, MatrixSpec};
 use super::{
     GpuBackend, GpuOptions,
     cooperative::{Cooperative, Edge, ROWS_MIN},
-    pipelines::Kernel,
+    format::Held,
+    pipelines::CooperativeVariant,
     rounded::Rounding,
     shaders,
     tests::{open, open_with},
     trial::WholeNumbers,
 };
 use crate::{
-    Backend, Precision, Prefill, check_batch_invariance,
+    Backend, DeviceInfo, Precision, Prefill, check_batch_invariance,
     ops::{
         gated_gelu::cpu::gelu,
         quantise,
@@ -239,12 +240,7 @@ fn cooperative_matrices_that_do_not_work_are_not_used() {
             [shaders::MATMUL_COOPERATIVE_16, shaders::GATED_GELU_COOPERATIVE_16, shaders::EXPERT_DOWN_COOPERATIVE_16]
         }
     };
-    let [of_matmul, of_gated_gelu, of_the_other, of_expert_down] = [
-        Kernel::MatmulCooperative(variant),
-        Kernel::GatedGeluCooperative(variant),
-        Kernel::GatedGeluCooperativeOfGate(variant),
-        Kernel::ExpertDownCooperative(variant),
-    ];
+    let [of_matmul, of_gated_gelu, of_the_other, of_expert_down, _] = variant.kernels();
     let breaks = [
         // Rows and columns of the weights changed for each other, rows that are not those, products that are left out.
         (of_matmul, matmul, "let left = coopLoad<WeightTile>", "let left = coopLoadT<WeightTile>"),
@@ -278,8 +274,30 @@ fn cooperative_matrices_that_do_not_work_are_not_used() {
         assert_eq!(backend.cooperative, None, "{kernel:?}: {wrong}");
         backend.recorder.replace(kernel, whole);
     }
-    backend.try_cooperative(cooperative).unwrap();
-    assert_eq!(backend.cooperative, Some(cooperative));
+    for mut backend in ways() {
+        let cooperative = backend.cooperative;
+        cooperative.map(|cooperative| backend.try_cooperative(cooperative)).transpose().unwrap();
+        assert_eq!(backend.cooperative, cooperative);
+    }
+}
+
+/// The trial has one format; the driver may refuse a kernel of another when that is loaded, with matrices of others there already.
+#[test]
+fn a_format_whose_kernels_are_refused_leaves_the_usual_ones() {
+    let Some(mut usual) = open(None) else { return };
+    let format = Format::Blocks(BlockType::Q6K);
+    let want = layer(&mut usual, format, 40);
+    // Experts are loaded first, then the head.
+    let (experts, head) = (Held::of(format), Held::of(Format::F32));
+    for (held, index) in (0..5).map(|index| (experts, index)).chain([(head, 0)]) {
+        let Some(mut backend) = open_fast(&options()) else { return };
+        let Some(cooperative) = backend.cooperative else { return };
+        let kernel = CooperativeVariant { held, whole: true, cooperative }.kernels()[index];
+        backend.recorder.replace(kernel, shaders::GATHER.with_text("refused".to_owned()));
+        let got = layer(&mut backend, format, 40);
+        compare_bits("layer", &kernel, "usual kernels", 5, &got, &want);
+        assert_eq!(backend.info(), &DeviceInfo { memory_bytes: backend.info().memory_bytes, ..usual.info().clone() });
+    }
 }
 
 /// Rows of `width` whose first numbers have a router of ones choose expert `of(row, 0)`, then `of(row, 1)`.

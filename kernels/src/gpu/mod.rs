@@ -297,10 +297,6 @@ impl Backend for GpuBackend {
         if gate.shape == up.shape {
             return Ok(());
         }
-        if let Some(cooperative) = self.cooperative {
-            let variant = Self::cooperative_variant(up, cooperative);
-            self.recorder.compile(Kernel::GatedGeluCooperativeOfGate(variant))?;
-        }
         [self.sharing_of_one(), Sharing::Tiled]
             .into_iter()
             .try_for_each(|sharing| self.recorder.compile(Kernel::GatedGeluOfUp(self.variant(gate, sharing))))

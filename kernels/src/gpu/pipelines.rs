@@ -90,6 +90,17 @@ pub(super) struct CooperativeVariant {
 }
 
 impl CooperativeVariant {
+    /// All kernels that prefill `fast` has for a matrix that is held so.
+    pub(super) fn kernels(self) -> [Kernel; 5] {
+        [
+            Kernel::MatmulCooperative(self),
+            Kernel::GatedGeluCooperative(self),
+            Kernel::GatedGeluCooperativeOfGate(self),
+            Kernel::ExpertDownCooperative(self),
+            Kernel::LargestWeight(self.held),
+        ]
+    }
+
     fn shader(self, eight: &'static Shader, sixteen: &'static Shader) -> (&'static Shader, Constants) {
         let mut constants = self.held.constants();
         constants.push(("WHOLE", f64::from(u8::from(self.whole))));
@@ -235,19 +246,11 @@ pub fn gpu_kernels() -> Vec<(&'static Shader, Vec<(&'static str, f64)>)> {
     }
     // With subgroups of 8 and of 32 threads.
     let cooperative = [Edge::Eight, Edge::Sixteen].map(|edge| Cooperative { edge, threads: 128 });
-    for held in Held::all() {
-        kernels.push(Kernel::LargestWeight(held));
-        for (cooperative, whole) in
-            cooperative.into_iter().flat_map(|cooperative| [(cooperative, true), (cooperative, false)])
-        {
-            let variant = CooperativeVariant { held, whole, cooperative };
-            kernels.extend([
-                Kernel::MatmulCooperative(variant),
-                Kernel::GatedGeluCooperative(variant),
-                Kernel::GatedGeluCooperativeOfGate(variant),
-                Kernel::ExpertDownCooperative(variant),
-            ]);
-        }
+    for (held, cooperative) in
+        Held::all().into_iter().flat_map(|held| cooperative.map(|cooperative| (held, cooperative)))
+    {
+        let variants = [true, false].map(|whole| CooperativeVariant { held, whole, cooperative });
+        kernels.extend(variants.into_iter().flat_map(CooperativeVariant::kernels));
     }
     kernels.into_iter().map(Kernel::shader).collect()
 }

@@ -2,19 +2,22 @@
 //!
 //! The one idea: rows and weights are rounded to halves, their products are added in f32. Both operands lose 2^-11 of themselves,
 //! and the order of a sum is the device's, so a row's bits may depend on the other rows of its step. Decides by which power of two the
-//! weights of a matrix are multiplied so that halves can hold them.
+//! weights of a matrix are multiplied so that halves can hold them. Every matrix has its usual kernels too, so that a device can give
+//! cooperative matrices up as long as it loads; what it says of itself follows.
 
 use super::{
     GpuActivations, GpuBackend, GpuMatrix,
-    cooperative::{Cooperative, PLACES},
+    cooperative::{Cooperative, PLACES, ROWS_MIN},
     matrix::LANES,
     memory::words,
-    pipelines::Kernel,
+    pipelines::{Kernel, OF_PREFILL_FAST},
     rounded::Rounding,
     shaders::{CooperativeMatmulParams, LargestParams},
 };
 use crate::{KernelError, ops::matmul};
 
+/// What a fingerprint says of kernels and their version, before its first space.
+const PREFILL_FAST: &str = "+prefill-fast/1 ";
 /// Exponent of the largest weight, and of a row's largest input, as a half: one less than halves can have.
 const EXPONENT: u32 = 14;
 
@@ -28,18 +31,34 @@ fn power_for(bits: u32) -> f32 {
 }
 
 impl GpuBackend {
-    /// Prepares a loaded matrix: finds the power of two of its weights and compiles its kernels.
+    /// Takes cooperative matrices into use, or out of it.
+    pub(super) fn use_cooperative(&mut self, cooperative: Option<Cooperative>) {
+        let without = self.info.fingerprint.replacen(PREFILL_FAST, " ", 1);
+        self.info.fingerprint = if cooperative.is_some() { without.replacen(" ", PREFILL_FAST, 1) } else { without };
+        self.info.invariant_below = cooperative.map(|_| ROWS_MIN);
+        self.cooperative = cooperative;
+    }
+
+    /// Leaves all products to the usual kernels from now on.
+    pub(super) fn give_up_cooperative(&mut self, reason: &str) {
+        tracing::warn!(device = %self.info.name, reason, "prefill is not fast: the device does not multiply cooperative matrices");
+        self.use_cooperative(None);
+    }
+
+    /// Prepares a loaded matrix: compiles the kernels for what is held so and finds the power of two of its weights. Gives
+    /// cooperative matrices up where the driver refuses one of the kernels.
     ///
     /// # Errors
-    /// Those of an allocation and of compiling; [`KernelError::DeviceLost`].
+    /// Those of an allocation; [`KernelError::DeviceLost`].
     pub(super) fn prepare_cooperative(&mut self, matrix: &mut GpuMatrix) -> Result<(), KernelError> {
         let Some(cooperative) = self.cooperative else { return Ok(()) };
         let variant = Self::cooperative_variant(matrix, cooperative);
-        if matrix.shape.experts == 1 {
-            self.recorder.compile(Kernel::MatmulCooperative(variant))?;
-        } else {
-            self.recorder.compile(Kernel::GatedGeluCooperative(variant))?;
-            self.recorder.compile(Kernel::ExpertDownCooperative(variant))?;
+        // Those of experts and of a single matrix: a device that multiplied one of each format before it joins has seen all.
+        for kernel in variant.kernels().into_iter().chain(OF_PREFILL_FAST) {
+            if let Some(reason) = self.recorder.refusal(kernel)? {
+                self.give_up_cooperative(&format!("its driver refuses {kernel:?}: {reason}"));
+                return Ok(());
+            }
         }
         self.recorder.begin(true);
         let largest = self.memory.allocate("the largest weight", words(&[1]))?;

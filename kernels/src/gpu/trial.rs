@@ -8,14 +8,11 @@ use grokpipe_model::{Format, Layout, MatrixSource, MatrixSpec, ModelError};
 
 use super::{
     GpuBackend, GpuMatrix,
-    cooperative::{Cooperative, PLACES, ROWS_MIN},
-    pipelines::{Kernel, OF_PREFILL_FAST},
+    cooperative::{Cooperative, PLACES},
     upload,
 };
 use crate::{Backend, KV_BLOCK_TOKENS, KernelError, batch::single_tokens};
 
-/// What a fingerprint says of kernels and their version, before its first space.
-const PREFILL_FAST: &str = "+prefill-fast/1 ";
 /// More than a workgroup has places for, as each expert that is chosen has pairs.
 const ROWS: usize = PLACES + 1;
 /// More columns than a block has.
@@ -34,49 +31,25 @@ impl GpuBackend {
     /// # Errors
     /// Those of allocations; [`KernelError::DeviceLost`].
     pub(super) fn try_cooperative(&mut self, cooperative: Cooperative) -> Result<(), KernelError> {
+        self.use_cooperative(Some(cooperative));
         // In groups of whole chunks, and in others.
         for inputs in [96, 100] {
-            if let Some(reason) = self.refusal_of_cooperative(cooperative, inputs)? {
-                tracing::warn!(device = %self.info.name, reason, "prefill is not fast: the device does not multiply cooperative matrices");
-                self.cooperative = None;
+            let numbers = Numbers::new(inputs);
+            let mut load = |matrix| {
+                let mut matrix = upload::load(&mut self.memory, &mut self.recorder, matrix, &mut |_| ())?;
+                self.prepare_cooperative(&mut matrix).map(|()| matrix)
+            };
+            let [matrix, gate, up, up_in_groups, down] = &numbers.matrices;
+            let loaded = [load(matrix)?, load(gate)?, load(up)?, load(up_in_groups)?, load(down)?];
+            if self.cooperative.is_none() {
+                return Ok(());
+            }
+            if let Some(what) = numbers.wrong(&self.multiply(&numbers.rows, &loaded)?) {
+                self.give_up_cooperative(&format!("{what} are not what they should be"));
                 return Ok(());
             }
         }
-        self.cooperative = Some(cooperative);
-        self.info.fingerprint = self.info.fingerprint.replacen(" ", PREFILL_FAST, 1);
-        self.info.invariant_below = Some(ROWS_MIN);
         Ok(())
-    }
-
-    /// Why cooperative matrices cannot be used.
-    fn refusal_of_cooperative(
-        &mut self,
-        cooperative: Cooperative,
-        inputs: usize,
-    ) -> Result<Option<String>, KernelError> {
-        // Not yet, so that what the driver refuses is no failure of the device.
-        self.cooperative = None;
-        let numbers = Numbers::new(inputs);
-        let mut load = |matrix| upload::load(&mut self.memory, &mut self.recorder, matrix, &mut |_| ());
-        let [matrix, gate, up, up_in_groups, down] = &numbers.matrices;
-        let mut loaded = [load(matrix)?, load(gate)?, load(up)?, load(up_in_groups)?, load(down)?];
-        let variant = Self::cooperative_variant(&loaded[0], cooperative);
-        let kernels = [
-            Kernel::MatmulCooperative(variant),
-            Kernel::GatedGeluCooperative(variant),
-            Kernel::GatedGeluCooperativeOfGate(variant),
-            Kernel::ExpertDownCooperative(variant),
-            Kernel::LargestWeight(variant.held),
-        ];
-        for kernel in kernels.into_iter().chain(OF_PREFILL_FAST) {
-            if let Some(reason) = self.recorder.refusal(kernel)? {
-                return Ok(Some(format!("its driver refuses {kernel:?}: {reason}")));
-            }
-        }
-        self.cooperative = Some(cooperative);
-        loaded.iter_mut().try_for_each(|matrix| self.prepare_cooperative(matrix))?;
-        let wrong = numbers.wrong(&self.multiply(&numbers.rows, &loaded)?);
-        Ok(wrong.map(|what| format!("{what} are not what they should be")))
     }
 
     /// What [`Numbers::wrong`] looks at.
