@@ -64,9 +64,10 @@ fn two_workers_hand_on_the_same_bytes_as_one_with_weights_from_a_seed() {
     for precision in ["exact", "fast"] {
         let flags =
             "--synthetic tiny --type q4_0 --layers 0..4 --workers 2 --gen 6 --batch 1,3 --prompt 600 --repeat 2";
-        let report = bench(&format!("{flags} --precision {precision}"), None);
+        // A CPU does not compute prefill as it is asked to here, and says so.
+        let report = bench(&format!("{flags} --precision {precision} --prefill fast"), None);
         check(&report, 2, &[("decode", 1, 0), ("decode", 3, 0), ("prefill", 1, 600)]);
-        assert_eq!(report["precision"], precision);
+        assert_eq!((&report["precision"], &report["prefill"]), (&json!(precision), &json!("invariant")));
     }
 }
 

@@ -1,7 +1,8 @@
 //! `grokpipe logits`: the logits of a token sequence, computed in this process, for parity checks.
 //!
 //! The file has `logits` `[T, vocab]` f32 and with `--trace` also `hidden` `[L, T, d]` f32, `topk_idx` i32 and `topk_prob` f32,
-//! both `[L, T, experts per token]`. Long sequences are computed in chunks; that does not show in the bits.
+//! both `[L, T, experts per token]`. Long sequences are computed in chunks; that does not show in the bits, unless `--prefill fast` has a
+//! GPU compute them so.
 
 use std::{
     error::Error,
@@ -15,7 +16,11 @@ use grokpipe_kernels::{
 use grokpipe_model::{Model, ModelConfig};
 use safetensors::{Dtype, tensor::TensorView};
 
-use crate::{config::parse_precision, error::CliError, machine};
+use crate::{
+    config::{parse_precision, parse_prefill},
+    error::CliError,
+    machine,
+};
 
 /// Rows of a step: enough to read each weight rarely, few enough for little scratch memory.
 const CHUNK_ROWS: usize = 128;
@@ -38,6 +43,9 @@ pub(crate) struct Args {
     /// exact computes products in f32, fast with 8-bit inputs
     #[arg(long, value_name = "exact|fast", value_parser = parse_precision, default_value = "exact")]
     precision: Precision,
+    /// How a GPU computes steps of many rows: fast takes its tensor cores, where it has them
+    #[arg(long, value_name = "invariant|fast", value_parser = parse_prefill, default_value = "invariant")]
+    prefill: Prefill,
     /// File to write, safetensors
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -60,7 +68,7 @@ pub(crate) fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         max_rows: args.token_ids.len().min(CHUNK_ROWS),
         ..StageOptions::default()
     };
-    let device = select_device(&args.device, threads, args.precision, Prefill::Invariant)?;
+    let device = select_device(&args.device, threads, args.precision, args.prefill)?;
     let layers = 0..config.num_hidden_layers;
     let mut stage = device.load_traced(&config, Arc::new(model), layers, options, &mut |_, _| ())?;
     let mut found = Found::default();

@@ -129,14 +129,14 @@ mod tests {
             "convert m out.gguf --type q8_0",
             "convert m out.gguf --type mixed --split-max-size 40GB",
             "tokenize --tokenizer t --json --decode",
-            "logits --model m --token-ids 1,2,3 --device cpu --threads 2 --out f.safetensors --trace",
+            "logits --model m --token-ids 1,2,3 --device cpu --threads 2 --prefill fast --out f.safetensors --trace",
             "bench stage --synthetic grok1 --layers 0..1 --device cpu --threads 2 --gen 4 --json",
             "bench stage --synthetic grok1 --layers 0..1 --type q4_0 --precision fast --prompt 32,128 --batch 1,2,4",
             "bench pipeline --workers 2 --synthetic grok1 --layers 0..2 --type q4_0 --threads 1 --precision exact --gen 64 --batch 1,8 --prompt 128 --repeat 5 --json",
             "bench pipeline --model m --workers 3 --device gpu:H200",
             "worker --coordinator node:7070 --synthetic grok1 --type q8_0 --seed 7",
             "bench precision --model m --tokens t.json --threads 2 --json",
-            "bench kernels --type q8_0,q4_k --inputs 6144 --outputs 32768 --rows 1,64 --threads 1 --precision fast --json",
+            "bench kernels --type q8_0,q4_k --inputs 6144 --outputs 32768 --rows 1,64 --threads 1 --precision fast --prefill fast --json",
         ];
         for line in lines {
             let parsed = Cli::try_parse_from(std::iter::once("grokpipe").chain(line.split(' ')));

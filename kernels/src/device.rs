@@ -21,6 +21,17 @@ pub enum Prefill {
     Fast,
 }
 
+/// What the first word of a fingerprint, the kernel set, ends with where [`Prefill::Fast`] is in use; a version follows.
+pub(crate) const PREFILL_FAST: &str = "+prefill-fast/";
+
+impl Prefill {
+    /// What a device of this fingerprint does, whatever it was asked for: few have what `Fast` needs.
+    pub fn of_fingerprint(fingerprint: &str) -> Self {
+        let kernel_set = fingerprint.split(' ').next().unwrap_or_default();
+        if kernel_set.contains(PREFILL_FAST) { Self::Fast } else { Self::Invariant }
+    }
+}
+
 /// A device as people and plans see it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeviceInfo {
@@ -34,4 +45,16 @@ pub struct DeviceInfo {
     pub memory_bytes: u64,
     /// Steps of fewer rows are batch-invariant; all are where it is `None`.
     pub invariant_below: Option<usize>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_set_alone_says_how_prefill_is_computed() {
+        let is_fast = |fingerprint| Prefill::of_fingerprint(fingerprint) == Prefill::Fast;
+        assert!(is_fast("gpu-exact/4+prefill-fast/1 f32 GPU (vulkan) driver 1"));
+        assert!(!is_fast("gpu-exact/4 f32 GPU +prefill-fast/1 (vulkan) driver 1") && !is_fast(""));
+    }
 }

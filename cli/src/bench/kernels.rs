@@ -9,7 +9,12 @@ use grokpipe_kernels::{Precision, Prefill, ProductShape, ProductTime, select_dev
 use grokpipe_model::{BlockType, Format};
 use serde_json::{Value, json};
 
-use crate::{config::parse_precision, machine, text::Table, weights::parse_type};
+use crate::{
+    config::{parse_precision, parse_prefill, precision_name, prefill_name},
+    machine,
+    text::Table,
+    weights::parse_type,
+};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -34,6 +39,9 @@ pub(super) struct Args {
     /// exact computes products in f32, fast with 8-bit inputs
     #[arg(long, value_name = "exact|fast", value_parser = parse_precision, default_value = "fast")]
     precision: Precision,
+    /// How a GPU computes steps of many rows: fast takes its tensor cores, where it has them
+    #[arg(long, value_name = "invariant|fast", value_parser = parse_prefill, default_value = "invariant")]
+    prefill: Prefill,
     /// Times that each product is measured
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000), default_value_t = 5)]
     repeat: u32,
@@ -48,12 +56,22 @@ pub(super) struct Args {
 /// What the device reports.
 pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let threads = args.threads.unwrap_or_else(machine::cores) as usize;
-    let mut device = select_device(&args.device, threads, args.precision, Prefill::Invariant)?;
+    let mut device = select_device(&args.device, threads, args.precision, args.prefill)?;
     let types = if args.r#type.is_empty() { BlockType::all().collect() } else { args.r#type.clone() };
     let rows: Vec<usize> = args.rows.iter().map(|&rows| rows as usize).collect();
     let (inputs, outputs) = (args.inputs as usize, args.outputs as usize);
     let bandwidth = device.measure_read_bandwidth()?;
-    let mut report = Report { device: device.info().name.clone(), bandwidth, inputs, outputs, times: Vec::new() };
+    let info = device.info();
+    let mut report = Report {
+        device: info.name.clone(),
+        precision: precision_name(args.precision),
+        // What is in use, not what was asked for: few devices have it.
+        prefill: prefill_name(Prefill::of_fingerprint(&info.fingerprint)),
+        bandwidth,
+        inputs,
+        outputs,
+        times: Vec::new(),
+    };
     if !args.json {
         println!("{}", report.heading());
     }
@@ -72,6 +90,8 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
 
 struct Report {
     device: String,
+    precision: &'static str,
+    prefill: &'static str,
     /// Bytes a second.
     bandwidth: f64,
     inputs: usize,
@@ -87,8 +107,11 @@ impl Report {
     }
 
     fn heading(&self) -> String {
-        let Self { device, bandwidth, inputs, outputs, .. } = self;
-        format!("{inputs} inputs, {outputs} outputs, {device}; memory reads {:.1} GB/s\n", bandwidth / 1e9)
+        let Self { device, precision, prefill, inputs, outputs, .. } = self;
+        let bandwidth = self.bandwidth / 1e9;
+        format!(
+            "{inputs} inputs, {outputs} outputs, {device}, precision {precision}, prefill {prefill}; memory reads {bandwidth:.1} GB/s\n"
+        )
     }
 
     fn table(&self) -> String {
@@ -127,6 +150,8 @@ impl Report {
         });
         json!({
             "machine": { "device": self.device, "read_gigabytes_per_second": self.bandwidth / 1e9 },
+            "precision": self.precision,
+            "prefill": self.prefill,
             "inputs": self.inputs,
             "outputs": self.outputs,
             "results": results.collect::<Vec<_>>(),
@@ -143,7 +168,8 @@ mod tests {
         let time = ProductTime { rows: 8, bytes: 1_000_000, seconds: 1e-3 };
         let (inputs, outputs) = (1000, 500);
         let times = vec![(BlockType::Q8_0, vec![time])];
-        let report = Report { device: "cpu".into(), bandwidth: 2e9, inputs, outputs, times };
+        let (precision, prefill) = ("fast", "invariant");
+        let report = Report { device: "cpu".into(), precision, prefill, bandwidth: 2e9, inputs, outputs, times };
         let json = report.to_json();
         assert_eq!(json["results"][0]["share_of_bandwidth"], 0.5);
         assert_eq!(json["results"][0]["gigaflops_per_second"], 8.0);

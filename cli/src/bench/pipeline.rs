@@ -15,6 +15,7 @@ use grokpipe_coordinator::{
     facts::{self, ModelFacts, PlanWishes},
     planner::{self, Objective, Overhead, WorkerResources},
 };
+use grokpipe_kernels::Prefill;
 use grokpipe_proto::v1::Frame;
 
 use self::{
@@ -136,7 +137,7 @@ async fn measure(args: &Args, weights: &Weights, layers: Range<u32>) -> Result<R
                 device: hello.device.clone(),
                 threads: args.threads,
                 precision: precision_name(args.tests.precision),
-                prefill: prefill_name(args.tests.prefill),
+                prefill: prefill_name(Prefill::of_fingerprint(&hello.fingerprint)),
                 layers,
                 workers: args.workers,
                 bandwidth: hello.read_bandwidth,

@@ -96,7 +96,7 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         threads,
         precision: args.tests.precision,
         // What is in use, not what was asked for: few devices have it.
-        prefill: if stage.device().invariant_below.is_some() { Prefill::Fast } else { Prefill::Invariant },
+        prefill: Prefill::of_fingerprint(&stage.device().fingerprint),
         layers,
         weights_bytes: stage.weights_bytes(),
         load_seconds,

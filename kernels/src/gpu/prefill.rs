@@ -14,10 +14,10 @@ use super::{
     rounded::Rounding,
     shaders::{CooperativeMatmulParams, LargestParams},
 };
-use crate::{KernelError, ops::matmul};
+use crate::{KernelError, device::PREFILL_FAST, ops::matmul};
 
-/// What a fingerprint says of kernels and their version, before its first space.
-const PREFILL_FAST: &str = "+prefill-fast/1 ";
+/// Version of the kernels' arithmetic, for fingerprints.
+const VERSION: u32 = 1;
 /// Exponent of the largest weight, and of a row's largest input, as a half: one less than halves can have.
 const EXPONENT: u32 = 14;
 
@@ -33,8 +33,9 @@ fn power_for(bits: u32) -> f32 {
 impl GpuBackend {
     /// Takes cooperative matrices into use, or out of it.
     pub(super) fn use_cooperative(&mut self, cooperative: Option<Cooperative>) {
-        let without = self.info.fingerprint.replacen(PREFILL_FAST, " ", 1);
-        self.info.fingerprint = if cooperative.is_some() { without.replacen(" ", PREFILL_FAST, 1) } else { without };
+        let kernel_set = format!("{PREFILL_FAST}{VERSION} ");
+        let without = self.info.fingerprint.replacen(&kernel_set, " ", 1);
+        self.info.fingerprint = if cooperative.is_some() { without.replacen(' ', &kernel_set, 1) } else { without };
         self.info.invariant_below = cooperative.map(|_| ROWS_MIN);
         self.cooperative = cooperative;
     }

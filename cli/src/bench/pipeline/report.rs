@@ -98,7 +98,7 @@ pub(super) struct Report {
     pub(super) threads: u32,
     /// `exact` or `fast`.
     pub(super) precision: &'static str,
-    /// `invariant` or `fast`.
+    /// `invariant` or `fast`, as the workers say.
     pub(super) prefill: &'static str,
     /// Layers of either arrangement.
     pub(super) layers: Range<u32>,
