@@ -2,7 +2,7 @@
 //!
 //! The choice stays on the device: kernels read it, the host never knows it. For few rows a thread, or some that share its
 //! sums, computes one pair of a row and an expert; for many, pairs are first grouped by expert, so that a weight read once serves four.
-//! Gate and up are multiplied in one kernel, or, where files of mixed formats have the two held in different ways, one after the other.
+//! Gate and up are multiplied in one kernel, or, where files of mixed formats have the two held in different ways, gate before up.
 
 use super::{
     GpuActivations, GpuBackend, GpuBuffer, GpuMatrix, GpuSelection,
@@ -110,34 +110,34 @@ impl GpuBackend {
             return;
         }
         let op = gated_gelu::Params {
-            inputs: gate.shape.inputs as u32,
-            outputs: gate.shape.outputs as u32,
-            groups: gate.shape.groups as u32,
+            inputs: up.shape.inputs as u32,
+            outputs: up.shape.outputs as u32,
+            groups: up.shape.groups as u32,
             chosen: selection.chosen as u32,
         };
         if let Some(cooperative) = self.cooperative() {
             return self.cooperative_gate_up(cooperative, x, selection, [gate, up], op, out);
         }
-        let pairs = self.pairs(selection, gate.shape.experts);
-        let variant = self.variant(gate, pairs.sharing);
+        let pairs = self.pairs(selection, up.shape.experts);
+        let variant = self.variant(up, pairs.sharing);
         // A kernel knows one way to hold weights, and shards are cut by it.
         let alike = gate.shape == up.shape;
-        let (kernel, ups) = match alike {
-            true => (Kernel::GatedGelu(variant), up),
-            false => (Kernel::GatedGeluOfUp(variant), gate),
+        let (kernel, gates) = match alike {
+            true => (Kernel::GatedGelu(variant), gate),
+            false => (Kernel::GatedGeluOfGate(variant), up),
         };
         if !alike {
-            self.expert_products(x, rows, &pairs, selection.chosen, up, &out.buffer);
+            self.expert_products(x, rows, &pairs, selection.chosen, gate, &out.buffer);
         }
-        let rounding = Rounding::of(gate.shape.precision(self.precision));
+        let rounding = Rounding::of(up.shape.precision(self.precision));
         self.rounded.make(&mut self.memory, &mut self.recorder, rounding, x, rows);
         let [x, factors] = self.rounded.bindings(rounding, x);
-        for (gates, ups) in gate.shards.iter().zip(&ups.shards) {
-            let params = ExpertParams { op, items: pairs.items as u32, shard: expert_shard(gates, selection.chosen) };
+        for (gates, ups) in gates.shards.iter().zip(&up.shards) {
+            let params = ExpertParams { op, items: pairs.items as u32, shard: expert_shard(ups, selection.chosen) };
             let (choice, out) = (pairs.choice, &out.buffer);
             let buffers = [x, factors, choice, &gates.chunks, gates.scales(), &ups.chunks, ups.scales(), out];
-            let groups = [pairs.groups, gates.blocks.len() as u32, variant.workgroups_a_block()];
-            let work = if alike { 2 } else { 1 } * work(pairs.count, gate, gates);
+            let groups = [pairs.groups, ups.blocks.len() as u32, variant.workgroups_a_block()];
+            let work = if alike { 2 } else { 1 } * work(pairs.count, up, ups);
             self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work);
         }
     }
@@ -228,7 +228,6 @@ impl GpuBackend {
         let (rows, pairs) = (self.rows, self.rows * selection.chosen);
         self.rounded.make(&mut self.memory, &mut self.recorder, Rounding::Halves, x, rows);
         let [halves, factors] = self.rounded.bindings(Rounding::Halves, x);
-        let op = gated_gelu::Params { groups: up.shape.groups as u32, ..op };
         for (gates, ups) in gates.shards.iter().zip(&up.shards) {
             let params = CooperativeExpertParams {
                 op,

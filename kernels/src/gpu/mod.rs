@@ -299,7 +299,7 @@ impl Backend for GpuBackend {
         }
         [self.sharing_of_one(), Sharing::Tiled]
             .into_iter()
-            .try_for_each(|sharing| self.recorder.compile(Kernel::GatedGeluOfUp(self.variant(gate, sharing))))
+            .try_for_each(|sharing| self.recorder.compile(Kernel::GatedGeluOfGate(self.variant(up, sharing))))
     }
 
     fn held_bytes(&self, spec: &MatrixSpec) -> u64 {

@@ -20,12 +20,12 @@ use crate::{KernelError, Precision};
 pub(super) enum Kernel {
     Matmul(Variant),
     GatedGelu(Variant),
-    /// The same where up is held otherwise than gate: the products with it are there, and the variant is gate's.
-    GatedGeluOfUp(Variant),
+    /// The same where gate is held otherwise than up: the products with it are there, and the variant is up's.
+    GatedGeluOfGate(Variant),
     ExpertDown(Variant),
     MatmulCooperative(CooperativeVariant),
     GatedGeluCooperative(CooperativeVariant),
-    /// Of a gate that is held otherwise than `up`.
+    /// As [`Kernel::GatedGeluOfGate`].
     GatedGeluCooperativeOfGate(CooperativeVariant),
     ExpertDownCooperative(CooperativeVariant),
     LargestWeight(Held),
@@ -181,9 +181,9 @@ impl Kernel {
             Self::GatedGelu(variant) => {
                 (variant.of(&shaders::GATED_GELU, &shaders::GATED_GELU_FAST), variant.constants())
             }
-            Self::GatedGeluOfUp(variant) => {
+            Self::GatedGeluOfGate(variant) => {
                 let mut constants = variant.constants();
-                constants.push(("UP_IS_THERE", 1.0));
+                constants.push(("GATE_IS_THERE", 1.0));
                 (variant.of(&shaders::GATED_GELU, &shaders::GATED_GELU_FAST), constants)
             }
             Self::ExpertDown(variant) => {
@@ -240,7 +240,7 @@ pub fn gpu_kernels() -> Vec<(&'static Shader, Vec<(&'static str, f64)>)> {
             for (sharing, sliced, unrolled) in sliced.into_iter().chain(small).chain(software).chain(both) {
                 let variant = Variant { held, precision, whole, sharing, sliced, unrolled };
                 kernels.extend([Kernel::Matmul(variant), Kernel::ExpertDown(variant)]);
-                kernels.extend([Kernel::GatedGelu(variant), Kernel::GatedGeluOfUp(variant)]);
+                kernels.extend([Kernel::GatedGelu(variant), Kernel::GatedGeluOfGate(variant)]);
             }
         }
     }

@@ -88,13 +88,13 @@ impl Shader {
             }
             Joined::PairProducts(precision, names) => {
                 let (inputs, each) = portable(precision);
-                (vec![shared!("pairs"), inputs], each.to_vec(), names)
+                (vec![shared!("pairs"), shared!("gelu"), inputs], each.to_vec(), names)
             }
             Joined::CooperativeProducts(edge, names) => {
                 (vec![tiles(edge), shared!("cooperative")], vec![shared!("product_cooperative")], names)
             }
             Joined::CooperativePairProducts(edge, names) => (
-                vec![shared!("pairs_cooperative"), tiles(edge), shared!("cooperative")],
+                vec![shared!("pairs_cooperative"), shared!("gelu"), tiles(edge), shared!("cooperative")],
                 vec![shared!("product_cooperative")],
                 names,
             ),

@@ -1,9 +1,9 @@
 // expert_down: products[p, n] = x[p / pairs_a_row] @ down[e] for every pair p = t * chosen + j of a row and its j-th expert e, for the
 // columns n and the experts of one shard. expert_combine.wgsl adds a row's products, so that shards cannot change the order of that sum.
-// With `up` for `down`, and pairs that share the inputs of their row, it is the first step of gated_gelu.wgsl with UP_IS_THERE.
+// With `gate` for `down`, and pairs that share the inputs of their row, it is the first step of gated_gelu.wgsl with GATE_IS_THERE.
 // Shapes (row-major): x [pairs / pairs_a_row, inputs], products [pairs, outputs] f32. Weights, scales and the order of sums as in
-// product/columns.wgsl, one stretch of `blocks` blocks an expert. Joined with columns, pairs, inputs, and matrix, product and sums for
-// `down`.
+// product/columns.wgsl, one stretch of `blocks` blocks an expert. Joined with columns, pairs, gelu, inputs, and matrix, product and sums
+// for `down`.
 // Dispatch: (ceil(items / TILES), blocks of the shard, 64 / (COLUMN_THREADS * COLUMNS_PER_THREAD)); a thread computes ROWS_PER_THREAD
 // pairs of COLUMNS_PER_THREAD columns, or SLICE_THREADS threads do.
 // CPU reference: cpu.rs.

@@ -1,7 +1,7 @@
 // expert_down_cooperative: expert_down.wgsl for steps of many rows in prefill `fast`, with cooperative matrices.
 // Shapes (row-major): x [pairs / pairs_a_row, inputs] as quantise_halves.wgsl makes it; products [pairs, outputs] f32. Weights as in
-// product/columns.wgsl, one stretch of `blocks` blocks an expert, sums as in product/cooperative.wgsl. Joined with columns, tiles_8 or
-// tiles_16, cooperative, pairs_cooperative, and matrix and product_cooperative for `down`.
+// product/columns.wgsl, one stretch of `blocks` blocks an expert, sums as in product/cooperative.wgsl. Joined with columns,
+// pairs_cooperative, gelu, tiles_8 or tiles_16, cooperative, and matrix and product_cooperative for `down`.
 // Dispatch: (tiles, blocks of the shard, 1). CPU reference: cpu.rs.
 enable f16;
 enable wgpu_cooperative_matrix;

@@ -1,36 +1,28 @@
 // gated_gelu: hidden[p, n] = gelu(x[t] @ gate[e]) * (x[t] @ up[e]) for every pair p = t * chosen + j of a row and its j-th expert e,
-// for the columns n and the experts of one shard. gelu(g) = 0.5 * g * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 * g^3))).
+// for the columns n and the experts of one shard.
 // Shapes (row-major): x [rows, inputs], hidden [pairs, outputs] f32. Weights, scales and the order of sums as in product/columns.wgsl,
-// one stretch of `blocks` blocks an expert. With UP_IS_THERE, where up is held otherwise than gate, hidden has the products with it
-// already, of expert_down.wgsl, whose sums are the same; the bindings of up are not read. Joined with columns, pairs, inputs, and
+// one stretch of `blocks` blocks an expert. With GATE_IS_THERE, where gate is held otherwise than up, hidden has the products with it
+// already, of expert_down.wgsl, whose sums are the same; the bindings of gate are not read. Joined with columns, pairs, gelu, inputs, and
 // matrix, product and sums for `gate` and `up`.
 // Dispatch: (ceil(items / TILES), blocks of the shard, 64 / (COLUMN_THREADS * COLUMNS_PER_THREAD)); a thread computes ROWS_PER_THREAD
 // pairs of COLUMNS_PER_THREAD columns, or SLICE_THREADS threads do.
-// tanh is given at most 15 in magnitude: beyond, it is 1 in f32, and some GPUs return NaN. CPU reference: cpu.rs.
+// CPU reference: cpu.rs.
 @group(0) @binding(4) var<storage, read> gate: array<vec4<u32>>;    // [experts, blocks, chunks, 64]
 @group(0) @binding(5) var<storage, read> gate_scales: array<u32>;   // [experts, blocks, words, 64]
 @group(0) @binding(6) var<storage, read> up: array<vec4<u32>>;      // [experts, blocks, chunks, 64]
 @group(0) @binding(7) var<storage, read> up_scales: array<u32>;     // [experts, blocks, words, 64]
 @group(0) @binding(8) var<storage, read_write> hidden: array<f32>;  // [pairs, outputs]
-override UP_IS_THERE: bool = false;
-
-fn gelu(g: vec4<f32>) -> vec4<f32> {
-    let inner = 0.7978846 * fma(0.044715 * g * g, g, g);
-    return 0.5 * g * (1.0 + tanh(clamp(inner, vec4<f32>(-15.0), vec4<f32>(15.0))));
-}
+override GATE_IS_THERE: bool = false;
 
 fn store(pair: u32, n: u32, g: vec4<f32>, u: vec4<f32>) {
     if pair == NONE { return; }
-    let gates = gelu(g);
     for (var i = 0u; i < COLUMNS_PER_THREAD; i++) {
         let column = n + i * COLUMN_THREADS;
         if column < params.outputs {
             let at = pair * params.outputs + column;
-            if UP_IS_THERE {
-                hidden[at] = gates[i] * hidden[at];
-            } else {
-                hidden[at] = gates[i] * u[i];
-            }
+            var sum_of_gate = g[i];
+            if GATE_IS_THERE { sum_of_gate = hidden[at]; }
+            hidden[at] = gelu(sum_of_gate) * u[i];
         }
     }
 }
@@ -42,9 +34,9 @@ fn gated_gelu(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoca
     let rows = rows_of(item);
     let block = block_of(item, workgroup.y);
     // One after the other: fewer sums at a time, and the row is read from a cache.
-    let g = product_of_gate(rows, block, place);
-    var u = Rows();
-    if !UP_IS_THERE { u = product_of_up(rows, block, place); }
+    var g = Rows();
+    if !GATE_IS_THERE { g = product_of_gate(rows, block, place); }
+    let u = product_of_up(rows, block, place);
     if !place.is_here || place.slice > 0u { return; }
     let n = params.column_begin + workgroup.y * LANES + place.lane;
     store(item.pairs.x, n, g.a, u.a);

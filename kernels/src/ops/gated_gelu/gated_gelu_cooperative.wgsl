@@ -1,8 +1,8 @@
 // gated_gelu_cooperative: gated_gelu.wgsl for steps of many rows in prefill `fast`, with cooperative matrices.
 // Shapes (row-major): x [rows, inputs] as quantise_halves.wgsl makes it; hidden [pairs, outputs] f32. Weights as in product/columns.wgsl,
 // one stretch of `blocks` blocks an expert, sums as in product/cooperative.wgsl. With GATE_IS_THERE, where gate is held otherwise than
-// up, hidden has the products with it already, of expert_down_cooperative.wgsl; the bindings of gate are not read. Joined with columns, tiles_8
-// or tiles_16, cooperative, pairs_cooperative, and matrix and product_cooperative for `gate` and `up`.
+// up, hidden has the products with it already, of expert_down_cooperative.wgsl; the bindings of gate are not read. Joined with columns,
+// pairs_cooperative, gelu, tiles_8 or tiles_16, cooperative, and matrix and product_cooperative for `gate` and `up`.
 // Dispatch: (tiles, blocks of the shard, 1). CPU reference: cpu.rs.
 enable f16;
 enable wgpu_cooperative_matrix;
@@ -12,11 +12,6 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(7) var<storage, read> up_scales: array<u32>;     // [experts, blocks, words, 64]
 @group(0) @binding(8) var<storage, read_write> hidden: array<f32>;  // [pairs, outputs]
 override GATE_IS_THERE: bool = false;
-
-fn gelu(g: f32) -> f32 {
-    let inner = 0.7978846 * fma(0.044715 * g * g, g, g);
-    return 0.5 * g * (1.0 + tanh(clamp(inner, -15.0, 15.0)));
-}
 
 // The gate's sums wait in the result for those of `up`, which the same thread gets: fewer sums at a time.
 fn store_gate(at: u32, sum: f32) {
