@@ -90,14 +90,18 @@ impl Threads {
         }
     }
 
-    /// How many outputs a piece of a product of `rows` with `outputs` should have: a multiple of sixteen; several pieces a thread, so that
-    /// all end at about the same time, and many outputs, since a piece begins with weights that nobody asked for, and many rows are to
-    /// come into the cache for many outputs. Where nobody shares, a few rows pass 4096 outputs, whose results stay in the cache.
+    /// How many outputs a piece of a product of `rows` with `outputs` should have: a multiple of sixteen. Several pieces a thread, so that
+    /// all end at about the same time. With few rows memory is what is waited for, and it is read at full speed only some way into a
+    /// piece: two a thread. Many rows are to come into the cache for many outputs. Where nobody shares, a few rows pass 4096 outputs, whose
+    /// results stay in the cache.
     pub(crate) fn outputs_a_piece(&self, outputs: usize, rows: usize) -> usize {
-        if self.count == 1 {
-            return if rows <= 16 { 4096 } else { 256 };
-        }
-        (outputs / (self.count * 8)).next_multiple_of(16).clamp(16, if rows < 64 { 128 } else { 256 })
+        let (pieces, most) = match (self.count, rows) {
+            (1, ..=16) => return 4096,
+            (1, _) => return 256,
+            (_, ..64) => (2, 512),
+            _ => (8, 256),
+        };
+        (outputs / (self.count * pieces)).next_multiple_of(16).clamp(16, most)
     }
 }
 
@@ -342,6 +346,21 @@ mod tests {
         for (begin, bytes, times) in [(4096, 3000, 3), (8192, usize::MAX, AHEAD_BYTES / ASKED_AT_ONCE)] {
             ahead.set(Stretch { begin, bytes });
             assert_eq!((0..10_000).filter(|_| asked.some_more(ahead)).count(), times, "{bytes} bytes");
+        }
+    }
+
+    #[test]
+    fn pieces_begin_with_whole_columns_and_all_threads_have_some() {
+        for count in [1, 2, 3, 16] {
+            let threads = Threads::new(count).unwrap();
+            for (outputs, rows) in
+                (1..5000).step_by(7).flat_map(|outputs| [1, 16, 63, 64, 512].map(|rows| (outputs, rows)))
+            {
+                let step = threads.outputs_a_piece(outputs, rows);
+                assert!(step > 0 && step.is_multiple_of(16), "{count} threads, {outputs} outputs, {rows} rows: {step}");
+                let enough = outputs.div_ceil(step) >= count || outputs < 32 * count;
+                assert!(count == 1 || enough, "{count} threads, {outputs} outputs, {rows} rows: {step}");
+            }
         }
     }
 
