@@ -9,7 +9,8 @@
 //! `format.rs` says how weights are held, `matrix.rs` lays them out, `blocks.rs` and `upload.rs` get them there. `shaders.rs` and
 //! `pipelines.rs` hold the kernels, `recorder.rs` submits them, `batch.rs` is what a step's rows become, `rounded.rs` what precision and
 //! prefill `fast` make of rows, `attention.rs` and `experts.rs` are the operations of several dispatches, `cooperative.rs` says
-//! what prefill `fast` needs, `trial.rs` tries it and `prefill.rs` is what it makes of products, `measure.rs` times the device, `clock.rs` reads its own clock.
+//! what prefill `fast` needs, `trial.rs` tries it and `prefill.rs` is what it makes of products, `measure.rs` times the device, `clock.rs`
+//! reads its own clock.
 
 mod attention;
 mod batch;
