@@ -228,6 +228,8 @@ impl DeviceLoader {
             draw_seconds,
             notes,
         };
+        // What was said is what is run: a stage without the format that the driver refused would else be faster.
+        let prefill = Prefill::of_fingerprint(&facts.fingerprint);
         Ok(Self { device, threads, precision, prefill, weights, facts })
     }
 }
