@@ -124,6 +124,7 @@ impl GpuBackend {
         let alike = gate.shape == up.shape;
         let (kernel, gates) = match alike {
             true => (Kernel::GatedGelu(variant), gate),
+            // In the places of gate, which this kernel does not read.
             false => (Kernel::GatedGeluOfGate(variant), up),
         };
         if !alike {

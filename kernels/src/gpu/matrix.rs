@@ -29,7 +29,7 @@ pub struct GpuMatrix {
     pub(super) name: String,
     pub(super) shape: Shape,
     pub(super) shards: Vec<Shard>,
-    /// Power of two by which prefill `fast` multiplies weights that it rounds to halves; 1 where it is not in use.
+    /// Power of two by which prefill `fast` multiplies weights that it rounds to halves; 1 where it was never in use.
     pub(super) factor: f32,
 }
 

@@ -54,7 +54,7 @@ impl GpuBackend {
     pub(super) fn prepare_cooperative(&mut self, matrix: &mut GpuMatrix) -> Result<(), KernelError> {
         let Some(cooperative) = self.cooperative else { return Ok(()) };
         let variant = Self::cooperative_variant(matrix, cooperative);
-        // Those of experts and of a single matrix: a device that multiplied one of each format before it joins has seen all.
+        // Those of experts and of a single matrix: a device that multiplied one that is held so before it joins has seen all.
         for kernel in variant.kernels().into_iter().chain(OF_PREFILL_FAST) {
             if let Some(reason) = self.recorder.refusal(kernel)? {
                 self.give_up_cooperative(&format!("its driver refuses {kernel:?}: {reason}"));

@@ -228,7 +228,7 @@ fn subgroups_that_do_not_work_are_not_used() {
     assert!(probe::subgroups_work(&mut backend.recorder, &mut backend.memory).unwrap());
 }
 
-/// Gates of whole numbers are the same in any format: bits of a layer do not depend on whether gate and up are held alike.
+/// Whole numbers times a power of two are the same in any format: bits of a layer do not depend on whether gate and up are held alike.
 #[test]
 fn gates_and_ups_held_in_different_ways_have_the_bits_of_ones_held_alike() {
     for precision in [Precision::Exact, Precision::Fast] {
@@ -248,7 +248,7 @@ fn gates_and_ups_held_in_different_ways_have_the_bits_of_ones_held_alike() {
     }
 }
 
-/// Gate in this format, of whole numbers, and up of eight scale groups. Their kernels are there before the step.
+/// Gate in this format, of whole numbers times a power of two, and up of eight scale groups. Their kernels are there before the step.
 fn gate_up(backend: &mut GpuBackend, rows: usize, format: Format) -> Vec<f32> {
     let random = &mut Random::new(7);
     let int8 = Format::Int8 { groups: 8 };
