@@ -64,7 +64,6 @@ impl FastProduct<'_, '_> {
     }
 
     /// Blocks of inputs that all columns pass before the next: all of them for one strip, else as many as stay in the cache.
-    /// Between stretches the sums are in `out`.
     fn stretch(&self, strips: usize) -> usize {
         if strips < 2 {
             return self.matrix.blocks;
@@ -87,46 +86,50 @@ impl FastProduct<'_, '_> {
         debug_assert_eq!(self.out.len(), rows);
         let blocks = self.matrix.blocks;
         let a_stretch = self.stretch(strips);
+        // Sums between stretches, as tiles come. In `out` they would lie a row apart, which often is a power of two: one set of a cache.
+        let mut between = vec![[0.0; LANES]; if a_stretch < blocks { columns * rows } else { 0 }];
         for start in (0..blocks).step_by(a_stretch) {
             let stretch = start..(start + a_stretch).min(blocks);
             for column in 0..columns {
                 let mut first = 0;
                 for strip in 0..strips {
                     let place = Place { stretch: stretch.clone(), column, first, strip, strips };
-                    let rows = height(rows - first, most);
-                    match rows {
-                        // Without registers for it there is no such strip, and this is not compiled.
-                        8 if D::PACKING.strip == 8 => self.tile::<D, 8>(dots, place),
-                        4 => self.tile::<D, 4>(dots, place),
-                        3 => self.tile::<D, 3>(dots, place),
-                        2 => self.tile::<D, 2>(dots, place),
-                        _ => self.tile::<D, 1>(dots, place),
+                    let height = height(rows - first, most);
+                    let between = between.get_mut(column * rows + first..).unwrap_or_default();
+                    match height {
+                        // Without registers for them there are no such strips, and these are not compiled.
+                        8 if D::PACKING.strip == 8 => self.tile::<D, 8>(dots, place, between),
+                        7 if D::PACKING.strip == 8 => self.tile::<D, 7>(dots, place, between),
+                        6 if D::PACKING.strip == 8 => self.tile::<D, 6>(dots, place, between),
+                        5 if D::PACKING.strip == 8 => self.tile::<D, 5>(dots, place, between),
+                        4 => self.tile::<D, 4>(dots, place, between),
+                        3 => self.tile::<D, 3>(dots, place, between),
+                        2 => self.tile::<D, 2>(dots, place, between),
+                        _ => self.tile::<D, 1>(dots, place, between),
                     }
-                    first += rows;
+                    first += height;
                 }
             }
         }
     }
 
-    /// Adds a stretch of a column to the sums of the strip's `R` rows.
+    /// Adds a stretch of a column to the sums of the strip's `R` rows, which are `between` stretches, a row's after the other, and in
+    /// `out` at last.
     #[inline(always)]
-    fn tile<D: Dots, const R: usize>(&mut self, dots: D, place: Place) {
+    fn tile<D: Dots, const R: usize>(&mut self, dots: D, place: Place, between: &mut [[f32; LANES]]) {
         let Place { stretch, column, first, strip, strips } = place;
         let matrix = self.matrix;
         let a_row = matrix.blocks * FIELDS;
         let first_band = self.expert * matrix.bands + self.outputs.start / LANES;
         let a_column = LANES / D::PACKING.parts;
         let start = column * a_column;
-        // The last column may have fewer outputs than lanes.
-        let used = a_column.min(self.outputs.len() - start);
         let mut sums = [dots.zero(); R];
         if stretch.start > 0 {
             for r in 0..R {
-                let mut lanes = [0.0; LANES];
-                lanes[..used].copy_from_slice(&self.out[first + r][start..][..used]);
-                sums[r] = dots.load(&lanes);
+                sums[r] = dots.load(&between[r]);
             }
         }
+        let is_last = stretch.end == matrix.blocks;
         let column = first_band * D::PACKING.parts + column;
         let a_stream = matrix.stream();
         let tile = Tile::<D, R> {
@@ -138,8 +141,16 @@ impl FastProduct<'_, '_> {
             share: (strips > 1).then_some((strip, strips)),
         };
         let sums = tile.add_to(sums);
-        for r in 0..R {
-            dots.store(sums[r], &mut self.out[first + r][start..][..used]);
+        if is_last {
+            // The last column may have fewer outputs than lanes.
+            let used = a_column.min(self.outputs.len() - start);
+            for r in 0..R {
+                dots.store(sums[r], &mut self.out[first + r][start..][..used]);
+            }
+        } else {
+            for r in 0..R {
+                dots.store(sums[r], &mut between[r]);
+            }
         }
     }
 }

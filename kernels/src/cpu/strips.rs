@@ -23,16 +23,11 @@ const LOW_OFFSET: usize = QUADS + 2;
 /// The sum of what the numbers stand for, negative, as f32: what a minimum takes.
 const TAKEN: usize = QUADS + 3;
 
-/// Rows of the next strip, when so many rows are left and one takes `most`, 8 or 4.
+/// Rows of the next strip, when so many rows are left and one takes `most`: as few strips as can be, of about one height. One row by
+/// itself waits as long for the weights as four do.
 #[inline(always)]
 pub(super) fn height(left: usize, most: usize) -> usize {
-    if left >= most {
-        most
-    } else if left > 4 {
-        4
-    } else {
-        left
-    }
+    left.div_ceil(left.div_ceil(most).max(1))
 }
 
 /// A block of a strip of `R` rows.
@@ -171,15 +166,17 @@ mod tests {
     };
 
     #[test]
-    fn any_number_of_rows_is_cut_into_strips_that_there_are_tiles_for() {
+    fn rows_are_cut_into_as_few_strips_as_can_be_of_about_one_height() {
         for most in [4, 8] {
             for rows in 0..100 {
-                let (mut left, mut last) = (rows, most);
+                let (mut left, mut heights) = (rows, Vec::new());
                 while left > 0 {
-                    let height = height(left, most);
-                    assert!([1, 2, 3, 4, most].contains(&height) && height <= last, "{rows} rows, {height} of {left}");
-                    (left, last) = (left - height, height);
+                    heights.push(height(left, most));
+                    left -= heights[heights.len() - 1];
                 }
+                assert_eq!(heights.len(), rows.div_ceil(most), "{rows} rows: {heights:?}");
+                let evenly = |height: &usize| (1..=most).contains(height) && height.abs_diff(heights[0]) <= 1;
+                assert!(heights.iter().all(evenly), "{rows} rows: {heights:?}");
             }
         }
     }
