@@ -191,7 +191,7 @@ pub trait Backend: Send + 'static {
         out: &mut Self::Activations,
     );
 
-    /// `out[i] = x[rows[i]]`. A step's later operations on `out` see `rows.len()` rows; only `rms_norm` and `matmul` follow it.
+    /// `out[i] = x[rows[i]]`. A step's later operations see `rows.len()` rows, and are none that ask where a row stands in its sequence.
     fn gather(&mut self, x: &Self::Activations, rows: &[u32], out: &mut Self::Activations);
 
     /// A layer is complete. A GPU may submit here, so that a long prefill does not become one submission over its watchdog's limit.

@@ -2,7 +2,9 @@
 
 mod golden;
 
-use golden::{Golden, NAMES, Part, batch, check_greedy, check_logits, check_trace, prompt, same_bits, step, table};
+use golden::{
+    Golden, NAMES, Part, batch, check_greedy, check_logits, check_trace, check_wanted, prompt, same_bits, step, table,
+};
 use grokpipe_kernels::{Backend, CpuBackend, KernelError, Precision, Row, Stage, StageModel, StepInput};
 
 fn cpu(threads: usize) -> CpuBackend {
@@ -62,6 +64,13 @@ fn one_two_and_three_threads_give_the_same_bits() {
             let got = prompt(&mut golden.whole(cpu(threads)), ids);
             same_bits(&format!("{} with {threads} threads", golden.name), &got, &want);
         }
+    }
+}
+
+#[test]
+fn wanted_rows_have_the_same_bits_as_among_all() {
+    for golden in NAMES.iter().filter_map(|name| Golden::open(name)) {
+        check_wanted(&golden, cpu(1));
     }
 }
 

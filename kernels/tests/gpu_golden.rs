@@ -4,7 +4,9 @@
 
 mod golden;
 
-use golden::{Golden, NAMES, Part, check_greedy, check_logits, check_trace, prompt, same_bits, step, table};
+use golden::{
+    Golden, NAMES, Part, check_greedy, check_logits, check_trace, check_wanted, prompt, same_bits, step, table,
+};
 use grokpipe_kernels::{GpuBackend, GpuChoice, GpuOptions, KernelError, Stage, StageModel};
 
 fn gpu(max_shard_bytes: Option<u64>) -> Option<GpuBackend> {
@@ -64,6 +66,13 @@ fn a_prompt_alone_in_chunks_and_among_others_has_the_same_bits() {
         let parts = [Part { first: 0, ids: other, table: table(2) }, Part { first: 0, ids, table: table(0) }];
         let among = step(&mut [&mut model], &parts);
         same_bits(&format!("{} among others", golden.name), &among[other.len() * golden.config.vocab_size..], &whole);
+    }
+}
+
+#[test]
+fn wanted_rows_have_the_same_bits_as_among_all() {
+    for (golden, backend) in goldens() {
+        check_wanted(&golden, backend);
     }
 }
 

@@ -2,21 +2,30 @@
 
 use std::ops::Range;
 
-use grokpipe_model::{LayerTensor, ModelConfig, TensorName, WeightSource, layer_matrices};
+use grokpipe_model::{LayerTensor, ModelConfig, TensorName, WeightSource};
 
 use super::CHUNK_ROWS;
 use crate::error::CliError;
 
-/// Bytes of weights that steps read.
+/// Weights that steps read and multiply with.
 pub(super) struct Reads {
-    /// By every step: attention, router, norms, head.
-    fixed: u64,
-    /// All experts of all layers.
-    experts: u64,
+    /// Those that every row meets.
+    all: Part,
+    /// Those that only rows with wanted logits meet: the last layer's beyond attention, and the head. Without the head there are none.
+    wanted: Part,
     num_experts: usize,
     chosen: usize,
-    /// Weights that work on a token, without those of the head.
-    pub(super) active: f64,
+}
+
+/// Some of the weights.
+#[derive(Default)]
+struct Part {
+    /// Bytes that a step reads, whatever its rows.
+    fixed: u64,
+    /// Bytes of all experts.
+    experts: u64,
+    /// Numbers that work on a row, without those of the head.
+    active: f64,
 }
 
 impl Reads {
@@ -30,34 +39,52 @@ impl Reads {
         layers: &Range<u32>,
         has_head: bool,
     ) -> Result<Self, CliError> {
-        let (mut fixed, mut experts, mut active) = (0, 0, 0.0);
+        let (mut all, mut wanted) = (Part::default(), Part::default());
         let chosen = config.num_experts_per_tok;
         for layer in layers.clone() {
-            let norms = LayerTensor::ALL.into_iter().filter(|tensor| !tensor.is_matrix()).count();
-            fixed += (norms * 4 * config.hidden_size) as u64;
-            for spec in layer_matrices(weights, layer)? {
+            let is_last = has_head && layer + 1 == layers.end;
+            for tensor in LayerTensor::ALL {
+                if !tensor.is_matrix() {
+                    all.fixed += 4 * config.hidden_size as u64;
+                    continue;
+                }
+                let matrix = weights.matrix(&TensorName::Layer(layer, tensor))?;
+                let spec = matrix.spec();
+                let before = matches!(tensor, LayerTensor::Query | LayerTensor::Key | LayerTensor::Value);
+                let part = if is_last && !before { &mut wanted } else { &mut all };
                 let numbers = (spec.inputs * spec.outputs) as f64;
-                active += if spec.experts == 1 { numbers } else { chosen as f64 * numbers };
-                *(if spec.experts == 1 { &mut fixed } else { &mut experts }) += spec.stored_bytes();
+                part.active += if spec.experts == 1 { numbers } else { chosen as f64 * numbers };
+                *(if spec.experts == 1 { &mut part.fixed } else { &mut part.experts }) += spec.stored_bytes();
             }
         }
         if has_head {
-            fixed += weights.matrix(&TensorName::Head)?.spec().weight_bytes();
+            wanted.fixed += weights.matrix(&TensorName::Head)?.spec().weight_bytes();
         }
-        Ok(Self { fixed, experts, num_experts: config.num_experts, chosen, active })
+        Ok(Self { all, wanted, num_experts: config.num_experts, chosen })
     }
 
-    /// Bytes of a step of this many tokens, if each chooses its experts at random.
+    /// Bytes of a step of this many tokens, all of them wanted, if each chooses its experts at random.
     pub(super) fn step_bytes(&self, tokens: u32) -> f64 {
-        let left_out = 1.0 - self.chosen as f64 / self.num_experts as f64;
-        self.fixed as f64 + self.experts as f64 * (1.0 - left_out.powi(tokens as i32))
+        self.part_bytes(&self.all, tokens) + self.part_bytes(&self.wanted, tokens)
     }
 
-    /// Bytes of a prompt of this many tokens, chunk after chunk.
+    /// Bytes of a prompt of this many tokens, chunk after chunk, of which the last token is wanted.
     pub(super) fn prompt_bytes(&self, tokens: u32) -> f64 {
-        let rest = tokens % CHUNK_ROWS;
-        let whole = f64::from(tokens / CHUNK_ROWS) * self.step_bytes(CHUNK_ROWS);
-        whole + if rest > 0 { self.step_bytes(rest) } else { 0.0 }
+        let whole = f64::from(tokens / CHUNK_ROWS) * self.part_bytes(&self.all, CHUNK_ROWS);
+        whole + self.part_bytes(&self.all, tokens % CHUNK_ROWS) + self.part_bytes(&self.wanted, tokens.min(1))
+    }
+
+    /// Multiply-adds of this many tokens, without those of the head.
+    pub(super) fn multiply_adds(&self, tokens: u32, wanted: u32) -> f64 {
+        f64::from(tokens) * self.all.active + f64::from(wanted) * self.wanted.active
+    }
+
+    fn part_bytes(&self, part: &Part, rows: u32) -> f64 {
+        if rows == 0 {
+            return 0.0;
+        }
+        let left_out = 1.0 - self.chosen as f64 / self.num_experts as f64;
+        part.fixed as f64 + part.experts as f64 * (1.0 - left_out.powi(rows as i32))
     }
 }
 
@@ -81,5 +108,23 @@ mod tests {
         // A chunk reads them, whatever the chunks before it read.
         assert_eq!(reads.prompt_bytes(100), reads.step_bytes(100));
         assert_eq!(reads.prompt_bytes(1025), 2.0 * reads.step_bytes(512) + one);
+    }
+
+    #[test]
+    fn a_prompt_has_one_row_in_the_last_layer_beyond_attention() {
+        let mut config = ModelConfig::grok_1();
+        config.num_hidden_layers = 2;
+        let weights = SyntheticWeights::new(config.clone(), 1);
+        let stage = |layers, head| Reads::of(&config, &weights, &layers, head).unwrap();
+        let (both, middle, last) = (stage(0..2, true), stage(0..1, false), stage(1..2, true));
+        let experts = f64::from(2 * 3 * 6144 * 32_768);
+        let (early, late) = (f64::from(6144 * (6144 + 2 * 1024)), f64::from(6144 * 6144 + 6144 * 8) + experts);
+        assert_eq!(middle.multiply_adds(10, 1), 10.0 * (early + late));
+        assert_eq!(last.multiply_adds(10, 1), 10.0 * early + late);
+        assert_eq!(both.multiply_adds(10, 10), 20.0 * (early + late));
+        // Decode reads all, a prompt two experts of the last layer and the head once.
+        assert_eq!(both.step_bytes(3), middle.step_bytes(3) + last.step_bytes(3));
+        let head = f64::from(131_072 * 6144);
+        assert!((head + experts..1.1 * (head + experts) + 2.0 * early).contains(&last.prompt_bytes(1000)));
     }
 }

@@ -215,6 +215,13 @@ impl Report {
         }
     }
 
+    fn multiply_adds_a_token(&self, measured: &Measured) -> f64 {
+        match measured.test {
+            "decode" => self.reads.multiply_adds(1, 1),
+            _ => self.reads.multiply_adds(measured.prompt, 1) / f64::from(measured.prompt),
+        }
+    }
+
     fn to_json(&self) -> Value {
         let results: Vec<Value> = self
             .results
@@ -232,7 +239,7 @@ impl Report {
                     "bytes_per_token": bytes,
                     "gigabytes_per_second": bytes * rate / 1e9,
                     "share_of_bandwidth": bytes * rate / self.bandwidth,
-                    "gigaflops_per_second": 2.0 * self.reads.active * rate / 1e9,
+                    "gigaflops_per_second": 2e-9 * self.multiply_adds_a_token(measured) * rate,
                 })
             })
             .collect();
@@ -282,7 +289,7 @@ impl Report {
                 format!("{:.3} GB", bytes / 1e9),
                 format!("{:.1}", bytes * rate / 1e9),
                 format!("{:.0} %", 100.0 * bytes * rate / self.bandwidth),
-                format!("{:.0}", 2.0 * self.reads.active * rate / 1e9),
+                format!("{:.0}", 2e-9 * self.multiply_adds_a_token(measured) * rate),
             ]);
         }
         text + &table.to_string()

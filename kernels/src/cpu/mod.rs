@@ -382,7 +382,7 @@ impl Backend for CpuBackend {
             })
             .collect();
         let outputs = matrices.iter().map(|matrix| matrix.outputs).sum();
-        let pairs = selection.map_or(rows, |selection| rows * selection.chosen);
+        let pairs = selection.map_or(rows, |selection| selection.rows * selection.chosen);
         self.next = first_weights(&products, self.threads.outputs_a_piece(outputs, pairs), &self.threads);
     }
 

@@ -122,15 +122,18 @@ impl<B: Backend> Layers<B> {
         let values = self.input(weights, batch.rows.len(), input)?;
         backend.begin(batch, &mut self.kv)?;
         backend.write(&values, &mut self.buffers.residual)?;
+        // A trace tells of all rows.
+        let picked = self.head.is_some() && trace.is_none() && wanted.len() < batch.rows.len();
         for index in 0..self.layers.len() {
-            self.layer(backend, index);
+            let is_last = index + 1 == self.layers.len();
+            self.layer(backend, index, (is_last && picked).then_some(wanted));
             backend.layer_done();
             if let Some(trace) = trace.as_deref_mut() {
                 self.record(backend, batch.rows.len(), trace)?;
             }
         }
         if self.head.is_some() {
-            self.logits(backend, wanted)
+            self.logits(backend, wanted, picked)
         } else {
             let mut read = backend.finish(&[(&self.buffers.residual, batch.rows.len())])?;
             let hidden = read.pop().unwrap_or_default();
@@ -167,15 +170,25 @@ impl<B: Backend> Layers<B> {
         }
     }
 
-    /// One layer over the rows of the step.
-    fn layer(&mut self, backend: &mut B, index: usize) {
+    /// One layer over the rows of the step. Of the model's last layer all rows' keys and values are needed, and beyond attention only
+    /// the rows whose logits are wanted: the `picked` ones go on alone, as the first rows of the residual stream.
+    fn layer(&mut self, backend: &mut B, index: usize, picked: Option<&[u32]>) {
         let (layer, b, eps) = (&self.layers[index], &mut self.buffers, self.config.rms_norm_eps);
         backend.rms_norm(eps, &b.residual, &layer.pre_attention_norm, &mut b.normed);
         backend.upcoming(&[&layer.attention_output], None);
         let products = &mut [(&layer.query, &mut b.q), (&layer.key, &mut b.k), (&layer.value, &mut b.v)];
         backend.matmul_each(&b.normed, products);
         backend.rope_store(&self.attention, &mut b.q, &b.k, &b.v, &mut self.kv, index);
+        if picked.is_some_and(<[u32]>::is_empty) {
+            return;
+        }
         backend.attention(&self.attention, &b.q, &self.kv, index, &mut b.heads);
+        if let Some(picked) = picked {
+            backend.gather(&b.heads, picked, &mut b.q);
+            backend.gather(&b.residual, picked, &mut b.normed);
+            std::mem::swap(&mut b.heads, &mut b.q);
+            std::mem::swap(&mut b.residual, &mut b.normed);
+        }
         backend.matmul(&b.heads, &layer.attention_output, 1.0, &mut b.block);
         backend.rms_norm_add(eps, &b.block, &layer.post_attention_norm, &mut b.residual);
 
@@ -203,17 +216,19 @@ impl<B: Backend> Layers<B> {
         Ok(())
     }
 
-    /// Logits of the wanted rows, some rows at a time.
-    fn logits(&mut self, backend: &mut B, wanted: &[u32]) -> Result<StepOutput, KernelError> {
+    /// Logits of the wanted rows, some rows at a time; if they were `picked`, they are the first of the residual stream.
+    fn logits(&mut self, backend: &mut B, wanted: &[u32], picked: bool) -> Result<StepOutput, KernelError> {
         let (config, residual) = (&self.config, &self.buffers.residual);
         let Some(head) = &mut self.head else { return Ok(StepOutput::Logits(Vec::new())) };
         if wanted.is_empty() {
             // Keys and values are written all the same; waiting tells whether the device is still there.
             backend.finish(&[])?;
         }
+        let places: Vec<u32> = if picked { (0..wanted.len() as u32).collect() } else { wanted.to_vec() };
+        let a_pass = self.options.logit_rows.max(1);
         let mut logits = Vec::new();
-        for rows in wanted.chunks(self.options.logit_rows.max(1)) {
-            backend.gather(residual, rows, &mut head.picked);
+        for (rows, places) in wanted.chunks(a_pass).zip(places.chunks(a_pass)) {
+            backend.gather(residual, places, &mut head.picked);
             backend.rms_norm(config.rms_norm_eps, &head.picked, &head.norm, &mut head.normed);
             backend.matmul(&head.normed, &head.embedding, config.output_multiplier, &mut head.logits);
             for part in backend.finish(&[(&head.logits, rows.len())])? {

@@ -213,3 +213,23 @@ pub(crate) fn check_greedy<B: Backend>(golden: &Golden, backend: B, bound: f32) 
     }
     close(&format!("{} greedy logits", golden.name), &seen, golden.floats("greedy.logits"), bound);
 }
+
+/// Logits of some of a prompt's rows, or of none, have the bits that they have among all, and so has the token after them.
+pub(crate) fn check_wanted<B: Backend>(golden: &Golden, backend: B) {
+    let mut model = golden.whole(backend);
+    let ids = golden.prompts.iter().max_by_key(|ids| ids.len()).unwrap();
+    let (count, vocab) = (ids.len() as u32, golden.config.vocab_size);
+    let next = |model: &mut StageModel<B>, sequence| {
+        step(&mut [model], &[Part { first: ids.len(), ids: &ids[..1], table: table(sequence) }])
+    };
+    let (whole, after) = (prompt(&mut model, ids), next(&mut model, 0));
+    let halves = (0..count).step_by(2).collect();
+    for wanted in [Vec::new(), vec![count - 1], vec![0, count / 2], halves] {
+        let (batch, ids) = batch(&[Part { first: 0, ids, table: table(1) }]);
+        let output = model.run(&batch, StepInput::TokenIds(&ids), &wanted).unwrap();
+        let StepOutput::Logits(got) = output else { panic!("the whole model has the head") };
+        let rows = wanted.iter().flat_map(|&row| &whole[row as usize * vocab..][..vocab]);
+        same_bits(&format!("{} rows {wanted:?}", golden.name), &got, &rows.copied().collect::<Vec<_>>());
+        same_bits(&format!("{} after rows {wanted:?}", golden.name), &next(&mut model, 1), &after);
+    }
+}
