@@ -12,8 +12,10 @@
 
 use std::ops::Range;
 
+use bytemuck::Pod;
+
 use super::{
-    packed::{Numbers, Packed, SUPER, Scaling},
+    packed::{Numbers, Packed, SIXES, SUPER, Scaling},
     simd::{Dots, Kernel, LANES, Simd, prefetch_distance},
     strips::{FIELDS, StripBlock, height},
 };
@@ -226,9 +228,9 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
             (Scaling::Supers { minima: false, .. }, Numbers::Nibbles) => self.supers::<NIBBLES, 4, 2, 2, 2>(sums),
             (Scaling::Supers { minima: false, .. }, Numbers::Codes) => self.supers::<CODES, 4, 1, 1, 4>(sums),
             (Scaling::Supers { minima: false, .. }, _) => self.supers::<BYTES, 8, 2, 2, 2>(sums),
-            (Scaling::Supers { minima: true, .. }, Numbers::Nibbles) => self.supers::<LOW_NIBBLES, 4, 1, 2, 2>(sums),
+            (Scaling::Supers { minima: true, .. }, Numbers::Nibbles) => self.sixes::<LOW_NIBBLES, 4>(sums),
             (Scaling::Supers { minima: true, .. }, Numbers::Quarters) => self.supers::<QUARTERS, 2, 2, 4, 1>(sums),
-            (Scaling::Supers { minima: true, .. }, _) => self.supers::<LOW_BYTES, 8, 1, 2, 2>(sums),
+            (Scaling::Supers { minima: true, .. }, _) => self.sixes::<LOW_BYTES, 8>(sums),
         }
     }
 
@@ -337,6 +339,56 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
                 for r in 0..R {
                     total[r] = dots.fma(m, minimum[r], total[r]);
                 }
+            }
+        }
+        total
+    }
+
+    /// Sums with scales and minima of super-blocks in six bits, which lie before their blocks.
+    #[inline(always)]
+    fn sixes<const KIND: u8, const N: usize>(&self, mut total: [D::F; R]) -> [D::F; R] {
+        let dots = self.dots;
+        let (words, mut ask) = self.words();
+        let xs = self.x[self.stretch.clone()].as_chunks::<SUPER>().0;
+        for (chunk, xs) in words.chunks_exact(SIXES + SUPER * N + 1).zip(xs) {
+            let (factors, chunk) = chunk.split_at(SIXES);
+            for _ in 0..SIXES {
+                ask.one(dots);
+            }
+            let factors = unpacked(factors);
+            let (words, halves) = chunk.as_chunks::<N>();
+            let (words, xs) = (words.as_chunks::<2>().0, xs.as_chunks::<2>().0);
+            let mut sum = [dots.zero(); R];
+            for ((words, xs), factors) in words.iter().zip(xs).zip(&factors) {
+                for (b, (words, x)) in words.iter().zip(xs).enumerate() {
+                    let x = StripBlock::new(x);
+                    let products = self.products::<KIND, N, 1>(words, x, 0, &mut ask);
+                    let factor = dots.bytes(factors, 2 * b);
+                    for r in 0..R {
+                        let factor = dots.mul(factor, dots.splat(x.scale(r)));
+                        sum[r] = dots.fma(dots.to_f32(products[r]), factor, sum[r]);
+                    }
+                }
+            }
+            ask.one(dots);
+            let d = dots.halves(&halves[0], 0);
+            for r in 0..R {
+                total[r] = dots.fma(d, sum[r], total[r]);
+            }
+            // By themselves, since there are no registers for them beside the other sums.
+            let mut minimum = [dots.zero(); R];
+            for (xs, factors) in xs.iter().zip(&factors) {
+                for (b, x) in xs.iter().enumerate() {
+                    let x = StripBlock::new(x);
+                    let min = dots.bytes(factors, 2 * b + 1);
+                    for r in 0..R {
+                        minimum[r] = dots.fma(min, dots.splat(x.taken::<1>(0, r)), minimum[r]);
+                    }
+                }
+            }
+            let m = dots.halves(&halves[0], 1);
+            for r in 0..R {
+                total[r] = dots.fma(m, minimum[r], total[r]);
             }
         }
         total
@@ -469,6 +521,25 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
         }
         whole
     }
+}
+
+/// The four words that [`SIXES`] stand for.
+#[inline(always)]
+fn unpacked<W: Pod>(packed: &[W]) -> [W; SIXES + 1] {
+    const THREE: u64 = 0x0303_0303_0303_0303;
+    let mut words = [W::zeroed(); SIXES + 1];
+    let [first, second, third, fourth] = &mut words;
+    let packed = [0, 1, 2].map(|word| bytemuck::bytes_of(&packed[word]).as_chunks().0);
+    let out = [first, second, third, fourth].map(|word| bytemuck::bytes_of_mut(word).as_chunks_mut().0);
+    for i in 0..size_of::<W>() / 8 {
+        let packed = packed.map(|words| u64::from_le_bytes(words[i]));
+        for word in 0..SIXES {
+            out[word][i] = (packed[word] & (THREE * 21)).to_le_bytes();
+        }
+        let [first, second, third] = packed.map(|word| word >> 6 & THREE);
+        out[SIXES][i] = (first | second << 2 | third << 4).to_le_bytes();
+    }
+    words
 }
 
 /// What a row's sum of part `p` of the `P` of a block is too large by, negative.

@@ -54,17 +54,21 @@ pub(super) enum Scaling {
     /// `q * d - m`: halves `d` and, with `minima`, `m` for each block.
     Blocks { minima: bool },
     /// `q * d * s - m * t`: halves `d` and, with `minima`, `m` for eight blocks, and for each of these the bytes `s`, signed where there
-    /// are no minima, and `t` of its 1 or 2 parts.
+    /// are no minima, and `t` of its 1 or 2 parts. With minima and one part they have six bits ([`SIXES`]).
     Supers { parts: usize, minima: bool },
 }
+
+/// Words that hold the scales and minima of eight blocks in six bits each, in the place of four words of bytes: the first three words in
+/// the low bits, and two bits of the fourth in the high bits of each.
+pub(super) const SIXES: usize = 3;
 
 /// Blocks that share a scale, or lie together for other reasons, in a stream: units, then a word of what scales all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Chunk {
     pub(super) blocks: usize,
-    /// Blocks of a unit: behind a word of scales, if it has them, their numbers.
+    /// Blocks of a unit: behind their words of scales, if it has any, their numbers.
     unit: usize,
-    has_scales: bool,
+    scales: usize,
     /// Words of a block's numbers.
     numbers: usize,
     /// Words of the chunk, with what scales all of it.
@@ -74,19 +78,20 @@ pub(super) struct Chunk {
 impl Chunk {
     fn of(numbers: Numbers, scaling: Scaling) -> Self {
         let numbers = numbers.words();
-        let (blocks, unit, has_scales, has_end) = match scaling {
-            Scaling::Groups(blocks) => (blocks, blocks, false, true),
-            Scaling::Blocks { minima: false } => (2, 2, true, false),
-            Scaling::Blocks { minima: true } => (1, 1, true, false),
-            Scaling::Supers { parts, minima } => (SUPER, 4 / parts / if minima { 2 } else { 1 }, true, true),
+        let (blocks, unit, scales, has_end) = match scaling {
+            Scaling::Groups(blocks) => (blocks, blocks, 0, true),
+            Scaling::Blocks { minima: false } => (2, 2, 1, false),
+            Scaling::Blocks { minima: true } => (1, 1, 1, false),
+            Scaling::Supers { parts: 1, minima: true } => (SUPER, SUPER, SIXES, true),
+            Scaling::Supers { parts, minima } => (SUPER, 4 / parts / if minima { 2 } else { 1 }, 1, true),
         };
-        let mut chunk = Self { blocks, unit, has_scales, numbers, words: 0 };
+        let mut chunk = Self { blocks, unit, scales, numbers, words: 0 };
         chunk.words = blocks / unit * chunk.a_unit() + usize::from(has_end);
         chunk
     }
 
     fn a_unit(self) -> usize {
-        usize::from(self.has_scales) + self.unit * self.numbers
+        self.scales + self.unit * self.numbers
     }
 
     /// Words of a column of so many blocks; the last chunk is filled up with zeros.
@@ -101,7 +106,7 @@ impl Chunk {
 
     /// Where the numbers of a block begin.
     fn numbers_of(self, block: usize) -> usize {
-        self.unit_of(block) + usize::from(self.has_scales) + block % self.unit * self.numbers
+        self.unit_of(block) + self.scales + block % self.unit * self.numbers
     }
 
     /// The word that scales all of a block's chunk.
@@ -294,6 +299,19 @@ impl Band<'_> {
         self.part_of(lane / lanes, word, 1)[(row * lanes + lane % lanes) * N..][..N].copy_from_slice(&value);
     }
 
+    /// Writes a scale of six bits of output `lane` as row `row` of the four words that [`SIXES`] words from `word` on stand for.
+    fn set_six(&mut self, word: usize, row: usize, lane: usize, value: u8) {
+        let lanes = LANES / self.parts;
+        let place = row % 4 * lanes + lane % lanes;
+        for (index, word) in self.part_of(lane / lanes, word, SIXES).chunks_mut(4 * lanes).enumerate() {
+            if row / 4 == SIXES {
+                word[place] = word[place] & 0x3f | value >> (2 * index) << 6;
+            } else if row / 4 == index {
+                word[place] = word[place] & 0xc0 | value;
+            }
+        }
+    }
+
     /// Packs up to sixteen stored rows.
     fn pack(&mut self, stored: &[u8], kind: BlockType, plan: Plan, packing: Packing, row_bytes: usize) {
         let (Plan { numbers, minima, parts }, chunk) = (plan, self.chunk);
@@ -318,6 +336,11 @@ impl Band<'_> {
                 }
                 for block in 0..if parts == 0 { 0 } else { SUPER } {
                     let (word, row) = (chunk.unit_of(first + block), block % chunk.unit * parts * kinds);
+                    if chunk.scales == SIXES {
+                        self.set_six(word, row, lane, unpacked.scales[2 * block] as u8);
+                        self.set_six(word, row + 1, lane, unpacked.minima[2 * block]);
+                        continue;
+                    }
                     for part in 0..parts {
                         self.set(word, row + part, lane, [unpacked.scales[2 * block + part] as u8]);
                         if minima {
