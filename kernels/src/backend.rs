@@ -191,7 +191,8 @@ pub trait Backend: Send + 'static {
         out: &mut Self::Activations,
     );
 
-    /// `out[i] = x[rows[i]]`. A step's later operations see `rows.len()` rows, and are none that ask where a row stands in its sequence.
+    /// `out[i] = x[rows[i]]`. The step's later operations work on `rows.len()` rows of what was gathered or computed since; only another
+    /// gather reads what was there before. `rope_store` and `attention` are not among them: a row no longer stands where the batch says.
     fn gather(&mut self, x: &Self::Activations, rows: &[u32], out: &mut Self::Activations);
 
     /// A layer is complete. A GPU may submit here, so that a long prefill does not become one submission over its watchdog's limit.

@@ -23,7 +23,8 @@ pub enum StepOutput {
 /// Layers on a device, with their KV pool.
 pub trait Stage: Send {
     /// Runs the layers over the batch. `wanted` are rows of the batch, ascending; ignored without the head.
-    /// The same batch, pool contents and input give the same bits, alone or among other rows.
+    /// The same batch, pool contents and input give the same bits, alone or among other rows and whichever are wanted; in steps of
+    /// [`DeviceInfo::invariant_below`] rows and more they may depend on both.
     ///
     /// # Errors
     /// [`KernelError::Shape`] when the input does not fit the batch; [`KernelError::DeviceLost`], [`KernelError::NotFinite`].

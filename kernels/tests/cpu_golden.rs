@@ -70,7 +70,7 @@ fn one_two_and_three_threads_give_the_same_bits() {
 #[test]
 fn wanted_rows_have_the_same_bits_as_among_all() {
     for golden in NAMES.iter().filter_map(|name| Golden::open(name)) {
-        check_wanted(&golden, cpu(1));
+        check_wanted(&golden, cpu(2));
     }
 }
 

@@ -44,14 +44,17 @@ impl Reads {
         for layer in layers.clone() {
             let is_last = has_head && layer + 1 == layers.end;
             for tensor in LayerTensor::ALL {
+                let before = matches!(
+                    tensor,
+                    LayerTensor::PreAttentionNorm | LayerTensor::Query | LayerTensor::Key | LayerTensor::Value
+                );
+                let part = if is_last && !before { &mut wanted } else { &mut all };
                 if !tensor.is_matrix() {
-                    all.fixed += 4 * config.hidden_size as u64;
+                    part.fixed += 4 * config.hidden_size as u64;
                     continue;
                 }
                 let matrix = weights.matrix(&TensorName::Layer(layer, tensor))?;
                 let spec = matrix.spec();
-                let before = matches!(tensor, LayerTensor::Query | LayerTensor::Key | LayerTensor::Value);
-                let part = if is_last && !before { &mut wanted } else { &mut all };
                 let numbers = (spec.inputs * spec.outputs) as f64;
                 part.active += if spec.experts == 1 { numbers } else { chosen as f64 * numbers };
                 *(if spec.experts == 1 { &mut part.fixed } else { &mut part.experts }) += spec.stored_bytes();
@@ -124,7 +127,7 @@ mod tests {
         assert_eq!(both.multiply_adds(10, 10), 20.0 * (early + late));
         // Decode reads all, a prompt two experts of the last layer and the head once.
         assert_eq!(both.step_bytes(3), middle.step_bytes(3) + last.step_bytes(3));
-        // The head is in f32, a byte else.
+        // The head is f32; all else takes a byte a number.
         let (head, rest) = (f64::from(131_072 * 6144) * 4.0, last.multiply_adds(2, 1));
         let read = last.prompt_bytes(100);
         assert!((head + early + experts..head + rest).contains(&read), "{read}");

@@ -215,6 +215,7 @@ impl Report {
         }
     }
 
+    /// Multiply-adds of each token of a measurement, without the head's.
     fn multiply_adds_a_token(&self, measured: &Measured) -> f64 {
         match measured.test {
             "decode" => self.reads.multiply_adds(1, 1),

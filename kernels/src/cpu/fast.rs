@@ -107,7 +107,8 @@ impl FastProduct<'_, '_> {
                         4 => self.tile::<D, 4>(dots, place, between),
                         3 => self.tile::<D, 3>(dots, place, between),
                         2 => self.tile::<D, 2>(dots, place, between),
-                        _ => self.tile::<D, 1>(dots, place, between),
+                        1 => self.tile::<D, 1>(dots, place, between),
+                        _ => unreachable!("there is a tile for every height of a strip"),
                     }
                     first += height;
                 }
@@ -115,8 +116,8 @@ impl FastProduct<'_, '_> {
         }
     }
 
-    /// Adds a stretch of a column to the sums of the strip's `R` rows, which are `between` stretches, a row's after the other, and in
-    /// `out` at last.
+    /// Adds a stretch of a column to the sums of the strip's `R` rows. `between` holds them, a row's after the other, until the last
+    /// stretch writes them to `out`.
     #[inline(always)]
     fn tile<D: Dots, const R: usize>(&mut self, dots: D, place: Place, between: &mut [[f32; LANES]]) {
         let Place { stretch, column, first, strip, strips } = place;
@@ -344,7 +345,8 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
         total
     }
 
-    /// Sums with scales and minima of super-blocks in six bits, which lie before their blocks.
+    /// Sums with scales and minima of super-blocks in six bits, which lie before their blocks. Not a case of [`Self::supers`]: a choice of
+    /// where scales come from made its loops slow.
     #[inline(always)]
     fn sixes<const KIND: u8, const N: usize>(&self, mut total: [D::F; R]) -> [D::F; R] {
         let dots = self.dots;
@@ -526,7 +528,8 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
 /// The four words that [`SIXES`] stand for.
 #[inline(always)]
 fn unpacked<W: Pod>(packed: &[W]) -> [W; SIXES + 1] {
-    const THREE: u64 = 0x0303_0303_0303_0303;
+    const SIX: u64 = 0x3f3f_3f3f_3f3f_3f3f;
+    const TWO: u64 = 0x0303_0303_0303_0303;
     let mut words = [W::zeroed(); SIXES + 1];
     let [first, second, third, fourth] = &mut words;
     let packed = [0, 1, 2].map(|word| bytemuck::bytes_of(&packed[word]).as_chunks().0);
@@ -534,9 +537,9 @@ fn unpacked<W: Pod>(packed: &[W]) -> [W; SIXES + 1] {
     for i in 0..size_of::<W>() / 8 {
         let packed = packed.map(|words| u64::from_le_bytes(words[i]));
         for word in 0..SIXES {
-            out[word][i] = (packed[word] & (THREE * 21)).to_le_bytes();
+            out[word][i] = (packed[word] & SIX).to_le_bytes();
         }
-        let [first, second, third] = packed.map(|word| word >> 6 & THREE);
+        let [first, second, third] = packed.map(|word| word >> 6 & TWO);
         out[SIXES][i] = (first | second << 2 | third << 4).to_le_bytes();
     }
     words

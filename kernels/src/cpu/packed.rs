@@ -66,8 +66,9 @@ pub(super) const SIXES: usize = 3;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Chunk {
     pub(super) blocks: usize,
-    /// Blocks of a unit: behind their words of scales, if it has any, their numbers.
+    /// Blocks of a unit: behind its words of scales, if it has any, their numbers.
     unit: usize,
+    /// Words of a unit's scales.
     scales: usize,
     /// Words of a block's numbers.
     numbers: usize,
@@ -301,6 +302,7 @@ impl Band<'_> {
 
     /// Writes a scale of six bits of output `lane` as row `row` of the four words that [`SIXES`] words from `word` on stand for.
     fn set_six(&mut self, word: usize, row: usize, lane: usize, value: u8) {
+        debug_assert!(value < 64, "{value} has more than six bits");
         let lanes = LANES / self.parts;
         let place = row % 4 * lanes + lane % lanes;
         for (index, word) in self.part_of(lane / lanes, word, SIXES).chunks_mut(4 * lanes).enumerate() {
@@ -336,7 +338,7 @@ impl Band<'_> {
                 }
                 for block in 0..if parts == 0 { 0 } else { SUPER } {
                     let (word, row) = (chunk.unit_of(first + block), block % chunk.unit * parts * kinds);
-                    if chunk.scales == SIXES {
+                    if minima && parts == 1 {
                         self.set_six(word, row, lane, unpacked.scales[2 * block] as u8);
                         self.set_six(word, row + 1, lane, unpacked.minima[2 * block]);
                         continue;

@@ -171,11 +171,15 @@ impl<B: Backend> Layers<B> {
     }
 
     /// One layer over the rows of the step. Of the model's last layer all rows' keys and values are needed, and beyond attention only
-    /// the rows whose logits are wanted: the `picked` ones go on alone, as the first rows of the residual stream.
+    /// the rows whose logits are wanted: the `picked` ones go on alone, as the first rows of the residual stream. Attention is of all
+    /// rows, since it asks where each stands; none are picked where nothing is wanted, and then there is none.
     fn layer(&mut self, backend: &mut B, index: usize, picked: Option<&[u32]>) {
         let (layer, b, eps) = (&self.layers[index], &mut self.buffers, self.config.rms_norm_eps);
         backend.rms_norm(eps, &b.residual, &layer.pre_attention_norm, &mut b.normed);
-        backend.upcoming(&[&layer.attention_output], None);
+        // A hint is for the batch's rows.
+        if picked.is_none() {
+            backend.upcoming(&[&layer.attention_output], None);
+        }
         let products = &mut [(&layer.query, &mut b.q), (&layer.key, &mut b.k), (&layer.value, &mut b.v)];
         backend.matmul_each(&b.normed, products);
         backend.rope_store(&self.attention, &mut b.q, &b.k, &b.v, &mut self.kv, index);
@@ -198,7 +202,7 @@ impl<B: Backend> Layers<B> {
         backend.expert_gate_up(&b.normed, &b.selection, &layer.gate, &layer.up, &mut b.expert_hidden);
         if let Some(next) = self.layers.get(index + 1) {
             backend.upcoming(&[&next.query, &next.key, &next.value], None);
-        } else if let Some(head) = &self.head {
+        } else if let (Some(head), None) = (&self.head, picked) {
             backend.upcoming(&[&head.embedding], None);
         }
         backend.expert_down(&b.expert_hidden, &b.selection, &layer.down, &mut b.block);
@@ -216,7 +220,7 @@ impl<B: Backend> Layers<B> {
         Ok(())
     }
 
-    /// Logits of the wanted rows, some rows at a time; if they were `picked`, they are the first of the residual stream.
+    /// Logits of the wanted rows, some rows at a time; if they were `picked`, they are the first of the residual stream, in this order.
     fn logits(&mut self, backend: &mut B, wanted: &[u32], picked: bool) -> Result<StepOutput, KernelError> {
         let (config, residual) = (&self.config, &self.buffers.residual);
         let Some(head) = &mut self.head else { return Ok(StepOutput::Logits(Vec::new())) };

@@ -464,7 +464,7 @@ impl Backend for GpuBackend {
         if !self.expect_rows("output of gather", rows.len(), x.width, out) {
             return;
         }
-        // A step may gather several times, always from the batch's rows.
+        // A step may gather several times: from the batch's rows, or from fewer that were gathered before.
         let rows_there = self.batch.positions.len();
         if let Some(&row) = rows.iter().find(|&&row| row as usize >= rows_there) {
             return self.recorder.refuse(shape("gathered row", &format!("less than {rows_there}"), row as usize));

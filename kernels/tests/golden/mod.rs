@@ -225,11 +225,21 @@ pub(crate) fn check_wanted<B: Backend>(golden: &Golden, backend: B) {
     let (whole, after) = (prompt(&mut model, ids), next(&mut model, 0));
     let halves = (0..count).step_by(2).collect();
     for wanted in [Vec::new(), vec![count - 1], vec![0, count / 2], halves] {
-        let (batch, ids) = batch(&[Part { first: 0, ids, table: table(1) }]);
-        let output = model.run(&batch, StepInput::TokenIds(&ids), &wanted).unwrap();
-        let StepOutput::Logits(got) = output else { panic!("the whole model has the head") };
         let rows = wanted.iter().flat_map(|&row| &whole[row as usize * vocab..][..vocab]);
-        same_bits(&format!("{} rows {wanted:?}", golden.name), &got, &rows.copied().collect::<Vec<_>>());
-        same_bits(&format!("{} after rows {wanted:?}", golden.name), &next(&mut model, 1), &after);
+        let want: Vec<f32> = rows.copied().collect();
+        // Alone, and as the second of two sequences, of which the first has none.
+        for before in [0, 3] {
+            let other = Part { first: 0, ids: &ids[..before], table: table(2) };
+            let (batch, tokens) = batch(&[other, Part { first: 0, ids, table: table(1) }]);
+            let wanted: Vec<u32> = wanted.iter().map(|row| row + before as u32).collect();
+            let what = format!("{} rows {wanted:?} behind {before}", golden.name);
+            let output = model.run(&batch, StepInput::TokenIds(&tokens), &wanted).unwrap();
+            let (traced, _) = model.run_traced(&batch, StepInput::TokenIds(&tokens), &wanted).unwrap();
+            assert_eq!(traced, output, "{what}, traced");
+            let StepOutput::Logits(got) = output else { panic!("the whole model has the head") };
+            same_bits(&what, &got, &want);
+            same_bits(&format!("after {what}"), &next(&mut model, 1), &after);
+        }
     }
+    same_bits(&format!("{} again", golden.name), &prompt(&mut model, ids), &whole);
 }
