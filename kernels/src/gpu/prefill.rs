@@ -2,8 +2,8 @@
 //!
 //! The one idea: rows and weights are rounded to halves, their products are added in f32. Both operands lose 2^-11 of themselves,
 //! and the order of a sum is the device's, so a row's bits may depend on the other rows of its step and on which are wanted. Decides by
-//! which power of two the weights of a matrix are multiplied so that halves can hold them. Every matrix has its usual kernels too, so that a device can give
-//! cooperative matrices up as long as it loads; what it says of itself follows.
+//! which power of two the weights of a matrix are multiplied so that halves can hold them. Every matrix has its usual kernels too, so
+//! that a device can give cooperative matrices up as long as it loads; what it says of itself follows.
 
 use super::{
     GpuActivations, GpuBackend, GpuMatrix,
