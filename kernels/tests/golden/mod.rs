@@ -233,8 +233,9 @@ pub(crate) fn check_wanted<B: Backend>(golden: &Golden, backend: B) {
             let (batch, tokens) = batch(&[other, Part { first: 0, ids, table: table(1) }]);
             let wanted: Vec<u32> = wanted.iter().map(|row| row + before as u32).collect();
             let what = format!("{} rows {wanted:?} behind {before}", golden.name);
-            let output = model.run(&batch, StepInput::TokenIds(&tokens), &wanted).unwrap();
+            // Traced first: keys and values that the token after them sees are those of the step without a trace.
             let (traced, _) = model.run_traced(&batch, StepInput::TokenIds(&tokens), &wanted).unwrap();
+            let output = model.run(&batch, StepInput::TokenIds(&tokens), &wanted).unwrap();
             assert_eq!(traced, output, "{what}, traced");
             let StepOutput::Logits(got) = output else { panic!("the whole model has the head") };
             same_bits(&what, &got, &want);
