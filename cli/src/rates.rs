@@ -34,11 +34,21 @@ pub(crate) struct Rates {
 }
 
 impl Rates {
-    /// Measures now.
+    /// Measures now. A device may learn from it that its driver refuses a format's kernels and go on with others: then what it did
+    /// before does not count, and all is measured once more.
     ///
     /// # Errors
     /// What the device reports.
     pub(crate) fn measure(device: &mut dyn Device, weights: &Weights, layers: &[MatrixSpec]) -> Result<Self, CliError> {
+        let fingerprint = device.info().fingerprint.clone();
+        let rates = Self::measure_once(device, weights, layers)?;
+        if device.info().fingerprint == fingerprint {
+            return Ok(rates);
+        }
+        Self::measure_once(device, weights, layers)
+    }
+
+    fn measure_once(device: &mut dyn Device, weights: &Weights, layers: &[MatrixSpec]) -> Result<Self, CliError> {
         let started = Instant::now();
         let (read_bandwidth, flop_rate) = (device.measure_read_bandwidth()?, device.measure_flop_rate()?);
         let head = weights.source.matrix(&TensorName::Head)?;
@@ -108,8 +118,13 @@ fn draw_seconds(vocab_size: usize) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use grokpipe_kernels::{Precision, Prefill, select_device};
-    use grokpipe_model::BlockType;
+    use std::{ops::Range, sync::Arc};
+
+    use grokpipe_kernels::{
+        BatchInvariance, DeviceInfo, KernelError, Precision, Prefill, ProductTime, Stage, StageOptions, TracedStage,
+        select_device,
+    };
+    use grokpipe_model::{BlockType, ModelConfig, WeightSource};
 
     use super::*;
     use crate::weights::Shape;
@@ -129,6 +144,80 @@ mod tests {
             assert!(rates.formats.values().all(|rate| rate.decode_bytes_per_second > 0.0));
             assert!(rates.draw_seconds > 0.0 && rates.overhead.layer_seconds >= 0.0);
         }
+    }
+
+    /// Does 2 GFLOP/s until a format is measured, and half from then on: with kernels of another name.
+    struct Refusing(DeviceInfo);
+
+    impl Refusing {
+        fn rate(&self) -> f64 {
+            if self.0.fingerprint == "fast" { 2e9 } else { 1e9 }
+        }
+    }
+
+    impl Device for Refusing {
+        fn info(&self) -> &DeviceInfo {
+            &self.0
+        }
+        fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {
+            Ok(1e9)
+        }
+        fn measure_flop_rate(&mut self) -> Result<f64, KernelError> {
+            Ok(self.rate())
+        }
+        fn measure_format(&mut self, _: ProductShape, _: u64) -> Result<FormatRate, KernelError> {
+            let rate = self.rate();
+            self.0.fingerprint = "usual".into();
+            Ok(FormatRate { decode_bytes_per_second: 1e9, prefill_flops_per_second: rate })
+        }
+        fn measure_overhead(&mut self) -> Result<StepOverhead, KernelError> {
+            Ok(StepOverhead::default())
+        }
+        fn held_bytes(&self, _: &MatrixSpec) -> u64 {
+            unreachable!("nothing is loaded")
+        }
+        fn check_batch_invariance(&mut self) -> Result<BatchInvariance, KernelError> {
+            unreachable!("nothing is checked")
+        }
+        fn time_products(&mut self, _: ProductShape, _: &[usize], _: usize) -> Result<Vec<ProductTime>, KernelError> {
+            unreachable!("no benchmark")
+        }
+        fn load(
+            self: Box<Self>,
+            _: &ModelConfig,
+            _: Arc<dyn WeightSource>,
+            _: Range<u32>,
+            _: StageOptions,
+            _: &mut dyn FnMut(u64, u64),
+        ) -> Result<Box<dyn Stage>, KernelError> {
+            unreachable!("nothing is loaded")
+        }
+        fn load_traced(
+            self: Box<Self>,
+            _: &ModelConfig,
+            _: Arc<dyn WeightSource>,
+            _: Range<u32>,
+            _: StageOptions,
+            _: &mut dyn FnMut(u64, u64),
+        ) -> Result<Box<dyn TracedStage>, KernelError> {
+            unreachable!("nothing is loaded")
+        }
+    }
+
+    #[test]
+    fn what_was_measured_before_a_driver_refused_a_format_does_not_count() {
+        let weights = Weights::synthetic(Shape::Tiny, Some(BlockType::Q4_0), None).unwrap();
+        let specs = all_matrices(&weights).unwrap();
+        let info = DeviceInfo {
+            name: "a GPU".into(),
+            is_gpu: true,
+            fingerprint: "fast".into(),
+            memory_bytes: 0,
+            invariant_below: Some(32),
+        };
+        let rates = Rates::measure(&mut Refusing(info), &weights, &specs).unwrap();
+        assert_eq!(rates.flop_rate, 1e9);
+        assert!(rates.formats.values().all(|rate| rate.prefill_flops_per_second == 1e9), "{:?}", rates.formats);
     }
 
     #[test]

@@ -65,8 +65,7 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let mut report = Report {
         device: info.name.clone(),
         precision: precision_name(args.precision),
-        // What is in use, not what was asked for: few devices have it.
-        prefill: prefill_name(Prefill::of_fingerprint(&info.fingerprint)),
+        prefill: prefill_name(args.prefill),
         bandwidth,
         inputs,
         outputs,
@@ -80,6 +79,8 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         let times = device.time_products(shape, &rows, args.repeat as usize)?;
         report.times.push((kind, times));
     }
+    // What is in use, not what was asked for: few devices have it, and some only for some types.
+    report.prefill = prefill_name(Prefill::of_fingerprint(&device.info().fingerprint));
     if args.json {
         println!("{}", report.to_json());
     } else {
@@ -107,10 +108,10 @@ impl Report {
     }
 
     fn heading(&self) -> String {
-        let Self { device, precision, prefill, inputs, outputs, .. } = self;
+        let Self { device, precision, inputs, outputs, .. } = self;
         let bandwidth = self.bandwidth / 1e9;
         format!(
-            "{inputs} inputs, {outputs} outputs, {device}, precision {precision}, prefill {prefill}; memory reads {bandwidth:.1} GB/s\n"
+            "{inputs} inputs, {outputs} outputs, {device}, precision {precision}; memory reads {bandwidth:.1} GB/s\n"
         )
     }
 
@@ -130,7 +131,7 @@ impl Report {
                 ]);
             }
         }
-        table.to_string()
+        format!("prefill {}\n\n{table}", self.prefill)
     }
 
     fn to_json(&self) -> Value {

@@ -23,7 +23,7 @@ pub(super) const CODES: [u8; LANES] = {
 /// How packed weights and the inputs beside them lie for an instruction set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Packing {
-    /// Registers that sixteen outputs fill, 1 or 2: each has a stretch of memory of its own.
+    /// Parts that sixteen outputs come in, 1 or 2: each has a stretch of memory of its own.
     pub(crate) parts: usize,
     /// What weights that are 128 too large are combined with by exclusive or: 0, or 128 where they are to be signed bytes.
     pub(crate) flip: u8,
@@ -35,8 +35,8 @@ pub(crate) struct Packing {
 /// instructions. Inputs are signed bytes, four a word; none is -128,
 /// but in a block whose scale is no number, where sums do not matter.
 ///
-/// A register holds all sixteen outputs of a band or a part of them, one of [`Dots::PACKING`]'s number. A word has four bytes for each of
-/// these: of weights, or of scales, of which it holds one row of floats, two of halves or four of bytes.
+/// A register, or a pair, holds all sixteen outputs of a band or a part of them, one of [`Dots::PACKING`]'s number. A word has four bytes
+/// for each of these: of weights, or of scales, of which it holds one row of floats, two of halves or four of bytes.
 pub(crate) trait Dots: Copy {
     /// How weights and inputs must lie.
     const PACKING: Packing;

@@ -12,10 +12,14 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod dots;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
 pub(crate) use self::dots::{Dots, Packing, Word};
-use self::portable::Portable;
+#[cfg(target_arch = "aarch64")]
+use self::neon::Neon;
+use self::portable::{Plain, Portable};
 #[cfg(target_arch = "x86_64")]
 use self::{avx2::Avx2, avx512::Avx512};
 
@@ -98,6 +102,8 @@ pub(crate) struct Isa(Path);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Path {
     Portable,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     #[cfg(target_arch = "x86_64")]
     Avx2,
     #[cfg(target_arch = "x86_64")]
@@ -109,8 +115,15 @@ enum Path {
 impl Isa {
     /// The paths that this CPU can take, slowest first.
     pub(crate) fn available() -> Vec<Self> {
-        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "only x86 has more than one path"))]
+        #[cfg_attr(
+            not(any(target_arch = "x86_64", target_arch = "aarch64")),
+            expect(unused_mut, reason = "only these have more than one path")
+        )]
         let mut found = vec![Self(Path::Portable)];
+        #[cfg(target_arch = "aarch64")]
+        if Neon::detect().is_some() {
+            found.push(Self(Path::Neon));
+        }
         #[cfg(target_arch = "x86_64")]
         {
             if Avx2::<false>::detect().is_some() {
@@ -134,7 +147,9 @@ impl Isa {
     /// How weights and inputs lie for products with 8-bit inputs.
     pub(crate) fn packing(self) -> Packing {
         match self.0 {
-            Path::Portable => <Portable as Dots>::PACKING,
+            Path::Portable => <Plain as Dots>::PACKING,
+            #[cfg(target_arch = "aarch64")]
+            Path::Neon => <Neon as Dots>::PACKING,
             #[cfg(target_arch = "x86_64")]
             Path::Avx2 => <Avx2<false> as Dots>::PACKING,
             #[cfg(target_arch = "x86_64")]
@@ -144,11 +159,12 @@ impl Isa {
         }
     }
 
-    /// For people. On 64-bit ARM every CPU has NEON with fused multiply-add, and the portable path compiles to it.
+    /// For people.
     pub(crate) fn name(self) -> &'static str {
         match self.0 {
-            Path::Portable if cfg!(target_arch = "aarch64") => "neon",
             Path::Portable => "portable",
+            #[cfg(target_arch = "aarch64")]
+            Path::Neon => "neon",
             #[cfg(target_arch = "x86_64")]
             Path::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
@@ -162,22 +178,27 @@ impl Isa {
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self.0 {
-            Path::Portable => kernel.run(Portable),
-            // A `Path` for x86 is only made after detection; asking again costs a load and keeps this safe without trust.
+            Path::Portable => kernel.run(Portable(Plain)),
+            // Any other `Path` is only made after detection; asking again costs a load and keeps this safe without trust.
+            #[cfg(target_arch = "aarch64")]
+            Path::Neon => match Neon::detect() {
+                Some(simd) => simd.run(kernel),
+                None => kernel.run(Portable(Plain)),
+            },
             #[cfg(target_arch = "x86_64")]
             Path::Avx2 => match Avx2::<false>::detect() {
                 Some(simd) => simd.run(kernel),
-                None => kernel.run(Portable),
+                None => kernel.run(Portable(Plain)),
             },
             #[cfg(target_arch = "x86_64")]
             Path::AvxVnni => match Avx2::<true>::detect() {
                 Some(simd) => simd.run(kernel),
-                None => kernel.run(Portable),
+                None => kernel.run(Portable(Plain)),
             },
             #[cfg(target_arch = "x86_64")]
             Path::Avx512 => match Avx512::detect() {
                 Some(simd) => simd.run(kernel),
-                None => kernel.run(Portable),
+                None => kernel.run(Portable(Plain)),
             },
         }
     }

@@ -4,12 +4,18 @@ use half::f16;
 
 use super::{super::math::ROUND, Dots, LANES, Packing, Simd, Word, dots::CODES};
 
+/// Sixteen floats, with products by `D`.
 #[derive(Clone, Copy)]
-pub(crate) struct Portable;
+pub(super) struct Portable<D = Plain>(pub(super) D);
 
-impl Simd for Portable {
+/// Products in plain Rust.
+#[derive(Clone, Copy)]
+pub(super) struct Plain;
+
+impl<D: Dots> Simd for Portable<D> {
     type V = [f32; LANES];
-    const MANY_REGISTERS: bool = cfg!(target_arch = "aarch64");
+    /// Sixteen lanes are four of the 32 registers of 64-bit ARM.
+    const MANY_REGISTERS: bool = false;
 
     #[inline(always)]
     fn zero(self) -> Self::V {
@@ -47,15 +53,15 @@ impl Simd for Portable {
         v.map(|value| (value + ROUND).to_bits() as i8)
     }
 
-    type Dots = Self;
+    type Dots = D;
 
     #[inline(always)]
-    fn dots(self) -> Self {
-        self
+    fn dots(self) -> D {
+        self.0
     }
 }
 
-impl Dots for Portable {
+impl Dots for Plain {
     const PACKING: Packing = Packing { parts: 1, flip: 0, strip: 4 };
     type W = Word;
     type F = [f32; LANES];
