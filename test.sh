@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that CI checks: format, lints, documentation, tests. GPU tests run on whatever Vulkan adapter there is, a software
-# one included; with GPU_REQUIRED=1 (as in CI) a missing adapter is a failure, otherwise those tests say that they were skipped.
+# one included; with GPU_REQUIRED=1 (as in CI) a missing adapter is a failure, otherwise those tests say that they were skipped. So do
+# those for 64-bit ARM without an emulator (tests/arm.sh).
 set -euo pipefail
 cd "$(dirname "$0")"
 # Nothing here asks anybody anything.
@@ -18,3 +19,5 @@ step "the fuzz targets' lock file"
 cargo metadata --locked --format-version 1 --manifest-path tests/fuzz/Cargo.toml >/dev/null
 step "tests"
 cargo test --workspace --locked "$@"
+step "the CPU backend on 64-bit ARM"
+tests/arm.sh

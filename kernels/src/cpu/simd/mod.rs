@@ -335,6 +335,15 @@ mod tests {
         }
     }
 
+    #[test]
+    fn the_best_path_is_the_one_that_was_asked_for_by_cpu_path() {
+        let paths: Vec<_> = Isa::available().iter().map(|isa| isa.name()).collect();
+        println!("paths of this CPU: {}", paths.join(", "));
+        if let Ok(expected) = std::env::var("CPU_PATH") {
+            assert_eq!(Isa::best().name(), expected, "of {paths:?}");
+        }
+    }
+
     struct Round<'a>(&'a [f32; LANES]);
 
     impl Kernel for Round<'_> {

@@ -60,10 +60,13 @@ impl Neon {
     /// `BITS` bits of each byte, those `SHIFT` bits up.
     #[inline(always)]
     fn part<const BITS: i32, const SHIFT: i32>(self, w: &[u8; 4 * PART]) -> [uint8x16_t; 2] {
-        // Plain shifts: the instruction's own takes no constant of 0.
-        let part = w.map(|byte| byte >> SHIFT & ((1 << BITS) - 1));
-        // SAFETY: as in `weights`.
-        unsafe { transmute::<[u8; 4 * PART], [uint8x16_t; 2]>(part) }
+        // SAFETY: every CPU of this architecture has NEON; else as in `weights`.
+        unsafe {
+            let [low, high] = transmute::<[u8; 4 * PART], [uint8x16_t; 2]>(*w);
+            // To the left by less than nothing, since the shift to the right takes no constant of 0.
+            let (shift, mask) = (vdupq_n_s8(-SHIFT as i8), vdupq_n_u8((1 << BITS) - 1));
+            [vandq_u8(vshlq_u8(low, shift), mask), vandq_u8(vshlq_u8(high, shift), mask)]
+        }
     }
 
     /// `value`, once an output.
@@ -212,7 +215,8 @@ impl Dots for Neon {
         let codes = self.part::<4, SHIFT>(w);
         // SAFETY: every CPU of this architecture has NEON; sixteen bytes have the size of a register, and any bits are bytes.
         let w = unsafe {
-            let table = transmute::<[u8; LANES], int8x16_t>(CODES.map(|code| code ^ Self::PACKING.flip));
+            let table = veorq_u8(transmute::<[u8; LANES], uint8x16_t>(CODES), vdupq_n_u8(Self::PACKING.flip));
+            let table = vreinterpretq_s8_u8(table);
             [vqtbl1q_s8(table, codes[0]), vqtbl1q_s8(table, codes[1])]
         };
         self.add_quads(sums, w, x)

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Tests the CPU backend for 64-bit ARM under emulation: with NEON's byte products, and on a CPU that has none.
+#
+# Needs Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user, and `rustup target add aarch64-unknown-linux-gnu`. Without
+# them it says "skipped"; with ARM_REQUIRED=1 it fails.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+target=aarch64-unknown-linux-gnu missing=()
+qemu=$(command -v qemu-aarch64 || command -v qemu-aarch64-static) || missing+=(qemu-user)
+command -v aarch64-linux-gnu-gcc >/dev/null || missing+=(gcc-aarch64-linux-gnu)
+[ -d /usr/aarch64-linux-gnu/include ] || missing+=(libc6-dev-arm64-cross)
+[ -d "$(rustc --print sysroot)/lib/rustlib/$target" ] || missing+=("Rust's target $target")
+if [ ${#missing[@]} -gt 0 ]; then
+    echo "skipped: 64-bit ARM under emulation, without $(printf '%s, ' "${missing[@]}" | sed 's/, $//')" >&2
+    exit "${ARM_REQUIRED:-0}"
+fi
+
+export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
+# The path that must be found, by the CPU that is emulated.
+for cpu in max:neon cortex-a53:portable; do
+    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="$qemu -L /usr/aarch64-linux-gnu -cpu ${cpu%:*}"
+    CPU_PATH=${cpu#*:} cargo test --locked --target "$target" -p grokpipe-kernels --lib cpu::
+done
