@@ -13,12 +13,19 @@ command -v aarch64-linux-gnu-gcc >/dev/null || missing+=(gcc-aarch64-linux-gnu)
 [ -d "$(rustc --print sysroot)/lib/rustlib/$target" ] || missing+=("Rust's target $target")
 if [ ${#missing[@]} -gt 0 ]; then
     echo "skipped: 64-bit ARM under emulation, without $(printf '%s, ' "${missing[@]}" | sed 's/, $//')" >&2
-    exit "${ARM_REQUIRED:-0}"
+    [ "${ARM_REQUIRED:-}" != 1 ]
+    exit
 fi
 
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
-# The path that must be found, by the CPU that is emulated.
-for cpu in max:neon cortex-a53:portable; do
-    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="$qemu -L /usr/aarch64-linux-gnu -cpu ${cpu%:*}"
-    CPU_PATH=${cpu#*:} cargo test --locked --target "$target" -p grokpipe-kernels --lib cpu::
-done
+cargo clippy --locked --target "$target" -p grokpipe-kernels --lib --tests -- -D warnings
+
+# tests CPU PATH ARGUMENTS...: as this CPU, on which this path must be the best.
+tests() {
+    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="$qemu -L /usr/aarch64-linux-gnu -cpu $1" CPU_PATH=$2 \
+        cargo test --locked --target "$target" -p grokpipe-kernels "${@:3}"
+}
+# All but two references that take minutes here: what they hold to account has the same bits as plain Rust, as others see.
+tests max neon --lib -- cpu ops:: --skip gpu --skip ops::matmul --skip ops::gated_gelu
+tests max neon --test cpu_golden -- xais
+tests cortex-a53 portable --lib -- cpu::

@@ -40,16 +40,23 @@ impl Rates {
     /// # Errors
     /// What the device reports.
     pub(crate) fn measure(device: &mut dyn Device, weights: &Weights, layers: &[MatrixSpec]) -> Result<Self, CliError> {
-        let fingerprint = device.info().fingerprint.clone();
-        let rates = Self::measure_once(device, weights, layers)?;
-        if device.info().fingerprint == fingerprint {
-            return Ok(rates);
+        let (started, fingerprint) = (Instant::now(), device.info().fingerprint.clone());
+        let mut rates = Self::measure_once(device, weights, layers)?;
+        if device.info().fingerprint != fingerprint {
+            rates = Self::measure_once(device, weights, layers)?;
         }
-        Self::measure_once(device, weights, layers)
+        let Self { formats, overhead, draw_seconds, .. } = &rates;
+        debug!(
+            milliseconds = started.elapsed().as_millis() as u64,
+            ?formats,
+            ?overhead,
+            draw_seconds,
+            "device measured"
+        );
+        Ok(rates)
     }
 
     fn measure_once(device: &mut dyn Device, weights: &Weights, layers: &[MatrixSpec]) -> Result<Self, CliError> {
-        let started = Instant::now();
         let (read_bandwidth, flop_rate) = (device.measure_read_bandwidth()?, device.measure_flop_rate()?);
         let head = weights.source.matrix(&TensorName::Head)?;
         let mut formats = BTreeMap::new();
@@ -58,13 +65,6 @@ impl Rates {
         }
         let overhead = device.measure_overhead()?;
         let draw_seconds = draw_seconds(weights.config.vocab_size).as_secs_f64();
-        debug!(
-            milliseconds = started.elapsed().as_millis() as u64,
-            ?formats,
-            ?overhead,
-            draw_seconds,
-            "device measured"
-        );
         Ok(Self { read_bandwidth, flop_rate, formats, overhead, draw_seconds })
     }
 }

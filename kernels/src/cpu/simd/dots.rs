@@ -35,8 +35,9 @@ pub(crate) struct Packing {
 /// instructions. Inputs are signed bytes, four a word; none is -128,
 /// but in a block whose scale is no number, where sums do not matter.
 ///
-/// A register, or a pair, holds all sixteen outputs of a band or a part of them, one of [`Dots::PACKING`]'s number. A word has four bytes
-/// for each of these: of weights, or of scales, of which it holds one row of floats, two of halves or four of bytes.
+/// A register (or a pair of narrow ones, as on ARM) holds all sixteen outputs of a band or a part of them, one of [`Dots::PACKING`]'s
+/// number. A word has four bytes for each of these: of weights, or of scales, of which it holds one row of floats, two of halves or four
+/// of bytes.
 pub(crate) trait Dots: Copy {
     /// How weights and inputs must lie.
     const PACKING: Packing;

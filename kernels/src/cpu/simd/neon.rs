@@ -26,7 +26,8 @@ impl Neon {
     /// The proof that this CPU has the instructions, if it has.
     #[inline]
     pub(super) fn detect() -> Option<Self> {
-        is_aarch64_feature_detected!("dotprod").then_some(Self(()))
+        // Words are taken as they lie.
+        (cfg!(target_endian = "little") && is_aarch64_feature_detected!("dotprod")).then_some(Self(()))
     }
 
     /// Runs a kernel, compiled for these instructions.
@@ -43,7 +44,7 @@ impl Neon {
     /// Adds products of four neighbours each.
     #[inline(always)]
     fn add_quads(self, [low, high]: [int32x4_t; 2], w: [int8x16_t; 2], x: i32) -> [int32x4_t; 2] {
-        // SAFETY: `self` proves the instruction.
+        // SAFETY: `self` proves the byte products, and with them NEON.
         unsafe {
             let x = vreinterpretq_s8_s32(vdupq_n_s32(x));
             [dot(low, w[0], x), dot(high, w[1], x)]
@@ -92,17 +93,10 @@ fn dot(mut sums: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
 }
 
 /// Four halves as floats, exactly.
-///
-/// The compiler's own function for it is not stable yet.
 #[inline(always)]
 fn from_halves(halves: [u8; 2 * QUAD]) -> float32x4_t {
-    let floats: float32x4_t;
-    // SAFETY: it writes one register and nothing else; every CPU of this architecture has it.
-    unsafe {
-        asm!("fcvtl {0:v}.4s, {1:v}.4h", out(vreg) floats, in(vreg) vcreate_u8(u64::from_le_bytes(halves)),
-            options(pure, nomem, nostack, preserves_flags));
-    }
-    floats
+    // SAFETY: every CPU of this architecture has NEON.
+    unsafe { vcvt_f32_f16(vcreate_f16(u64::from_le_bytes(halves))) }
 }
 
 impl Dots for Neon {
@@ -230,7 +224,7 @@ impl Dots for Neon {
     #[inline(always)]
     fn add_bits<const BITS: i32, const SHIFT: i32>(self, sums: Self::N, w: &Self::W, x: i32) -> Self::N {
         let w = self.part::<BITS, SHIFT>(w);
-        // SAFETY: only the type changes.
+        // SAFETY: every CPU of this architecture has NEON.
         let w = unsafe { [vreinterpretq_s8_u8(w[0]), vreinterpretq_s8_u8(w[1])] };
         self.add_quads(sums, w, x)
     }

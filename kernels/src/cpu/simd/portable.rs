@@ -14,7 +14,7 @@ pub(super) struct Plain;
 
 impl<D: Dots> Simd for Portable<D> {
     type V = [f32; LANES];
-    /// Sixteen lanes are four of the 32 registers of 64-bit ARM.
+    /// Even where there are 32, as on 64-bit ARM: sixteen lanes are four of them, so that 4 by 4 sums would be 64.
     const MANY_REGISTERS: bool = false;
 
     #[inline(always)]
