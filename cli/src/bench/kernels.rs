@@ -7,6 +7,7 @@ use std::error::Error;
 
 use grokpipe_kernels::{Device, KernelError, Precision, Prefill, ProductShape, ProductTime, select_device};
 use grokpipe_model::{BlockType, Format};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::{
@@ -61,8 +62,15 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let rows: Vec<usize> = args.rows.iter().map(|&rows| rows as usize).collect();
     let (inputs, outputs) = (args.inputs as usize, args.outputs as usize);
     let bandwidth = device.measure_read_bandwidth()?;
+    let bar = ProgressBar::new(types.len() as u64);
+    if let Ok(style) = ProgressStyle::with_template("timing {msg:8} {bar:30} {pos}/{len}") {
+        bar.set_style(style);
+    }
     let time_all = |device: &mut dyn Device| -> Result<Vec<_>, KernelError> {
-        let of_type = |&kind| {
+        bar.set_position(0);
+        let of_type = |&kind: &BlockType| {
+            bar.set_message(kind.name());
+            bar.inc(1);
             let shape = ProductShape { format: Format::Blocks(kind), inputs, outputs };
             Ok((kind, device.time_products(shape, &rows, args.repeat as usize)?))
         };
@@ -74,6 +82,7 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         // The driver refused a type's kernels for many rows, and the device goes on without such: what was timed before does not count.
         times = time_all(device.as_mut())?;
     }
+    bar.finish_and_clear();
     let info = device.info();
     let report = Report {
         device: info.name.clone(),
