@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Everything that CI checks: format, lints, documentation, tests. GPU tests run on whatever Vulkan adapter there is, a software
-# one included; with GPU_REQUIRED=1 (as in CI) a missing adapter is a failure, otherwise those tests say that they were skipped. So do
-# those for 64-bit ARM without an emulator (tests/arm.sh).
+# one included; with GPU_REQUIRED=1 (as in CI) a missing adapter is a failure, otherwise those tests say that they were skipped.
 set -euo pipefail
 cd "$(dirname "$0")"
 # Nothing here asks anybody anything.
@@ -19,7 +18,3 @@ step "the fuzz targets' lock file"
 cargo metadata --locked --format-version 1 --manifest-path tests/fuzz/Cargo.toml >/dev/null
 step "tests"
 cargo test --workspace --locked "$@"
-if [ $# = 0 ]; then
-    step "the CPU backend on 64-bit ARM"
-    tests/arm.sh
-fi
