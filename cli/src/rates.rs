@@ -34,17 +34,13 @@ pub(crate) struct Rates {
 }
 
 impl Rates {
-    /// Measures now. A device may learn from it that its driver refuses a format's kernels and go on with others: then what it did
-    /// before does not count, and all is measured once more.
+    /// Measures now.
     ///
     /// # Errors
     /// What the device reports.
     pub(crate) fn measure(device: &mut dyn Device, weights: &Weights, layers: &[MatrixSpec]) -> Result<Self, CliError> {
-        let (started, fingerprint) = (Instant::now(), device.info().fingerprint.clone());
-        let mut rates = Self::measure_once(device, weights, layers)?;
-        if device.info().fingerprint != fingerprint {
-            rates = Self::measure_once(device, weights, layers)?;
-        }
+        let started = Instant::now();
+        let rates = settled(device, |device| Self::measure_once(device, weights, layers))?;
         let Self { formats, overhead, draw_seconds, .. } = &rates;
         debug!(
             milliseconds = started.elapsed().as_millis() as u64,
@@ -67,6 +63,20 @@ impl Rates {
         let draw_seconds = draw_seconds(weights.config.vocab_size).as_secs_f64();
         Ok(Self { read_bandwidth, flop_rate, formats, overhead, draw_seconds })
     }
+}
+
+/// What is measured, once the device stays as it is. It may learn meanwhile that its driver refuses a format's kernels, and go on with
+/// others, which its fingerprint says: then what it did before does not count, and all is measured once more.
+///
+/// # Errors
+/// Those of `measure`.
+pub(crate) fn settled<T, E>(
+    device: &mut dyn Device,
+    mut measure: impl FnMut(&mut dyn Device) -> Result<T, E>,
+) -> Result<T, E> {
+    let before = device.info().fingerprint.clone();
+    let measured = measure(device)?;
+    if device.info().fingerprint == before { Ok(measured) } else { measure(device) }
 }
 
 /// The matrices of all layers.

@@ -5,7 +5,7 @@
 
 use std::error::Error;
 
-use grokpipe_kernels::{Device, KernelError, Precision, Prefill, ProductShape, ProductTime, select_device};
+use grokpipe_kernels::{KernelError, Precision, Prefill, ProductShape, ProductTime, select_device};
 use grokpipe_model::{BlockType, Format};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::{
     config::{parse_precision, parse_prefill, precision_name, prefill_name},
     machine,
+    rates::settled,
     text::Table,
     weights::parse_type,
 };
@@ -66,22 +67,16 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     if let Ok(style) = ProgressStyle::with_template("timing {msg:8} {bar:30} {pos}/{len}") {
         bar.set_style(style);
     }
-    let time_all = |device: &mut dyn Device| -> Result<Vec<_>, KernelError> {
+    let times = settled(device.as_mut(), |device| {
         bar.set_position(0);
         let of_type = |&kind: &BlockType| {
             bar.set_message(kind.name());
             bar.inc(1);
             let shape = ProductShape { format: Format::Blocks(kind), inputs, outputs };
-            Ok((kind, device.time_products(shape, &rows, args.repeat as usize)?))
+            Ok::<_, KernelError>((kind, device.time_products(shape, &rows, args.repeat as usize)?))
         };
-        types.iter().map(of_type).collect()
-    };
-    let fingerprint = device.info().fingerprint.clone();
-    let mut times = time_all(device.as_mut())?;
-    if device.info().fingerprint != fingerprint {
-        // The driver refused a type's kernels for many rows, and the device goes on without such: what was timed before does not count.
-        times = time_all(device.as_mut())?;
-    }
+        types.iter().map(of_type).collect::<Result<Vec<_>, _>>()
+    })?;
     bar.finish_and_clear();
     let info = device.info();
     let report = Report {
