@@ -26,5 +26,6 @@ tests() {
 }
 # All but two references that take minutes here: what they hold to account has the same bits as plain Rust, as others see.
 tests max neon --lib -- cpu ops:: --skip gpu --skip ops::matmul --skip ops::gated_gelu
-tests max neon --test cpu_golden -- xais
+tests max neon --test cpu_golden -- xais fingerprint
+tests cortex-a53 portable --test cpu_golden -- fingerprint
 tests cortex-a53 portable --lib -- cpu::

@@ -2,10 +2,13 @@
 
 mod golden;
 
+use std::{path::Path, sync::Arc};
+
 use golden::{
     Golden, NAMES, Part, batch, check_greedy, check_logits, check_trace, check_wanted, prompt, same_bits, step, table,
 };
-use grokpipe_kernels::{Backend, CpuBackend, KernelError, Precision, Row, Stage, StageModel, StepInput};
+use grokpipe_kernels::{Backend, CpuBackend, KernelError, Precision, Row, Stage, StageModel, StageOptions, StepInput};
+use grokpipe_model::Model;
 
 fn cpu(threads: usize) -> CpuBackend {
     CpuBackend::new(threads, Precision::Exact).expect("threads can be started")
@@ -64,6 +67,29 @@ fn one_two_and_three_threads_give_the_same_bits() {
             let got = prompt(&mut golden.whole(cpu(threads)), ids);
             same_bits(&format!("{} with {threads} threads", golden.name), &got, &want);
         }
+    }
+}
+
+/// Nodes of one fingerprint continue each other's sequences, whatever their CPUs and systems are. So another bit is another fingerprint.
+#[test]
+fn logits_of_the_demo_have_the_bits_that_their_fingerprint_stands_for() {
+    let demo = Arc::new(Model::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/demo")).unwrap());
+    let config = demo.config().clone();
+    for (precision, fingerprint, expected) in [
+        (Precision::Exact, "cpu-exact/2", 0x9fb8_51a5_394d_8acf),
+        (Precision::Fast, "cpu-fast/3", 0xb397_e912_0baa_e180),
+    ] {
+        let backend = CpuBackend::new(1, precision).unwrap();
+        assert_eq!(backend.info().fingerprint, fingerprint);
+        let options = StageOptions { kv_blocks: 24, max_rows: 64, head: true, logit_rows: 5 };
+        let layers = 0..config.num_hidden_layers;
+        let mut model = StageModel::load(backend, &config, demo.clone(), layers, options, &mut |_, _| ()).unwrap();
+        let ids: Vec<u32> = (0..60).map(|i| i * 7 % config.vocab_size as u32).collect();
+        let bytes = prompt(&mut model, &ids).into_iter().flat_map(f32::to_le_bytes);
+        // FNV-1a
+        let found =
+            bytes.fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+        assert_eq!(found, expected, "{fingerprint}: {found:#018x}");
     }
 }
 

@@ -16,7 +16,8 @@ use bytemuck::Pod;
 
 use super::{
     packed::{Numbers, Packed, SIXES, SUPER, Scaling},
-    simd::{Dots, Kernel, LANES, Simd, prefetch_distance},
+    prefetch::{Ahead, Ask},
+    simd::{Dots, Isa, Kernel, LANES, Simd},
     strips::{FIELDS, StripBlock, height},
 };
 
@@ -51,16 +52,18 @@ pub(super) struct FastProduct<'a, 'o> {
     pub(super) out: &'a mut [&'o mut [f32]],
 }
 
-impl Kernel for FastProduct<'_, '_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        self.all(simd.dots());
-    }
-}
-
 impl FastProduct<'_, '_> {
+    /// Computes `out`.
+    pub(super) fn run_on(self, isa: Isa) {
+        let is_one_strip = self.rows() <= isa.packing().strip;
+        // Functions of their own, each with its tiles: in one the compiler takes minutes for both.
+        if is_one_strip && Ahead::of_this_cpu().first_level.is_some() {
+            isa.run(Columns::<true>(self));
+        } else {
+            isa.run(Columns::<false>(self));
+        }
+    }
+
     fn rows(&self) -> usize {
         self.strips.len() / (self.matrix.blocks * FIELDS)
     }
@@ -78,7 +81,7 @@ impl FastProduct<'_, '_> {
 
     /// All columns: the outputs of a register each.
     #[inline(always)]
-    fn all<D: Dots>(mut self, dots: D) {
+    fn all<D: Dots, const TWICE: bool>(mut self, dots: D) {
         let (rows, most) = (self.rows(), D::PACKING.strip);
         let columns = self.outputs.len().div_ceil(LANES / D::PACKING.parts);
         let (mut strips, mut first) = (0, 0);
@@ -100,14 +103,14 @@ impl FastProduct<'_, '_> {
                     let between = between.get_mut(column * rows + first..).unwrap_or_default();
                     match height {
                         // Without registers for them there are no such strips, and these are not compiled.
-                        8 if D::PACKING.strip == 8 => self.tile::<D, 8>(dots, place, between),
-                        7 if D::PACKING.strip == 8 => self.tile::<D, 7>(dots, place, between),
-                        6 if D::PACKING.strip == 8 => self.tile::<D, 6>(dots, place, between),
-                        5 if D::PACKING.strip == 8 => self.tile::<D, 5>(dots, place, between),
-                        4 => self.tile::<D, 4>(dots, place, between),
-                        3 => self.tile::<D, 3>(dots, place, between),
-                        2 => self.tile::<D, 2>(dots, place, between),
-                        1 => self.tile::<D, 1>(dots, place, between),
+                        8 if D::PACKING.strip == 8 => self.tile::<D, 8, TWICE>(dots, place, between),
+                        7 if D::PACKING.strip == 8 => self.tile::<D, 7, TWICE>(dots, place, between),
+                        6 if D::PACKING.strip == 8 => self.tile::<D, 6, TWICE>(dots, place, between),
+                        5 if D::PACKING.strip == 8 => self.tile::<D, 5, TWICE>(dots, place, between),
+                        4 => self.tile::<D, 4, TWICE>(dots, place, between),
+                        3 => self.tile::<D, 3, TWICE>(dots, place, between),
+                        2 => self.tile::<D, 2, TWICE>(dots, place, between),
+                        1 => self.tile::<D, 1, TWICE>(dots, place, between),
                         _ => unreachable!("there is a tile for every height of a strip"),
                     }
                     first += height;
@@ -119,7 +122,12 @@ impl FastProduct<'_, '_> {
     /// Adds a stretch of a column to the sums of the strip's `R` rows. `between` holds them, a row's after the other, until the last
     /// stretch writes them to `out`.
     #[inline(always)]
-    fn tile<D: Dots, const R: usize>(&mut self, dots: D, place: Place, between: &mut [[f32; LANES]]) {
+    fn tile<D: Dots, const R: usize, const TWICE: bool>(
+        &mut self,
+        dots: D,
+        place: Place,
+        between: &mut [[f32; LANES]],
+    ) {
         let Place { stretch, column, first, strip, strips } = place;
         let matrix = self.matrix;
         let a_row = matrix.blocks * FIELDS;
@@ -135,7 +143,7 @@ impl FastProduct<'_, '_> {
         let is_last = stretch.end == matrix.blocks;
         let column = first_band * D::PACKING.parts + column;
         let a_stream = matrix.stream();
-        let tile = Tile::<D, R> {
+        let tile = Tile::<D, R, TWICE> {
             dots,
             matrix,
             stream: &bytemuck::cast_slice(&matrix.words)[column * a_stream..][..a_stream],
@@ -158,6 +166,18 @@ impl FastProduct<'_, '_> {
     }
 }
 
+/// The product by all columns, whose weights are asked for once or `TWICE`.
+struct Columns<'a, 'o, const TWICE: bool>(FastProduct<'a, 'o>);
+
+impl<const TWICE: bool> Kernel for Columns<'_, '_, TWICE> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        self.0.all::<S::Dots, TWICE>(simd.dots());
+    }
+}
+
 /// Where a tile is.
 struct Place {
     stretch: Range<usize>,
@@ -169,7 +189,7 @@ struct Place {
 }
 
 /// A strip of rows with a stretch of a column.
-struct Tile<'a, D: Dots, const R: usize> {
+struct Tile<'a, D: Dots, const R: usize, const TWICE: bool> {
     dots: D,
     matrix: &'a Packed,
     /// The column's.
@@ -180,40 +200,21 @@ struct Tile<'a, D: Dots, const R: usize> {
     share: Option<(usize, usize)>,
 }
 
-/// Asks memory for what comes next of the stream that a tile reads: the only tile with its weights for what it will itself read soon; of
-/// several, each for a share of the next column.
-struct Ask<'a, W> {
-    /// Where the stretch begins in the stream.
-    begin: &'a W,
-    /// Distance from there.
-    next: usize,
-    /// Bytes on for each word that the tile reads.
-    step: usize,
-}
-
-impl<W> Ask<'_, W> {
-    /// One word is about to be read.
-    #[inline(always)]
-    fn one<D: Dots>(&mut self, dots: D) {
-        dots.prefetch(self.begin, self.next);
-        self.next += self.step;
-    }
-}
-
-impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
+impl<'a, D: Dots, const R: usize, const TWICE: bool> Tile<'a, D, R, TWICE> {
     /// The stretch's part of the stream, and what asks for it.
     #[inline(always)]
-    fn words(&self) -> (&'a [D::W], Ask<'a, D::W>) {
+    fn words(&self) -> (&'a [D::W], Ask<TWICE>) {
         let (chunk, size) = (self.matrix.chunk, size_of::<D::W>());
         let place = |block: usize| block.div_ceil(chunk.blocks) * chunk.words;
         let words = &self.stream[place(self.stretch.start)..place(self.stretch.end)];
-        let (next, step) = match self.share {
-            None => (prefetch_distance(), size),
+        let ask = match self.share {
+            None => Ask::of_own(words.as_ptr()),
             Some((strip, strips)) => {
-                (size_of_val(self.stream) + strip * size_of_val(words) / strips, size.div_ceil(strips))
+                let from = size_of_val(self.stream) + strip * size_of_val(words) / strips;
+                Ask::of_next(words.as_ptr(), from, size.div_ceil(strips))
             }
         };
-        (words, Ask { begin: &words[0], next, step })
+        (words, ask)
     }
 
     /// Adds to the sums.
@@ -250,7 +251,7 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
                     sum[r] = dots.fma(dots.to_f32(products[r]), dots.splat(x.scale(r)), sum[r]);
                 }
             }
-            ask.one(dots);
+            ask.one::<D::W>();
             let scale = dots.floats(&scale[0]);
             for r in 0..R {
                 total[r] = dots.fma(sum[r], scale, total[r]);
@@ -267,7 +268,7 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
         let xs = self.x[self.stretch.clone()].chunks(a_unit);
         for (unit, xs) in words.chunks_exact(1 + a_unit * N).zip(xs) {
             let (scales, words) = (&unit[0], unit[1..].as_chunks::<N>().0);
-            ask.one(dots);
+            ask.one::<D::W>();
             for (index, (words, x)) in words.iter().zip(xs).enumerate() {
                 let x = StripBlock::new(x);
                 let products = self.products::<KIND, N, 1>(words, x, 0, &mut ask);
@@ -301,7 +302,7 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
             let mut sum = [dots.zero(); R];
             for (unit, xs) in chunk.chunks_exact(a_unit).zip(xs) {
                 let (factors, words) = (&unit[0], unit[1..].as_chunks::<N>().0);
-                ask.one(dots);
+                ask.one::<D::W>();
                 for (b, (words, x)) in words.iter().zip(xs).enumerate() {
                     let x = StripBlock::new(x);
                     for p in 0..P {
@@ -316,7 +317,7 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
                     }
                 }
             }
-            ask.one(dots);
+            ask.one::<D::W>();
             let halves = &chunk[SUPER / U * a_unit];
             let d = dots.halves(halves, 0);
             for r in 0..R {
@@ -355,7 +356,7 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
         for (chunk, xs) in words.chunks_exact(SIXES + SUPER * N + 1).zip(xs) {
             let (factors, chunk) = chunk.split_at(SIXES);
             for _ in 0..SIXES {
-                ask.one(dots);
+                ask.one::<D::W>();
             }
             let factors = unpacked(factors);
             let (words, halves) = chunk.as_chunks::<N>();
@@ -372,7 +373,7 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
                     }
                 }
             }
-            ask.one(dots);
+            ask.one::<D::W>();
             let d = dots.halves(&halves[0], 0);
             for r in 0..R {
                 total[r] = dots.fma(d, sum[r], total[r]);
@@ -403,7 +404,7 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
         words: &[D::W; N],
         x: StripBlock<'_, R>,
         p: usize,
-        ask: &mut Ask<'_, D::W>,
+        ask: &mut Ask<TWICE>,
     ) -> [D::I; R] {
         match KIND {
             BYTES | LOW_BYTES => self.bytes::<KIND, N, P>(words, x, p, ask),
@@ -419,12 +420,12 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
         words: &[D::W; N],
         x: StripBlock<'_, R>,
         p: usize,
-        ask: &mut Ask<'_, D::W>,
+        ask: &mut Ask<TWICE>,
     ) -> [D::I; R] {
         let dots = self.dots;
         let mut sums = self.begin::<KIND, P>(x, p);
         for k in N / P * p..N / P * (p + 1) {
-            ask.one(dots);
+            ask.one::<D::W>();
             for r in 0..R {
                 let quad = x.quad(k, r);
                 sums[r] = if KIND == BYTES {
@@ -438,11 +439,11 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
     }
 
     #[inline(always)]
-    fn codes<const N: usize>(&self, words: &[D::W; N], x: StripBlock<'_, R>, ask: &mut Ask<'_, D::W>) -> [D::I; R] {
+    fn codes<const N: usize>(&self, words: &[D::W; N], x: StripBlock<'_, R>, ask: &mut Ask<TWICE>) -> [D::I; R] {
         let dots = self.dots;
         let mut sums = self.begin::<CODES, 1>(x, 0);
         for k in 0..N {
-            ask.one(dots);
+            ask.one::<D::W>();
             for r in 0..R {
                 sums[r] = dots.add_codes::<0>(sums[r], &words[k], x.quad(k, r));
             }
@@ -459,14 +460,14 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
         words: &[D::W; N],
         x: StripBlock<'_, R>,
         p: usize,
-        ask: &mut Ask<'_, D::W>,
+        ask: &mut Ask<TWICE>,
     ) -> [D::I; R] {
         let dots = self.dots;
         let mut sums = self.begin_bits::<KIND, P>(x, p);
         for k in 0..N {
             if P == 1 || p == 0 {
                 // A second part reads the same words.
-                ask.one(dots);
+                ask.one::<D::W>();
                 for r in 0..R {
                     sums[r] = dots.add_bits::<4, 0>(sums[r], &words[k], x.quad(k, r));
                 }
@@ -481,10 +482,10 @@ impl<'a, D: Dots, const R: usize> Tile<'a, D, R> {
     }
 
     #[inline(always)]
-    fn quarters(&self, word: &D::W, x: StripBlock<'_, R>, half: usize, ask: &mut Ask<'_, D::W>) -> [D::I; R] {
+    fn quarters(&self, word: &D::W, x: StripBlock<'_, R>, half: usize, ask: &mut Ask<TWICE>) -> [D::I; R] {
         let dots = self.dots;
         let mut sums = self.begin_bits::<QUARTERS, 2>(x, half);
-        ask.one(dots);
+        ask.one::<D::W>();
         for r in 0..R {
             sums[r] = dots.add_bits::<2, 0>(sums[r], word, x.quad(4 * half, r));
             sums[r] = dots.add_bits::<2, 2>(sums[r], word, x.quad(4 * half + 1, r));

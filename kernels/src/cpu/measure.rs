@@ -7,7 +7,8 @@ use grokpipe_model::{Format, Layout, MatrixSource, MatrixSpec, ModelError};
 use super::{
     CpuBackend,
     memory::Arena,
-    simd::{Dots, Isa, Kernel, LANES, Simd, Word, prefetch_distance},
+    prefetch::{Ahead, prefetch},
+    simd::{Dots, Isa, Kernel, LANES, Simd, Word},
     threads::Threads,
 };
 use crate::{Backend, KernelError};
@@ -45,11 +46,15 @@ impl Kernel for Read<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (dots, ahead) = (simd.dots(), prefetch_distance());
+        let (dots, Ahead { second_level, first_level }) = (simd.dots(), Ahead::of_this_cpu());
         let mut sums = [dots.small(); 4];
         for words in bytemuck::cast_slice::<Word, <S::Dots as Dots>::W>(self.0).as_chunks::<4>().0 {
             for (sum, word) in sums.iter_mut().zip(words) {
-                dots.prefetch(word, ahead);
+                let place = std::ptr::from_ref(word).cast::<u8>();
+                prefetch::<2>(place.wrapping_add(second_level));
+                if let Some(first_level) = first_level {
+                    prefetch::<1>(place.wrapping_add(first_level));
+                }
                 *sum = dots.add_small(*sum, word, 0x0101_0101);
             }
         }

@@ -14,6 +14,7 @@ mod measure;
 mod memory;
 mod norm;
 mod packed;
+mod prefetch;
 mod product;
 mod rope;
 mod simd;

@@ -73,7 +73,8 @@ impl Product<'_, '_> {
     pub(super) fn run_on(self, isa: Isa) {
         match (&self.matrix.values, self.rows) {
             (Values::Packed(matrix), SomeRows::Strips(strips)) => {
-                isa.run(FastProduct { matrix, expert: self.expert, outputs: self.outputs, strips, out: self.out });
+                let Self { expert, outputs, out, .. } = self;
+                FastProduct { matrix, expert, outputs, strips, out }.run_on(isa);
             }
             (_, SomeRows::Floats(rows)) => {
                 debug_assert_eq!(self.out.len(), rows.len());

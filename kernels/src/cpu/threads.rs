@@ -17,7 +17,7 @@ use std::{
     thread::{JoinHandle, Thread},
 };
 
-use super::simd::prefetch;
+use super::prefetch::prefetch;
 use crate::KernelError;
 
 /// Multiply-adds below which handing work to other threads costs more than it saves.
@@ -179,7 +179,7 @@ impl Asked {
             return false;
         }
         for line in (self.bytes..self.bytes + ASKED_AT_ONCE).step_by(64) {
-            prefetch(std::ptr::without_provenance(begin.wrapping_add(line)));
+            prefetch::<2>(std::ptr::without_provenance(begin.wrapping_add(line)));
         }
         self.bytes += ASKED_AT_ONCE;
         true

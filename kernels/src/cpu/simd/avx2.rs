@@ -8,7 +8,7 @@
 
 use std::{arch::x86_64::*, mem::transmute};
 
-use super::{Dots, Kernel, LANES, Packing, Simd, dots::CODES, prefetch};
+use super::{Dots, Kernel, LANES, Packing, Simd, dots::CODES};
 
 /// Outputs of a register.
 const PART: usize = LANES / 2;
@@ -308,10 +308,5 @@ impl<const VNNI: bool> Dots for Avx2<VNNI> {
         }
         // SAFETY: `self` proves AVX2.
         unsafe { _mm256_add_epi32(self.add_pairs(sums), self.integers(offset)) }
-    }
-
-    #[inline(always)]
-    fn prefetch<T>(self, place: &T, ahead: usize) {
-        prefetch(std::ptr::from_ref(place).cast::<u8>().wrapping_add(ahead));
     }
 }

@@ -7,7 +7,7 @@
 
 use std::{arch::x86_64::*, mem::transmute};
 
-use super::{Avx2, Dots, Kernel, LANES, Packing, Simd, Word, dots::CODES, prefetch};
+use super::{Avx2, Dots, Kernel, LANES, Packing, Simd, Word, dots::CODES};
 
 /// Proof of AVX-512 F, BW and VNNI, and of what [`Avx2`] proves. CPUs with AVX-512 but without its VNNI take an AVX2 path.
 #[derive(Clone, Copy)]
@@ -224,10 +224,5 @@ impl Dots for Avx512 {
     #[inline(always)]
     fn sum_bits(self, sums: Self::N, _offset: i32) -> Self::I {
         sums
-    }
-
-    #[inline(always)]
-    fn prefetch<T>(self, place: &T, ahead: usize) {
-        prefetch(std::ptr::from_ref(place).cast::<u8>().wrapping_add(ahead));
     }
 }

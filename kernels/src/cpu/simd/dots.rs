@@ -91,8 +91,4 @@ pub(crate) trait Dots: Copy {
     fn add_bits<const BITS: i32, const SHIFT: i32>(self, sums: Self::N, w: &Self::W, x: i32) -> Self::N;
     /// The sums with `offset`.
     fn sum_bits(self, sums: Self::N, offset: i32) -> Self::I;
-
-    /// Asks for what lies `ahead` bytes behind `place`, into the second-level cache, which has room for more misses at a time than the
-    /// first; it need not be there. Changes nothing.
-    fn prefetch<T>(self, _place: &T, _ahead: usize) {}
 }

@@ -5,8 +5,6 @@
 //! rounding, conversion of small integers), so that the choice of instructions cannot show in a result. That is also why there is
 //! no reciprocal and no horizontal addition: [`reduce`] is a fixed tree over plain additions.
 
-use std::sync::LazyLock;
-
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -52,39 +50,6 @@ pub(crate) trait Simd: Copy {
     type Dots: Dots;
     /// What computes them.
     fn dots(self) -> Self::Dots;
-}
-
-/// How many bytes before their use a stream's lines should be asked for. Zen (Zen 4 was measured) sees a stream coming by itself but where
-/// a page of 4 KiB begins, and what is asked for earlier only takes room from that: 512 bytes gave 31 GB/s where 6144 gave 23. The Xeon
-/// that was measured wants to be told early.
-pub(super) fn prefetch_distance() -> usize {
-    static DISTANCE: LazyLock<usize> = LazyLock::new(|| if is_amd() { 512 } else { 6144 });
-    *DISTANCE
-}
-
-#[cfg(target_arch = "x86_64")]
-fn is_amd() -> bool {
-    let vendor = std::arch::x86_64::__cpuid(0);
-    [vendor.ebx, vendor.edx, vendor.ecx] == [*b"Auth", *b"enti", *b"cAMD"].map(u32::from_le_bytes)
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn is_amd() -> bool {
-    false
-}
-
-/// Asks for a line of memory into the second-level cache, which has room for more misses at a time than the first. Changes nothing, and
-/// an address without memory behind it is passed over.
-#[inline(always)]
-#[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "an instruction takes a pointer that nobody follows"))]
-pub(super) fn prefetch(line: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: this instruction reads nothing and never faults.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = line;
 }
 
 /// Work to be compiled for every instruction set. `run` must be `#[inline(always)]`, and so must what it calls.

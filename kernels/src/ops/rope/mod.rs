@@ -20,21 +20,22 @@ pub(crate) struct Params {
     pub(crate) head_dim: u32,
 }
 
-/// The angles' factors `f_j`, `[head_dim / 2]`. The power is taken in f64 and rounded, so that it does not depend on how well
-/// a library rounds `powf`.
+/// The angles' factors `f_j`, `[head_dim / 2]`. The power is taken in f64 and rounded, and by code that is the same on every system, not by
+/// the system's library: nodes of several systems are to have the same bits.
 pub(crate) fn frequencies(theta: f32, head_dim: usize) -> Vec<f32> {
     (0..head_dim / 2)
         .map(|j| {
             let exponent = (2 * j) as f32 / head_dim as f32;
-            1.0 / (f64::from(theta).powf(f64::from(exponent)) as f32)
+            1.0 / (libm::pow(f64::from(theta), f64::from(exponent)) as f32)
         })
         .collect()
 }
 
-/// Cosines and sines, each `[positions, head_dim / 2]`: the angle is rounded to f32, its cosine and sine are taken in f64.
+/// Cosines and sines, each `[positions, head_dim / 2]`: the angle is rounded to f32, its cosine and sine are taken in f64, by the same code
+/// on every system.
 pub(crate) fn tables(frequencies: &[f32], positions: impl Iterator<Item = u32>) -> (Vec<f32>, Vec<f32>) {
     positions
         .flat_map(|position| frequencies.iter().map(move |f| f64::from(position as f32 * f)))
-        .map(|angle| (angle.cos() as f32, angle.sin() as f32))
+        .map(|angle| (libm::cos(angle) as f32, libm::sin(angle) as f32))
         .unzip()
 }
