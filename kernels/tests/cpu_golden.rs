@@ -70,7 +70,8 @@ fn one_two_and_three_threads_give_the_same_bits() {
     }
 }
 
-/// Nodes of one fingerprint continue each other's sequences, whatever their CPUs and systems are. So another bit is another fingerprint.
+/// Nodes of one fingerprint continue each other's sequences, whatever their CPUs and systems are. So where a bit of these changes, the
+/// fingerprint must. The demo's weights are int8; other formats are compared between the paths of one CPU.
 #[test]
 fn logits_of_the_demo_have_the_bits_that_their_fingerprint_stands_for() {
     let demo = Arc::new(Model::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/demo")).unwrap());

@@ -7,7 +7,8 @@
 //! A tile is a column of outputs with a strip of rows, all of whose sums are in registers. Two things decide its speed, and the
 //! shape of its loops is for them alone. No branch comes between a block's first load and its last use, or the compiler loads all of the
 //! inputs before it, into memory. And memory is asked for weights long before they are needed, evenly, word by word: a processor has few
-//! places for what it waits for, and what comes from memory holds one so long that words from the second-level cache find none.
+//! places for what it waits for, and what comes from memory holds one so long that words from the second-level cache find none
+//! (`prefetch.rs`).
 #![expect(clippy::needless_range_loop, reason = "tiles of registers are indexed by row and lane together")]
 
 use std::ops::Range;
@@ -16,7 +17,7 @@ use bytemuck::Pod;
 
 use super::{
     packed::{Numbers, Packed, SIXES, SUPER, Scaling},
-    prefetch::{Ahead, Ask},
+    prefetch::Ask,
     simd::{Dots, Isa, Kernel, LANES, Simd},
     strips::{FIELDS, StripBlock, height},
 };
@@ -53,11 +54,11 @@ pub(super) struct FastProduct<'a, 'o> {
 }
 
 impl FastProduct<'_, '_> {
-    /// Computes `out`.
+    /// Computes `out`. One strip reads each weight once, and asks for it twice if `isa` does so; of several, all but the first find the
+    /// weights in the cache.
     pub(super) fn run_on(self, isa: Isa) {
-        let is_one_strip = self.rows() <= isa.packing().strip;
-        // Functions of their own, each with its tiles: in one the compiler takes minutes for both.
-        if is_one_strip && Ahead::of_this_cpu().first_level.is_some() {
+        // Two functions: with both sets of tiles in one, compiling takes minutes more.
+        if isa.asks_twice() && self.rows() <= isa.packing().strip {
             isa.run(Columns::<true>(self));
         } else {
             isa.run(Columns::<false>(self));
@@ -166,7 +167,7 @@ impl FastProduct<'_, '_> {
     }
 }
 
-/// The product by all columns, whose weights are asked for once or `TWICE`.
+/// The product, its weights asked for once or `TWICE`.
 struct Columns<'a, 'o, const TWICE: bool>(FastProduct<'a, 'o>);
 
 impl<const TWICE: bool> Kernel for Columns<'_, '_, TWICE> {
@@ -203,16 +204,17 @@ struct Tile<'a, D: Dots, const R: usize, const TWICE: bool> {
 impl<'a, D: Dots, const R: usize, const TWICE: bool> Tile<'a, D, R, TWICE> {
     /// The stretch's part of the stream, and what asks for it.
     #[inline(always)]
-    fn words(&self) -> (&'a [D::W], Ask<TWICE>) {
+    fn words(&self) -> (&'a [D::W], Ask<D::W, TWICE>) {
         let (chunk, size) = (self.matrix.chunk, size_of::<D::W>());
         let place = |block: usize| block.div_ceil(chunk.blocks) * chunk.words;
         let words = &self.stream[place(self.stretch.start)..place(self.stretch.end)];
         let ask = match self.share {
-            None => Ask::of_own(words.as_ptr()),
-            Some((strip, strips)) => {
+            // `TWICE` there is one strip: said here, so that the step is a constant there.
+            Some((strip, strips)) if !TWICE => {
                 let from = size_of_val(self.stream) + strip * size_of_val(words) / strips;
-                Ask::of_next(words.as_ptr(), from, size.div_ceil(strips))
+                Ask::behind(words.as_ptr(), from, size.div_ceil(strips))
             }
+            _ => Ask::of_own(words.as_ptr()),
         };
         (words, ask)
     }
@@ -251,7 +253,7 @@ impl<'a, D: Dots, const R: usize, const TWICE: bool> Tile<'a, D, R, TWICE> {
                     sum[r] = dots.fma(dots.to_f32(products[r]), dots.splat(x.scale(r)), sum[r]);
                 }
             }
-            ask.one::<D::W>();
+            ask.one();
             let scale = dots.floats(&scale[0]);
             for r in 0..R {
                 total[r] = dots.fma(sum[r], scale, total[r]);
@@ -268,7 +270,7 @@ impl<'a, D: Dots, const R: usize, const TWICE: bool> Tile<'a, D, R, TWICE> {
         let xs = self.x[self.stretch.clone()].chunks(a_unit);
         for (unit, xs) in words.chunks_exact(1 + a_unit * N).zip(xs) {
             let (scales, words) = (&unit[0], unit[1..].as_chunks::<N>().0);
-            ask.one::<D::W>();
+            ask.one();
             for (index, (words, x)) in words.iter().zip(xs).enumerate() {
                 let x = StripBlock::new(x);
                 let products = self.products::<KIND, N, 1>(words, x, 0, &mut ask);
@@ -302,7 +304,7 @@ impl<'a, D: Dots, const R: usize, const TWICE: bool> Tile<'a, D, R, TWICE> {
             let mut sum = [dots.zero(); R];
             for (unit, xs) in chunk.chunks_exact(a_unit).zip(xs) {
                 let (factors, words) = (&unit[0], unit[1..].as_chunks::<N>().0);
-                ask.one::<D::W>();
+                ask.one();
                 for (b, (words, x)) in words.iter().zip(xs).enumerate() {
                     let x = StripBlock::new(x);
                     for p in 0..P {
@@ -317,7 +319,7 @@ impl<'a, D: Dots, const R: usize, const TWICE: bool> Tile<'a, D, R, TWICE> {
                     }
                 }
             }
-            ask.one::<D::W>();
+            ask.one();
             let halves = &chunk[SUPER / U * a_unit];
             let d = dots.halves(halves, 0);
             for r in 0..R {
@@ -356,7 +358,7 @@ impl<'a, D: Dots, const R: usize, const TWICE: bool> Tile<'a, D, R, TWICE> {
         for (chunk, xs) in words.chunks_exact(SIXES + SUPER * N + 1).zip(xs) {
             let (factors, chunk) = chunk.split_at(SIXES);
             for _ in 0..SIXES {
-                ask.one::<D::W>();
+                ask.one();
             }
             let factors = unpacked(factors);
             let (words, halves) = chunk.as_chunks::<N>();
@@ -373,7 +375,7 @@ impl<'a, D: Dots, const R: usize, const TWICE: bool> Tile<'a, D, R, TWICE> {
                     }
                 }
             }
-            ask.one::<D::W>();
+            ask.one();
             let d = dots.halves(&halves[0], 0);
             for r in 0..R {
                 total[r] = dots.fma(d, sum[r], total[r]);
@@ -404,7 +406,7 @@ impl<'a, D: Dots, const R: usize, const TWICE: bool> Tile<'a, D, R, TWICE> {
         words: &[D::W; N],
         x: StripBlock<'_, R>,
         p: usize,
-        ask: &mut Ask<TWICE>,
+        ask: &mut Ask<D::W, TWICE>,
     ) -> [D::I; R] {
         match KIND {
             BYTES | LOW_BYTES => self.bytes::<KIND, N, P>(words, x, p, ask),
@@ -420,12 +422,12 @@ impl<'a, D: Dots, const R: usize, const TWICE: bool> Tile<'a, D, R, TWICE> {
         words: &[D::W; N],
         x: StripBlock<'_, R>,
         p: usize,
-        ask: &mut Ask<TWICE>,
+        ask: &mut Ask<D::W, TWICE>,
     ) -> [D::I; R] {
         let dots = self.dots;
         let mut sums = self.begin::<KIND, P>(x, p);
         for k in N / P * p..N / P * (p + 1) {
-            ask.one::<D::W>();
+            ask.one();
             for r in 0..R {
                 let quad = x.quad(k, r);
                 sums[r] = if KIND == BYTES {
@@ -439,11 +441,11 @@ impl<'a, D: Dots, const R: usize, const TWICE: bool> Tile<'a, D, R, TWICE> {
     }
 
     #[inline(always)]
-    fn codes<const N: usize>(&self, words: &[D::W; N], x: StripBlock<'_, R>, ask: &mut Ask<TWICE>) -> [D::I; R] {
+    fn codes<const N: usize>(&self, words: &[D::W; N], x: StripBlock<'_, R>, ask: &mut Ask<D::W, TWICE>) -> [D::I; R] {
         let dots = self.dots;
         let mut sums = self.begin::<CODES, 1>(x, 0);
         for k in 0..N {
-            ask.one::<D::W>();
+            ask.one();
             for r in 0..R {
                 sums[r] = dots.add_codes::<0>(sums[r], &words[k], x.quad(k, r));
             }
@@ -460,14 +462,14 @@ impl<'a, D: Dots, const R: usize, const TWICE: bool> Tile<'a, D, R, TWICE> {
         words: &[D::W; N],
         x: StripBlock<'_, R>,
         p: usize,
-        ask: &mut Ask<TWICE>,
+        ask: &mut Ask<D::W, TWICE>,
     ) -> [D::I; R] {
         let dots = self.dots;
         let mut sums = self.begin_bits::<KIND, P>(x, p);
         for k in 0..N {
             if P == 1 || p == 0 {
                 // A second part reads the same words.
-                ask.one::<D::W>();
+                ask.one();
                 for r in 0..R {
                     sums[r] = dots.add_bits::<4, 0>(sums[r], &words[k], x.quad(k, r));
                 }
@@ -482,10 +484,10 @@ impl<'a, D: Dots, const R: usize, const TWICE: bool> Tile<'a, D, R, TWICE> {
     }
 
     #[inline(always)]
-    fn quarters(&self, word: &D::W, x: StripBlock<'_, R>, half: usize, ask: &mut Ask<TWICE>) -> [D::I; R] {
+    fn quarters(&self, word: &D::W, x: StripBlock<'_, R>, half: usize, ask: &mut Ask<D::W, TWICE>) -> [D::I; R] {
         let dots = self.dots;
         let mut sums = self.begin_bits::<QUARTERS, 2>(x, half);
-        ask.one::<D::W>();
+        ask.one();
         for r in 0..R {
             sums[r] = dots.add_bits::<2, 0>(sums[r], word, x.quad(4 * half, r));
             sums[r] = dots.add_bits::<2, 2>(sums[r], word, x.quad(4 * half + 1, r));

@@ -7,7 +7,7 @@ use grokpipe_model::{Format, Layout, MatrixSource, MatrixSpec, ModelError};
 use super::{
     CpuBackend,
     memory::Arena,
-    prefetch::{Ahead, prefetch},
+    prefetch::Ask,
     simd::{Dots, Isa, Kernel, LANES, Simd, Word},
     threads::Threads,
 };
@@ -46,15 +46,14 @@ impl Kernel for Read<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (dots, Ahead { second_level, first_level }) = (simd.dots(), Ahead::of_this_cpu());
+        let dots = simd.dots();
         let mut sums = [dots.small(); 4];
-        for words in bytemuck::cast_slice::<Word, <S::Dots as Dots>::W>(self.0).as_chunks::<4>().0 {
+        let words = bytemuck::cast_slice::<Word, <S::Dots as Dots>::W>(self.0);
+        // Once, also where products ask twice: a loop that does nothing else reads the same.
+        let mut ask = Ask::<_, false>::of_own(words.as_ptr());
+        for words in words.as_chunks::<4>().0 {
             for (sum, word) in sums.iter_mut().zip(words) {
-                let place = std::ptr::from_ref(word).cast::<u8>();
-                prefetch::<2>(place.wrapping_add(second_level));
-                if let Some(first_level) = first_level {
-                    prefetch::<1>(place.wrapping_add(first_level));
-                }
+                ask.one();
                 *sum = dots.add_small(*sum, word, 0x0101_0101);
             }
         }

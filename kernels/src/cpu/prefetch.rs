@@ -1,31 +1,30 @@
-//! Asking memory for weights before they are needed: how long before, and into which cache. What they mean is not known here, and a
-//! result never depends on it.
+//! Asking memory for what will be read soon: how long before, and into which cache. This file knows nothing of what is read, and no result
+//! depends on it.
 //!
-//! A core has few places for what it waits for. Words that come from memory hold one so long that a second asking, once they are near,
-//! has products find them in the first-level cache and hold none.
+//! A core can wait for few lines at a time. One from memory keeps its place long, one that is in the second-level cache already only for
+//! some cycles. So a core that reads a stream once asks for it early into the second level, and, where that pays, for what has arrived there
+//! into the first.
 
 use std::sync::LazyLock;
 
-/// How many bytes before their use a stream's lines should be asked for.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Ahead {
-    /// Into the second-level cache, which has room for more misses at a time than the first.
-    pub(super) second_level: usize,
-    /// From there into the first, if that pays.
-    pub(super) first_level: Option<usize>,
+/// Bytes ahead that are asked for into the second level, where the first level is asked for too. Half and four times as much are the same.
+const SECOND_LEVEL: usize = 12 << 10;
+/// Bytes ahead that are then asked for into the first level.
+const FIRST_LEVEL: usize = 6 << 10;
+
+/// Bytes ahead that are asked for, into the second level, where that is all. Zen (Zen 4 was measured) sees a stream coming by itself but
+/// where a page of 4 KiB begins, and what is asked for earlier only takes room from that: 512 bytes gave 31 GB/s where 6144 gave 23. The
+/// Xeons that were measured want to be told early.
+pub(super) fn distance() -> usize {
+    static DISTANCE: LazyLock<usize> = LazyLock::new(|| if is_amd() { 512 } else { 6 << 10 });
+    *DISTANCE
 }
 
-impl Ahead {
-    /// What suits this CPU. Zen (Zen 4 was measured) sees a stream coming by itself but where a page of 4 KiB begins, and what is asked for
-    /// earlier only takes room from that: 512 bytes gave 31 GB/s where 6144 gave 23. The Xeon that was measured wants to be told early,
-    /// and twice: a loop by itself that multiplies by Q4_K read 90 % of what can be read, and with the second asking all of it.
-    pub(super) fn of_this_cpu() -> Self {
-        static AHEAD: LazyLock<Ahead> = LazyLock::new(|| match is_amd() {
-            true => Ahead { second_level: 512, first_level: None },
-            false => Ahead { second_level: 12 << 10, first_level: Some(6 << 10) },
-        });
-        *AHEAD
-    }
+/// Whether asking twice pays on this CPU: with AVX-512 it does on the Xeon that was measured, where a loop by itself that multiplies by Q4_K
+/// read 90 % of what can be read with one asking, and all of it with two.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn twice_pays() -> bool {
+    !is_amd()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -39,50 +38,65 @@ fn is_amd() -> bool {
     false
 }
 
-/// Asks memory for what comes next while words are read one after the other: once each, or `TWICE`, for the first-level cache too.
-pub(super) struct Ask<const TWICE: bool> {
-    second_level: *const u8,
-    first_level: *const u8,
-    /// Distance from there.
-    next: usize,
-    /// Bytes on for each word that is read: its own size if `TWICE`.
+/// Asks for what comes next while words are read one after the other: once, or `TWICE`.
+pub(super) struct Ask<W, const TWICE: bool> {
+    second_level: *const W,
+    /// Used if `TWICE`.
+    first_level: *const W,
+    /// Bytes that both have moved on.
+    moved: usize,
+    /// Bytes that they move on for each word that is read: its size if `TWICE`.
     step: usize,
 }
 
-impl<const TWICE: bool> Ask<TWICE> {
-    /// Asks for what the reader will itself read soon, as suits this CPU.
+impl<W, const TWICE: bool> Ask<W, TWICE> {
+    /// Asks for what the reader of these words will itself read soon.
     #[inline(always)]
-    pub(super) fn of_own<W>(words: *const W) -> Self {
-        let Ahead { second_level, first_level } = Ahead::of_this_cpu();
-        let place = |ahead| words.cast::<u8>().wrapping_add(ahead);
-        let first_level = place(first_level.unwrap_or(second_level));
-        Self { second_level: place(second_level), first_level, next: 0, step: size_of::<W>() }
+    pub(super) fn of_own(words: *const W) -> Self {
+        let (second_level, first_level) = if TWICE { (SECOND_LEVEL, FIRST_LEVEL) } else { (distance(), 0) };
+        let [second_level, first_level] = [second_level, first_level].map(|ahead| words.wrapping_byte_add(ahead));
+        Self { second_level, first_level, moved: 0, step: size_of::<W>() }
     }
 
-    /// Asks for what lies `from` bytes behind the first of the words, `step` bytes a word; once.
+    /// Asks for what lies `from` bytes behind the first of the words that are read, `step` bytes for each of them.
     #[inline(always)]
-    pub(super) fn of_next<W>(words: *const W, from: usize, step: usize) -> Self {
-        debug_assert!(!TWICE, "what others will read is theirs to ask for into the first level");
-        let second_level = words.cast::<u8>().wrapping_add(from);
-        Self { second_level, first_level: second_level, next: 0, step }
+    pub(super) fn behind(words: *const W, from: usize, step: usize) -> Self {
+        let begin = words.wrapping_byte_add(from);
+        Self { second_level: begin, first_level: begin, moved: 0, step }
     }
 
     /// A word is about to be read.
     #[inline(always)]
-    pub(super) fn one<W>(&mut self) {
-        prefetch::<2>(self.second_level.wrapping_add(self.next));
+    pub(super) fn one(&mut self) {
+        prefetch::<2, W>(self.second_level.wrapping_byte_add(self.moved));
         if TWICE {
-            prefetch::<1>(self.first_level.wrapping_add(self.next));
+            prefetch::<1, W>(self.first_level.wrapping_byte_add(self.moved));
         }
-        self.next += if TWICE { size_of::<W>() } else { self.step };
+        self.moved = if TWICE { self.moved + size_of::<W>() } else { plus(self.moved, self.step) };
     }
+}
+
+/// `a + b`, of which the compiler learns nothing. Where it can see a step, it keeps an address in memory for each word of a block and asks
+/// for all of them at once, behind the block's products: prefill of 512 tokens went from 158 to 98 tokens/s.
+#[inline(always)]
+#[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "nothing else hides a number in a register"))]
+fn plus(a: usize, b: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let mut sum = a;
+        // SAFETY: one addition of registers.
+        unsafe { std::arch::asm!("add {}, {}", inout(reg) sum, in(reg) b, options(pure, nomem, nostack)) };
+        sum
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    a.wrapping_add(b)
 }
 
 /// Asks for a line of memory into the cache of this level, 1 or 2. Changes nothing, and an address without memory behind it is passed
 /// over.
 #[inline(always)]
 #[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "an instruction takes a pointer that nobody follows"))]
-pub(super) fn prefetch<const LEVEL: u8>(line: *const u8) {
+pub(super) fn prefetch<const LEVEL: u8, T>(line: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: these instructions read nothing and never fault.
     unsafe {

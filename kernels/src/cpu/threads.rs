@@ -179,7 +179,7 @@ impl Asked {
             return false;
         }
         for line in (self.bytes..self.bytes + ASKED_AT_ONCE).step_by(64) {
-            prefetch::<2>(std::ptr::without_provenance(begin.wrapping_add(line)));
+            prefetch::<2, u8>(std::ptr::without_provenance(begin.wrapping_add(line)));
         }
         self.bytes += ASKED_AT_ONCE;
         true

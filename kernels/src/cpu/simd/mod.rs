@@ -20,6 +20,8 @@ use self::neon::Neon;
 use self::portable::{Plain, Portable};
 #[cfg(target_arch = "x86_64")]
 use self::{avx2::Avx2, avx512::Avx512};
+#[cfg(target_arch = "x86_64")]
+use super::prefetch::twice_pays;
 
 /// Lanes of every sum.
 pub(crate) const LANES: usize = 16;
@@ -60,7 +62,7 @@ pub(crate) trait Kernel {
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
-/// An instruction set that this CPU has.
+/// An instruction set that this CPU has, and how memory is asked with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Isa(Path);
 
@@ -74,7 +76,9 @@ enum Path {
     #[cfg(target_arch = "x86_64")]
     AvxVnni,
     #[cfg(target_arch = "x86_64")]
-    Avx512,
+    Avx512 {
+        asks_twice: bool,
+    },
 }
 
 impl Isa {
@@ -98,7 +102,9 @@ impl Isa {
                 found.push(Self(Path::AvxVnni));
             }
             if Avx512::detect().is_some() {
-                found.push(Self(Path::Avx512));
+                // All CPUs can do both, so that both are tested everywhere.
+                let twice = twice_pays();
+                found.extend([!twice, twice].map(|asks_twice| Self(Path::Avx512 { asks_twice })));
             }
         }
         found
@@ -120,7 +126,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Path::AvxVnni => <Avx2<true> as Dots>::PACKING,
             #[cfg(target_arch = "x86_64")]
-            Path::Avx512 => <Avx512 as Dots>::PACKING,
+            Path::Avx512 { .. } => <Avx512 as Dots>::PACKING,
         }
     }
 
@@ -135,7 +141,16 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Path::AvxVnni => "avx-vnni",
             #[cfg(target_arch = "x86_64")]
-            Path::Avx512 => "avx512",
+            Path::Avx512 { .. } => "avx512",
+        }
+    }
+
+    /// Whether a stream that is read once is asked for twice.
+    pub(crate) fn asks_twice(self) -> bool {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512 { asks_twice } => asks_twice,
+            _ => false,
         }
     }
 
@@ -161,7 +176,7 @@ impl Isa {
                 None => kernel.run(Portable(Plain)),
             },
             #[cfg(target_arch = "x86_64")]
-            Path::Avx512 => match Avx512::detect() {
+            Path::Avx512 { .. } => match Avx512::detect() {
                 Some(simd) => simd.run(kernel),
                 None => kernel.run(Portable(Plain)),
             },

@@ -20,8 +20,8 @@ pub(crate) struct Params {
     pub(crate) head_dim: u32,
 }
 
-/// The angles' factors `f_j`, `[head_dim / 2]`. The power is taken in f64 and rounded, and by code that is the same on every system, not by
-/// the system's library: nodes of several systems are to have the same bits.
+/// The angles' factors `f_j`, `[head_dim / 2]`. The power is taken in f64 and then rounded. It does not come from the system's library, nor do
+/// sines and cosines: nodes of several systems are to have the same bits. (Those of glibc are the same; a test holds the numbers.)
 pub(crate) fn frequencies(theta: f32, head_dim: usize) -> Vec<f32> {
     (0..head_dim / 2)
         .map(|j| {
@@ -31,8 +31,7 @@ pub(crate) fn frequencies(theta: f32, head_dim: usize) -> Vec<f32> {
         .collect()
 }
 
-/// Cosines and sines, each `[positions, head_dim / 2]`: the angle is rounded to f32, its cosine and sine are taken in f64, by the same code
-/// on every system.
+/// Cosines and sines, each `[positions, head_dim / 2]`: the angle is rounded to f32, its cosine and sine are taken in f64.
 pub(crate) fn tables(frequencies: &[f32], positions: impl Iterator<Item = u32>) -> (Vec<f32>, Vec<f32>) {
     positions
         .flat_map(|position| frequencies.iter().map(move |f| f64::from(position as f32 * f)))

@@ -35,3 +35,14 @@ fn first_frequency_is_one_and_the_last_is_near_one_by_theta() {
     assert_eq!((f.len(), f[0]), (64, 1.0));
     assert!((f64::from(f[63]) - 10_000f64.powf(-126.0 / 128.0)).abs() < 1e-11);
 }
+
+/// All of Grok-1's. A library that rounds one of them otherwise makes other kernels of all, with other fingerprints.
+#[test]
+fn tables_of_grok_1_have_the_same_bits_on_every_system() {
+    let (cos, sin) = tables(&frequencies(10_000.0, 128), 0..8192);
+    let bytes = cos.into_iter().chain(sin).flat_map(f32::to_le_bytes);
+    // FNV-1a; glibc's cosines and sines give the same.
+    let found =
+        bytes.fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    assert_eq!(found, 0x44d3_d137_ec56_c32e, "{found:#018x}");
+}
