@@ -7,7 +7,7 @@
 
 use std::sync::LazyLock;
 
-/// Bytes ahead that are asked for into the second level, where the first level is asked for too. Half and four times as much are the same.
+/// Bytes ahead that are asked for into the second level, where the first level is asked for too; up to four times as much is the same.
 const SECOND_LEVEL: usize = 12 << 10;
 /// Bytes ahead that are then asked for into the first level.
 const FIRST_LEVEL: usize = 6 << 10;

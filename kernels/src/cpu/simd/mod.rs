@@ -146,12 +146,14 @@ impl Isa {
     }
 
     /// Whether a stream that is read once is asked for twice.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn asks_twice(self) -> bool {
-        match self.0 {
-            #[cfg(target_arch = "x86_64")]
-            Path::Avx512 { asks_twice } => asks_twice,
-            _ => false,
-        }
+        matches!(self.0, Path::Avx512 { asks_twice: true })
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    pub(crate) fn asks_twice(self) -> bool {
+        false
     }
 
     /// Runs a kernel with these instructions.
