@@ -71,9 +71,10 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         bar.set_position(0);
         let of_type = |&kind: &BlockType| {
             bar.set_message(kind.name());
-            bar.inc(1);
             let shape = ProductShape { format: Format::Blocks(kind), inputs, outputs };
-            Ok::<_, KernelError>((kind, device.time_products(shape, &rows, args.repeat as usize)?))
+            let times = device.time_products(shape, &rows, args.repeat as usize)?;
+            bar.inc(1);
+            Ok::<_, KernelError>((kind, times))
         };
         types.iter().map(of_type).collect::<Result<Vec<_>, _>>()
     })?;
