@@ -105,13 +105,6 @@ fn progress_bar() -> ProgressBar {
     bar
 }
 
-/// Seconds of each run, ascending.
-fn repeated<E>(times: u32, mut run: impl FnMut() -> Result<f64, E>) -> Result<Vec<f64>, E> {
-    let mut seconds = (0..times).map(|_| run()).collect::<Result<Vec<_>, E>>()?;
-    seconds.sort_by(f64::total_cmp);
-    Ok(seconds)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,17 +1,18 @@
 //! `grokpipe bench stage`: tokens a second of some layers, of a model or with weights from a seed, in the manner of llama-bench.
 //!
 //! A decode step reads every weight it uses once, so that its share of the memory's measured bandwidth says how far the kernels
-//! are from the machine's limit. Decodes and prefills are timed several times over; medians are shown, with least and most.
+//! are from the machine's limit. Decodes and prefills are timed several times over; medians are shown, with least and most. What the
+//! memory gives is measured before and after each of them: on a shared machine it changes within seconds.
 
 use std::{error::Error, ops::Range, path::PathBuf, time::Instant};
 
 use grokpipe_kernels::{
-    Batch, KV_BLOCK_TOKENS, Precision, Prefill, Row, Stage, StageOptions, StepInput, select_device,
+    Batch, KV_BLOCK_TOKENS, KernelError, Precision, Prefill, Row, Stage, StageOptions, StepInput, select_device,
 };
 use grokpipe_model::ModelConfig;
 use serde_json::{Value, json};
 
-use super::{CHUNK_ROWS, TestArgs, WARM_UP_STEPS, inputs, open, parse_layers, progress_bar, reads::Reads, repeated};
+use super::{CHUNK_ROWS, TestArgs, WARM_UP_STEPS, inputs, open, parse_layers, progress_bar, reads::Reads};
 use crate::{
     config::{precision_name, prefill_name},
     error::CliError,
@@ -19,6 +20,8 @@ use crate::{
     text::Table,
     weights::{SyntheticArgs, Weights},
 };
+
+type Failure = Box<dyn Error + Send + Sync>;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -47,7 +50,7 @@ pub(super) struct Args {
 ///
 /// # Errors
 /// What the model or the device reports.
-pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
+pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let Weights { config, source: weights, .. } = open(args.model.as_deref(), &args.synthetic)?;
     let all = 0..config.num_hidden_layers;
     let layers = args.layers.clone().unwrap_or(if args.model.is_some() { all.clone() } else { 0..1 });
@@ -58,7 +61,7 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     }
     let threads = args.threads.unwrap_or_else(machine::cores) as usize;
     let mut device = select_device(&args.device, threads, args.tests.precision, args.tests.prefill)?;
-    let bandwidth = device.measure_read_bandwidth()?;
+    let bandwidth = vec![device.measure_read_bandwidth()?];
     let longest = args.tests.prompt.iter().copied().max().unwrap_or(0);
     let sequences = args.tests.batch.iter().copied().max().unwrap_or(1);
     let decoded = WARM_UP_STEPS + args.r#gen;
@@ -80,16 +83,17 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     })?;
     bar.finish_and_clear();
     let load_seconds = started.elapsed().as_secs_f64();
-    let mut bench = Bench { stage: stage.as_mut(), config: &config, is_first: layers.start == 0, has_head };
+    let mut bench = Bench { stage: stage.as_mut(), config: &config, is_first: layers.start == 0, has_head, bandwidth };
     let mut results = Vec::new();
     for &batch in &args.tests.batch {
-        let seconds = repeated(args.tests.repeat, || bench.decode(batch, args.r#gen))?;
-        results.push(Measured { test: "decode", batch, prompt: 0, tokens: batch * args.r#gen, seconds });
+        let runs = bench.repeated(args.tests.repeat, |bench| bench.decode(batch, args.r#gen))?;
+        results.push(Measured { test: "decode", batch, prompt: 0, tokens: batch * args.r#gen, runs });
     }
     for &prompt in &args.tests.prompt {
-        let seconds = repeated(args.tests.repeat, || bench.prefill(prompt))?;
-        results.push(Measured { test: "prefill", batch: 1, prompt, tokens: prompt, seconds });
+        let runs = bench.repeated(args.tests.repeat, |bench| bench.prefill(prompt))?;
+        results.push(Measured { test: "prefill", batch: 1, prompt, tokens: prompt, runs });
     }
+    let bandwidth = median(bench.bandwidth);
     let report = Report {
         model: config.name.clone(),
         device: stage.device().name.clone(),
@@ -119,11 +123,40 @@ struct Bench<'a> {
     config: &'a ModelConfig,
     is_first: bool,
     has_head: bool,
+    /// Bytes a second that the memory gave, at least one measurement.
+    bandwidth: Vec<f64>,
 }
 
 impl Bench<'_> {
+    /// Times a test so often, with what the memory gives around each run.
+    fn repeated(
+        &mut self,
+        times: u32,
+        mut run: impl FnMut(&mut Self) -> Result<f64, Failure>,
+    ) -> Result<Vec<Run>, Failure> {
+        let mut before = self.measure_bandwidth()?;
+        let mut runs = Vec::new();
+        for _ in 0..times {
+            let seconds = run(self)?;
+            let after = self.measure_bandwidth()?;
+            runs.push(Run { seconds, bandwidth: (before + after) / 2.0 });
+            before = after;
+        }
+        Ok(runs)
+    }
+
+    /// What the memory gives now; where the weights leave no room to measure, what it gave last.
+    fn measure_bandwidth(&mut self) -> Result<f64, Failure> {
+        let found = match (self.stage.measure_read_bandwidth(), self.bandwidth.last()) {
+            (Err(KernelError::OutOfMemory { .. }), Some(&last)) => last,
+            (found, _) => found?,
+        };
+        self.bandwidth.push(found);
+        Ok(found)
+    }
+
     /// Seconds of `steps` steps of `sequences` sequences, a token each a step, from empty sequences on.
-    fn decode(&mut self, sequences: u32, steps: u32) -> Result<f64, Box<dyn Error + Send + Sync>> {
+    fn decode(&mut self, sequences: u32, steps: u32) -> Result<f64, Failure> {
         let warm_up = WARM_UP_STEPS;
         let a_table = (warm_up + steps).div_ceil(KV_BLOCK_TOKENS as u32);
         let wanted: Vec<u32> = if self.has_head { (0..sequences).collect() } else { Vec::new() };
@@ -141,7 +174,7 @@ impl Bench<'_> {
     }
 
     /// Seconds of a prompt of this many tokens; of the last one logits are wanted.
-    fn prefill(&mut self, tokens: u32) -> Result<f64, Box<dyn Error + Send + Sync>> {
+    fn prefill(&mut self, tokens: u32) -> Result<f64, Failure> {
         let started = Instant::now();
         for first in (0..tokens).step_by(CHUNK_ROWS as usize) {
             let end = tokens.min(first + CHUNK_ROWS);
@@ -157,7 +190,7 @@ impl Bench<'_> {
     }
 
     /// One step, with inputs of this seed.
-    fn step(&mut self, batch: &Batch, seed: u32, wanted: &[u32]) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn step(&mut self, batch: &Batch, seed: u32, wanted: &[u32]) -> Result<(), Failure> {
         let rows = batch.rows.len();
         let output = if self.is_first {
             let ids = inputs::token_ids(seed, rows, self.config.vocab_size);
@@ -176,18 +209,48 @@ struct Measured {
     batch: u32,
     prompt: u32,
     tokens: u32,
-    /// Of each run, ascending.
-    seconds: Vec<f64>,
+    /// At least one.
+    runs: Vec<Run>,
+}
+
+/// One run of a test.
+#[derive(Clone, Copy)]
+struct Run {
+    seconds: f64,
+    /// Bytes a second that the memory gave before and after, the mean.
+    bandwidth: f64,
 }
 
 impl Measured {
-    fn median(&self) -> f64 {
-        self.seconds[self.seconds.len() / 2]
+    /// Tokens a second of each run.
+    fn rates(&self) -> impl Iterator<Item = f64> {
+        self.runs.iter().map(|run| f64::from(self.tokens) / run.seconds)
     }
 
-    fn rate(&self, seconds: f64) -> f64 {
-        f64::from(self.tokens) / seconds
+    fn rate(&self) -> f64 {
+        median(self.rates().collect())
     }
+
+    /// Tokens a second of the slowest run and of the fastest.
+    fn spread(&self) -> [f64; 2] {
+        [self.rates().fold(f64::INFINITY, f64::min), self.rates().fold(0.0, f64::max)]
+    }
+
+    /// Bytes a second that the memory gave around the runs.
+    fn bandwidth(&self) -> f64 {
+        median(self.runs.iter().map(|run| run.bandwidth).collect())
+    }
+
+    /// Share of it that tokens of so many bytes read: the median of the runs, each beside what the memory gave around it.
+    fn share(&self, bytes_a_token: f64) -> f64 {
+        median(self.rates().zip(&self.runs).map(|(rate, run)| bytes_a_token * rate / run.bandwidth).collect())
+    }
+}
+
+/// The middle one of at least one number, the upper one of two.
+fn median(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers[numbers.len() / 2]
 }
 
 struct Report {
@@ -199,8 +262,9 @@ struct Report {
     layers: Range<u32>,
     weights_bytes: u64,
     load_seconds: f64,
-    /// Of this process, where the system tells.
+    /// Of this process, with what measuring the bandwidth takes, where the system tells.
     peak_memory: Option<u64>,
+    /// Bytes a second that the memory gave, the median of the whole run.
     bandwidth: f64,
     reads: Reads,
     results: Vec<Measured>,
@@ -228,18 +292,19 @@ impl Report {
             .results
             .iter()
             .map(|measured| {
-                let rate = measured.rate(measured.median());
+                let (rate, [least, most]) = (measured.rate(), measured.spread());
                 let bytes = self.bytes_a_token(measured);
                 json!({
                     "test": measured.test,
                     "batch": measured.batch,
                     "prompt": measured.prompt,
                     "tokens_per_second": rate,
-                    "tokens_per_second_least": measured.rate(measured.seconds[measured.seconds.len() - 1]),
-                    "tokens_per_second_most": measured.rate(measured.seconds[0]),
+                    "tokens_per_second_least": least,
+                    "tokens_per_second_most": most,
                     "bytes_per_token": bytes,
                     "gigabytes_per_second": bytes * rate / 1e9,
-                    "share_of_bandwidth": bytes * rate / self.bandwidth,
+                    "read_gigabytes_per_second": measured.bandwidth() / 1e9,
+                    "share_of_bandwidth": measured.share(bytes),
                     "gigaflops_per_second": 2e-9 * self.multiply_adds_a_token(measured) * rate,
                 })
             })
@@ -275,7 +340,7 @@ impl Report {
         let mut table =
             Table::new(&["test", "tokens/s", "least", "most", "a token", "reads", "GB/s", "of memory", "GFLOP/s"]);
         for measured in &self.results {
-            let rate = measured.rate(measured.median());
+            let (rate, [least, most]) = (measured.rate(), measured.spread());
             let bytes = self.bytes_a_token(measured);
             let name = match measured.test {
                 "decode" => format!("decode × {}", measured.batch),
@@ -284,12 +349,12 @@ impl Report {
             table.row(vec![
                 name,
                 format!("{rate:.1}"),
-                format!("{:.1}", measured.rate(measured.seconds[measured.seconds.len() - 1])),
-                format!("{:.1}", measured.rate(measured.seconds[0])),
+                format!("{least:.1}"),
+                format!("{most:.1}"),
                 format!("{:.2} ms", 1e3 / rate),
                 format!("{:.3} GB", bytes / 1e9),
                 format!("{:.1}", bytes * rate / 1e9),
-                format!("{:.0} %", 100.0 * bytes * rate / self.bandwidth),
+                format!("{:.0} %", 100.0 * measured.share(bytes)),
                 format!("{:.0}", 2e-9 * self.multiply_adds_a_token(measured) * rate),
             ]);
         }
@@ -314,9 +379,11 @@ mod tests {
         let reads = Reads::of(&config, &model, &(0..2), false).unwrap();
         let device = select_device("cpu", 1, Precision::Fast, Prefill::Invariant).unwrap();
         let mut stage = device.load(&config, Arc::new(model), 0..2, options, &mut |_, _| ()).unwrap();
-        let mut bench = Bench { stage: stage.as_mut(), config: &config, is_first: true, has_head: false };
-        let decode = repeated(2, || bench.decode(3, 4)).unwrap();
-        let prefill = repeated(2, || bench.prefill(40)).unwrap();
+        let mut bench =
+            Bench { stage: stage.as_mut(), config: &config, is_first: true, has_head: false, bandwidth: Vec::new() };
+        let decode = bench.repeated(2, |bench| bench.decode(3, 4)).unwrap();
+        let prefill = bench.repeated(2, |bench| bench.prefill(40)).unwrap();
+        assert_eq!(bench.bandwidth.len(), 6, "measured before and after each run");
         let report = Report {
             model: config.name.clone(),
             device: "cpu".into(),
@@ -330,13 +397,25 @@ mod tests {
             bandwidth: 1e9,
             reads,
             results: vec![
-                Measured { test: "decode", batch: 3, prompt: 0, tokens: 12, seconds: decode },
-                Measured { test: "prefill", batch: 1, prompt: 40, tokens: 40, seconds: prefill },
+                Measured { test: "decode", batch: 3, prompt: 0, tokens: 12, runs: decode },
+                Measured { test: "prefill", batch: 1, prompt: 40, tokens: 40, runs: prefill },
             ],
         };
         let json = report.to_json();
         assert_eq!(json["results"][0]["batch"], 3);
         assert!(json["results"][1]["tokens_per_second"].as_f64().unwrap() > 0.0);
         assert!(report.render().contains("decode × 3") && report.render().contains("prefill 40"));
+    }
+
+    #[test]
+    fn a_run_is_compared_with_what_the_memory_gave_around_it() {
+        let run = |seconds, bandwidth| Run { seconds, bandwidth };
+        // Twice as fast while the memory was: the share is the same, whatever the medians of both are.
+        let runs = vec![run(2.0, 100.0), run(1.0, 200.0), run(4.0, 50.0), run(1.0, 200.0), run(8.0, 25.0)];
+        let measured = Measured { test: "decode", batch: 1, prompt: 0, tokens: 8, runs };
+        assert_eq!((measured.rate(), measured.spread(), measured.bandwidth()), (4.0, [1.0, 8.0], 100.0));
+        assert_eq!(measured.share(10.0), 0.4);
+        let two = Measured { runs: vec![run(2.0, 100.0), run(1.0, 100.0)], ..measured };
+        assert_eq!((two.rate(), two.share(10.0)), (8.0, 0.8));
     }
 }

@@ -15,8 +15,10 @@ use crate::{Backend, KernelError};
 
 /// Larger than the last-level caches of ordinary machines.
 const READ_BYTES: usize = 256 << 20;
-/// The fastest of this many passes counts: others may have been disturbed.
-const PASSES: usize = 3;
+/// Passes over memory, of which the median counts: what disturbs some of them disturbs as many products.
+const READS: usize = 5;
+/// The fastest of this many products counts: others may have been disturbed.
+const PRODUCTS: usize = 3;
 /// Inputs and outputs of the product that is timed.
 const SIDE: usize = 1536;
 /// Its rows.
@@ -28,14 +30,15 @@ pub(super) fn read_bandwidth(isa: Isa, threads: &Threads, device: &str) -> Resul
     // Memory that was never written has no pages of its own.
     words.fill(Word([1; 64]));
     let part = words.len().div_ceil(threads.count() * 8);
-    let mut best = 0.0f64;
-    for _ in 0..PASSES {
+    let mut seconds = [0.0; READS];
+    for seconds in &mut seconds {
         let started = Instant::now();
         let parts: Vec<&[Word]> = words.chunks(part).collect();
         threads.each(parts, usize::MAX, |words| isa.run(Read(words)));
-        best = best.max(READ_BYTES as f64 / started.elapsed().as_secs_f64());
+        *seconds = started.elapsed().as_secs_f64();
     }
-    Ok(best)
+    seconds.sort_by(f64::total_cmp);
+    Ok(READ_BYTES as f64 / seconds[READS / 2])
 }
 
 /// Reads words in the manner of the products: asking for them ahead.
@@ -71,7 +74,7 @@ pub(super) fn flop_rate(backend: &mut CpuBackend) -> Result<f64, KernelError> {
     let x: Vec<f32> = (0..ROWS * SIDE).map(|i| (i % 17) as f32 - 8.0).collect();
     let mut out = vec![0.0; ROWS * SIDE];
     let mut best = 0.0f64;
-    for _ in 0..PASSES {
+    for _ in 0..PRODUCTS {
         let started = Instant::now();
         backend.products(&x, &mut [(&matrix, &mut out)]);
         std::hint::black_box(&out);

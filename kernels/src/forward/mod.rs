@@ -136,6 +136,10 @@ impl<B: Backend> Stage for StageModel<B> {
     fn kv_bytes(&self) -> u64 {
         self.need.kv_bytes
     }
+
+    fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {
+        self.backend.measure_read_bandwidth()
+    }
 }
 
 impl<B: Backend> TracedStage for StageModel<B> {
