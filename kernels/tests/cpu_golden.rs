@@ -5,7 +5,8 @@ mod golden;
 use std::{path::Path, sync::Arc};
 
 use golden::{
-    Golden, NAMES, Part, batch, check_greedy, check_logits, check_trace, check_wanted, prompt, same_bits, step, table,
+    Golden, NAMES, Part, batch, check_greedy, check_logits, check_measured, check_trace, check_wanted, prompt,
+    same_bits, step, table,
 };
 use grokpipe_kernels::{Backend, CpuBackend, KernelError, Precision, Row, Stage, StageModel, StageOptions, StepInput};
 use grokpipe_model::Model;
@@ -99,6 +100,12 @@ fn wanted_rows_have_the_same_bits_as_among_all() {
     for golden in NAMES.iter().filter_map(|name| Golden::open(name)) {
         check_wanted(&golden, cpu(2));
     }
+}
+
+#[test]
+fn measuring_the_memory_of_a_stage_leaves_no_trace() {
+    let Some(golden) = Golden::open("a4") else { return };
+    check_measured(&golden, cpu(2));
 }
 
 #[test]

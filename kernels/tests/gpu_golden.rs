@@ -5,7 +5,8 @@
 mod golden;
 
 use golden::{
-    Golden, NAMES, Part, check_greedy, check_logits, check_trace, check_wanted, prompt, same_bits, step, table,
+    Golden, NAMES, Part, check_greedy, check_logits, check_measured, check_trace, check_wanted, prompt, same_bits,
+    step, table,
 };
 use grokpipe_kernels::{GpuBackend, GpuChoice, GpuOptions, KernelError, Stage, StageModel};
 
@@ -74,6 +75,12 @@ fn wanted_rows_have_the_same_bits_as_among_all() {
     for (golden, backend) in goldens() {
         check_wanted(&golden, backend);
     }
+}
+
+#[test]
+fn measuring_the_memory_of_a_stage_leaves_no_trace() {
+    let (Some(golden), Some(backend)) = (Golden::open("a4"), gpu(None)) else { return };
+    check_measured(&golden, backend);
 }
 
 #[test]

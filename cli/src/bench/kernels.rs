@@ -1,7 +1,7 @@
 //! `grokpipe bench kernels`: products alone, of every stored type, by how many rows are multiplied at a time.
 //!
 //! Few rows read every weight for little work, so that their share of the memory's bandwidth counts; many rows work on weights
-//! that are already near, so that their arithmetic does.
+//! that are already near, so that their arithmetic does. What the memory gives is measured around each type, as it may change.
 
 use std::error::Error;
 
@@ -10,6 +10,7 @@ use grokpipe_model::{BlockType, Format};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
+use super::median;
 use crate::{
     config::{parse_precision, parse_prefill, precision_name, prefill_name},
     machine,
@@ -62,7 +63,6 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let types = if args.r#type.is_empty() { BlockType::all().collect() } else { args.r#type.clone() };
     let rows: Vec<usize> = args.rows.iter().map(|&rows| rows as usize).collect();
     let (inputs, outputs) = (args.inputs as usize, args.outputs as usize);
-    let bandwidth = device.measure_read_bandwidth()?;
     let bar = ProgressBar::new(types.len() as u64);
     if let Ok(style) = ProgressStyle::with_template("timing {msg:8} {bar:30} {pos}/{len}") {
         bar.set_style(style);
@@ -72,9 +72,11 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         let of_type = |&kind: &BlockType| {
             bar.set_message(kind.name());
             let shape = ProductShape { format: Format::Blocks(kind), inputs, outputs };
+            let before = device.measure_read_bandwidth()?;
             let times = device.time_products(shape, &rows, args.repeat as usize)?;
+            let bandwidth = f64::midpoint(before, device.measure_read_bandwidth()?);
             bar.inc(1);
-            Ok::<_, KernelError>((kind, times))
+            Ok::<_, KernelError>(OfType { kind, bandwidth, times })
         };
         types.iter().map(of_type).collect::<Result<Vec<_>, _>>()
     })?;
@@ -85,7 +87,6 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         precision: precision_name(args.precision),
         // What is in use, not what was asked for: few devices have it.
         prefill: prefill_name(Prefill::of_fingerprint(&info.fingerprint)),
-        bandwidth,
         inputs,
         outputs,
         times,
@@ -103,14 +104,25 @@ struct Report {
     device: String,
     precision: &'static str,
     prefill: &'static str,
-    /// Bytes a second.
-    bandwidth: f64,
     inputs: usize,
     outputs: usize,
-    times: Vec<(BlockType, Vec<ProductTime>)>,
+    times: Vec<OfType>,
+}
+
+/// Products with matrices of one type.
+struct OfType {
+    kind: BlockType,
+    /// Bytes a second that the memory gave before and after, the mean.
+    bandwidth: f64,
+    times: Vec<ProductTime>,
 }
 
 impl Report {
+    /// Bytes a second that the memory gave, the median over the types.
+    fn bandwidth(&self) -> f64 {
+        median(self.times.iter().map(|of_type| of_type.bandwidth).collect())
+    }
+
     /// Bytes and multiply-adds times two a second.
     fn rates(&self, time: &ProductTime) -> (f64, f64) {
         let work = 2.0 * (time.rows * self.inputs * self.outputs) as f64;
@@ -119,7 +131,7 @@ impl Report {
 
     fn heading(&self) -> String {
         let Self { device, precision, prefill, inputs, outputs, .. } = self;
-        let bandwidth = self.bandwidth / 1e9;
+        let bandwidth = self.bandwidth() / 1e9;
         format!(
             "{inputs} inputs, {outputs} outputs, {device}, precision {precision}, prefill {prefill}; memory reads {bandwidth:.1} GB/s\n"
         )
@@ -127,7 +139,7 @@ impl Report {
 
     fn table(&self) -> String {
         let mut table = Table::new(&["type", "rows", "a product", "bytes", "GB/s", "of memory", "GFLOP/s"]);
-        for (kind, times) in &self.times {
+        for OfType { kind, bandwidth, times } in &self.times {
             for time in times {
                 let (bytes, work) = self.rates(time);
                 table.row(vec![
@@ -136,7 +148,7 @@ impl Report {
                     format!("{:.3} ms", 1e3 * time.seconds),
                     format!("{:.1} MB", time.bytes as f64 / 1e6),
                     format!("{:.1}", bytes / 1e9),
-                    format!("{:.0} %", 100.0 * bytes / self.bandwidth),
+                    format!("{:.0} %", 100.0 * bytes / bandwidth),
                     format!("{:.0}", work / 1e9),
                 ]);
             }
@@ -145,8 +157,8 @@ impl Report {
     }
 
     fn to_json(&self) -> Value {
-        let results = self.times.iter().flat_map(|(kind, times)| {
-            times.iter().map(|time| {
+        let results = self.times.iter().flat_map(|OfType { kind, bandwidth, times }| {
+            times.iter().map(move |time| {
                 let (bytes, work) = self.rates(time);
                 json!({
                     "type": kind.name(),
@@ -154,13 +166,14 @@ impl Report {
                     "seconds": time.seconds,
                     "bytes": time.bytes,
                     "gigabytes_per_second": bytes / 1e9,
-                    "share_of_bandwidth": bytes / self.bandwidth,
+                    "read_gigabytes_per_second": bandwidth / 1e9,
+                    "share_of_bandwidth": bytes / bandwidth,
                     "gigaflops_per_second": work / 1e9,
                 })
             })
         });
         json!({
-            "machine": { "device": self.device, "read_gigabytes_per_second": self.bandwidth / 1e9 },
+            "machine": { "device": self.device, "read_gigabytes_per_second": self.bandwidth() / 1e9 },
             "precision": self.precision,
             "prefill": self.prefill,
             "inputs": self.inputs,
@@ -178,11 +191,14 @@ mod tests {
     fn rates_are_of_bytes_and_of_work() {
         let time = ProductTime { rows: 8, bytes: 1_000_000, seconds: 1e-3 };
         let (inputs, outputs) = (1000, 500);
-        let times = vec![(BlockType::Q8_0, vec![time])];
+        let of_type = |kind, bandwidth| OfType { kind, bandwidth, times: vec![time] };
+        let times = vec![of_type(BlockType::Q8_0, 2e9), of_type(BlockType::Q4_K, 4e9)];
         let (precision, prefill) = ("fast", "invariant");
-        let report = Report { device: "cpu".into(), precision, prefill, bandwidth: 2e9, inputs, outputs, times };
+        let report = Report { device: "cpu".into(), precision, prefill, inputs, outputs, times };
         let json = report.to_json();
         assert_eq!(json["results"][0]["share_of_bandwidth"], 0.5);
+        assert_eq!(json["results"][1]["share_of_bandwidth"], 0.25);
+        assert_eq!(json["machine"]["read_gigabytes_per_second"], 3.0);
         assert_eq!(json["results"][0]["gigaflops_per_second"], 8.0);
         assert!(report.table().contains("50 %"), "{}", report.table());
         assert_eq!(json["prefill"], "invariant");

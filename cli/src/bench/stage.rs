@@ -12,7 +12,7 @@ use grokpipe_kernels::{
 use grokpipe_model::ModelConfig;
 use serde_json::{Value, json};
 
-use super::{CHUNK_ROWS, TestArgs, WARM_UP_STEPS, inputs, open, parse_layers, progress_bar, reads::Reads};
+use super::{CHUNK_ROWS, TestArgs, WARM_UP_STEPS, inputs, median, open, parse_layers, progress_bar, reads::Reads};
 use crate::{
     config::{precision_name, prefill_name},
     error::CliError,
@@ -139,7 +139,7 @@ impl Bench<'_> {
         for _ in 0..times {
             let seconds = run(self)?;
             let after = self.measure_bandwidth()?;
-            runs.push(Run { seconds, bandwidth: (before + after) / 2.0 });
+            runs.push(Run { seconds, bandwidth: f64::midpoint(before, after) });
             before = after;
         }
         Ok(runs)
@@ -222,7 +222,7 @@ struct Run {
 }
 
 impl Measured {
-    /// Tokens a second of each run.
+    /// Tokens a second of each run, in their order.
     fn rates(&self) -> impl Iterator<Item = f64> {
         self.runs.iter().map(|run| f64::from(self.tokens) / run.seconds)
     }
@@ -245,12 +245,6 @@ impl Measured {
     fn share(&self, bytes_a_token: f64) -> f64 {
         median(self.rates().zip(&self.runs).map(|(rate, run)| bytes_a_token * rate / run.bandwidth).collect())
     }
-}
-
-/// The middle one of at least one number, the upper one of two.
-fn median(mut numbers: Vec<f64>) -> f64 {
-    numbers.sort_by(f64::total_cmp);
-    numbers[numbers.len() / 2]
 }
 
 struct Report {
@@ -416,6 +410,6 @@ mod tests {
         assert_eq!((measured.rate(), measured.spread(), measured.bandwidth()), (4.0, [1.0, 8.0], 100.0));
         assert_eq!(measured.share(10.0), 0.4);
         let two = Measured { runs: vec![run(2.0, 100.0), run(1.0, 100.0)], ..measured };
-        assert_eq!((two.rate(), two.share(10.0)), (8.0, 0.8));
+        assert_eq!((two.rate(), two.share(10.0)), (6.0, 0.6));
     }
 }

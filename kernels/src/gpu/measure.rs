@@ -1,77 +1,88 @@
-//! How fast the device is, measured with the kernels that a model would run.
-//!
-//! What is measured is what a plan needs to predict: not what the memory could deliver, but what the matrix kernel makes of it.
+//! How fast the device is. Memory: a reduction that does nothing but read. Arithmetic: what the matrix kernel makes of it.
 
 use std::time::{Duration, Instant};
 
 use grokpipe_model::{Format, Layout, MatrixSpec};
 
-use super::{GpuBackend, matrix, matrix::Shape};
+use super::{
+    GpuBackend, matrix,
+    matrix::Shape,
+    memory::{GpuBuffer, words},
+    pipelines::Kernel,
+    shaders::ReadParams,
+};
 use crate::{Backend, KernelError};
 
 /// Time that a measurement may take after its first run.
 const BUDGET: Duration = Duration::from_millis(120);
-
-/// A product to time.
-struct Product {
-    rows: usize,
-    inputs: usize,
-    outputs: usize,
-    /// Products in one submission, so that its cost does not count.
-    repeats: usize,
-}
+/// Bytes of a chunk of `read_words.wgsl`.
+const CHUNK: u64 = 16;
+/// Chunks that a workgroup of it reads.
+const CHUNKS_A_WORKGROUP: u64 = 4096;
+/// Where there is no room for what should be read, less is; not less than this, which caches could hold.
+const READ_MIN: u64 = 64 << 20;
 
 impl GpuBackend {
     pub(super) fn read_bandwidth(&mut self) -> Result<f64, KernelError> {
-        // Larger than the caches that GPUs have.
-        let product = if self.software {
-            Product { rows: 1, inputs: 4096, outputs: 8192, repeats: 1 }
-        } else {
-            Product { rows: 1, inputs: 6144, outputs: 49_152, repeats: 4 }
-        };
-        Ok((product.inputs * product.outputs) as f64 / self.seconds(&product)?)
+        // Larger than the caches that GPUs have, and 4 GiB in one submission.
+        let (bytes, in_all) = if self.software { (READ_MIN, READ_MIN) } else { (512 << 20, 4 << 30) };
+        let read = self.words_to_read(bytes)?;
+        let passes = in_all.div_ceil(read.bytes());
+        let sums = self.memory.allocate("sums of words", words(&[workgroups(&read) as usize]))?;
+        let seconds = self.seconds(|backend| (0..passes).for_each(|_| backend.read_words(&read, &sums)))?;
+        Ok((read.bytes() * passes) as f64 / seconds)
+    }
+
+    /// So many bytes to read, or what there is room for.
+    fn words_to_read(&mut self, mut bytes: u64) -> Result<GpuBuffer, KernelError> {
+        loop {
+            match self.memory.allocate("words to read", Some(bytes.min(self.memory.binding_bytes()))) {
+                Err(KernelError::OutOfMemory { .. }) if bytes > READ_MIN => bytes /= 2,
+                words => return words,
+            }
+        }
+    }
+
+    /// Reads a buffer once; leaves a sum a workgroup.
+    fn read_words(&mut self, words: &GpuBuffer, sums: &GpuBuffer) {
+        let params = ReadParams { chunks: (words.bytes() / CHUNK) as u32 };
+        self.recorder.dispatch(Kernel::ReadWords, &params, &[words, sums], [workgroups(words), 1, 1], 0);
     }
 
     pub(super) fn flop_rate(&mut self) -> Result<f64, KernelError> {
-        let product = if self.software {
-            Product { rows: 64, inputs: 1024, outputs: 512, repeats: 1 }
-        } else {
-            Product { rows: 64, inputs: 6144, outputs: 6144, repeats: 4 }
-        };
-        let flops = 2.0 * (product.rows * product.inputs * product.outputs) as f64;
-        Ok(flops / self.seconds(&product)?)
+        let (rows, [inputs, outputs], repeats) =
+            if self.software { (64, [1024, 512], 1) } else { (64, [6144, 6144], 4) };
+        let name = "a matrix to measure with".to_owned();
+        let format = Format::Int8 { groups: 1 };
+        let spec = MatrixSpec { name, experts: 1, inputs, outputs, format, layout: Layout::InOut };
+        let w = matrix::allocate(&mut self.memory, &mut self.recorder, &spec.name, Shape::new(&spec)?)?;
+        let x = self.activations(rows, inputs)?;
+        let mut out = self.activations(rows, outputs)?;
+        let seconds = self.seconds(|backend| {
+            backend.rows = rows;
+            (0..repeats).for_each(|_| backend.matmul(&x, &w, 1.0, &mut out));
+        });
+        self.rows = 0;
+        Ok(2.0 * (repeats * rows * inputs * outputs) as f64 / seconds?)
     }
 
-    /// Seconds of one product, the best of several runs, by the device's own clock where it has one.
-    fn seconds(&mut self, product: &Product) -> Result<f64, KernelError> {
+    /// Seconds of one submission, the best of several, by the device's own clock where it has one.
+    fn seconds(&mut self, record: impl FnMut(&mut Self)) -> Result<f64, KernelError> {
         self.recorder.time_passes(true);
-        let seconds = self.best_seconds(product);
+        let seconds = self.best_seconds(record);
         self.recorder.time_passes(false);
+        self.recorder.forget_bind_groups();
         seconds
     }
 
-    fn best_seconds(&mut self, product: &Product) -> Result<f64, KernelError> {
-        let spec = MatrixSpec {
-            name: "a matrix to measure with".into(),
-            experts: 1,
-            inputs: product.inputs,
-            outputs: product.outputs,
-            format: Format::Int8 { groups: 1 },
-            layout: Layout::InOut,
-        };
-        let w = matrix::allocate(&mut self.memory, &mut self.recorder, &spec.name, Shape::new(&spec)?)?;
-        let x = self.activations(product.rows, product.inputs)?;
-        let mut out = self.activations(product.rows, product.outputs)?;
+    fn best_seconds(&mut self, mut record: impl FnMut(&mut Self)) -> Result<f64, KernelError> {
         let mut best = f64::MAX;
         let mut spent = Duration::ZERO;
         let mut run = 0;
         while run < 2 || spent < BUDGET {
             self.recorder.begin(false);
-            self.rows = product.rows;
             let start = Instant::now();
-            for _ in 0..product.repeats {
-                self.matmul(&x, &w, 1.0, &mut out);
-            }
+            record(self);
             self.recorder.submit_and_wait()?;
             let elapsed = start.elapsed();
             // The first run compiles the kernel and clears the memory.
@@ -81,8 +92,56 @@ impl GpuBackend {
             }
             run += 1;
         }
-        self.rows = 0;
-        self.recorder.forget_bind_groups();
-        Ok(best / product.repeats as f64)
+        Ok(best)
+    }
+}
+
+/// Workgroups that read a buffer.
+fn workgroups(words: &GpuBuffer) -> u32 {
+    words.bytes().div_ceil(CHUNK * CHUNKS_A_WORKGROUP) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        gpu::{memory::Memory, tests::open},
+        ops::testing::{Random, seed},
+    };
+
+    #[test]
+    fn every_word_is_read_once() {
+        let Some(mut backend) = open(None) else { return };
+        let seed = seed(1);
+        let mut random = Random::new(seed);
+        let workgroup = (CHUNK * CHUNKS_A_WORKGROUP) as usize / 4;
+        for words in [4, workgroup - 4, workgroup, 2 * workgroup + 1028] {
+            let numbers: Vec<u32> = (0..words).map(|_| random.bits() as u32).collect();
+            let read = backend.memory.allocate("words", Some(4 * words as u64)).unwrap();
+            let wants: Vec<u32> =
+                numbers.chunks(workgroup).map(|part| part.iter().fold(0, |a: u32, b| a.wrapping_add(*b))).collect();
+            assert_eq!(workgroups(&read) as usize, wants.len());
+            let sums = backend.memory.allocate("sums", Some(4 * wants.len() as u64)).unwrap();
+            backend.recorder.begin(false);
+            backend.recorder.write(&read, 0, bytemuck::cast_slice(&numbers));
+            backend.read_words(&read, &sums);
+            let found = backend.recorder.read_back::<u32>(&[(&sums, wants.len())]).unwrap();
+            assert_eq!(found, [wants], "{words} words, seed {seed}");
+        }
+    }
+
+    #[test]
+    fn less_is_read_where_there_is_no_room_for_more() {
+        let Some(mut backend) = open(None) else { return };
+        // No binding holds less than twice the least.
+        for (total, wanted, expected) in [(9, 2, 2), (9, 1, 1), (2, 8, 2), (1, 2, 1)] {
+            let total = total * READ_MIN;
+            backend.memory = Memory::new(&backend.recorder.device, &backend.recorder.failure, total, None);
+            let read = backend.words_to_read(wanted * READ_MIN).unwrap();
+            assert_eq!(read.bytes(), expected * READ_MIN);
+        }
+        backend.memory = Memory::new(&backend.recorder.device, &backend.recorder.failure, READ_MIN / 2, None);
+        let refused = backend.read_bandwidth();
+        assert!(matches!(refused, Err(KernelError::OutOfMemory { .. })), "{refused:?}");
     }
 }

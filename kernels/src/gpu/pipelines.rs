@@ -4,7 +4,7 @@
 //! matrices need when these are loaded, and all others when it is opened. So a driver that cannot compile one says so before the
 //! first step.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::{
     cooperative::{Cooperative, Edge, PLACES},
@@ -44,6 +44,7 @@ pub(super) enum Kernel {
     AttentionCombine,
     Gather,
     SubgroupProbe,
+    ReadWords,
 }
 
 /// The kernels that have no variants.
@@ -218,6 +219,7 @@ impl Kernel {
             Self::AttentionCombine => (&shaders::ATTENTION_COMBINE, Vec::new()),
             Self::Gather => (&shaders::GATHER, Vec::new()),
             Self::SubgroupProbe => (&shaders::SUBGROUP_PROBE, Vec::new()),
+            Self::ReadWords => (&shaders::READ_WORDS, Vec::new()),
         }
     }
 }
@@ -226,7 +228,7 @@ impl Kernel {
 pub fn gpu_kernels() -> Vec<(&'static Shader, Vec<(&'static str, f64)>)> {
     let mut kernels = [ALWAYS.as_slice(), OF_PREFILL_FAST.as_slice()].concat();
     kernels.extend([Lanes::Memory, Lanes::Subgroups].into_iter().flat_map(reductions));
-    kernels.push(Kernel::SubgroupProbe);
+    kernels.extend([Kernel::SubgroupProbe, Kernel::ReadWords]);
     let sliced = [Sharing::One, Sharing::Tiled].map(|sharing| (sharing, true, true));
     let small = [Sharing::One, Sharing::Tiled].map(|sharing| (sharing, false, true));
     let software = [Sharing::Wide, Sharing::Tiled].map(|sharing| (sharing, false, false));
@@ -252,6 +254,9 @@ pub fn gpu_kernels() -> Vec<(&'static Shader, Vec<(&'static str, f64)>)> {
         let variants = [true, false].map(|whole| CooperativeVariant { held, whole, cooperative });
         kernels.extend(variants.into_iter().flat_map(CooperativeVariant::kernels));
     }
+    // Some serve several variants.
+    let mut listed = HashSet::new();
+    kernels.retain(|kernel| listed.insert(*kernel));
     kernels.into_iter().map(Kernel::shader).collect()
 }
 

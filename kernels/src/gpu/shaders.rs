@@ -178,6 +178,7 @@ shaders! {
     RMS_NORM = "rms_norm" / "rms_norm", Joined::Lanes(Lanes::Memory), rms_norm::Params, [false, false, true];
     RMS_NORM_SUBGROUP = "rms_norm" / "rms_norm", Joined::Lanes(Lanes::Subgroups), rms_norm::Params, [false, false, true];
     SUBGROUP_PROBE = "subgroup_probe" / "subgroup_probe", Joined::Lanes(Lanes::Subgroups), ProbeParams, [true];
+    READ_WORDS = "read_words" / "read_words", Joined::Alone, ReadParams, [false, true];
     ROPE = "rope" / "rope", Joined::Alone, RopeParams, [true, false, false, false, false, true, true];
     MARK_SLOTS = "attention" / "mark_slots", Joined::Alone, MarkParams, [false, true];
     ATTENTION = "attention" / "attention", Joined::Lanes(Lanes::Memory), AttentionUniform,
@@ -287,6 +288,12 @@ pub(super) struct TilesParams {
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub(super) struct ProbeParams {
     pub(super) factor: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct ReadParams {
+    pub(super) chunks: u32,
 }
 
 #[repr(C)]

@@ -246,3 +246,18 @@ pub(crate) fn check_wanted<B: Backend>(golden: &Golden, backend: B) {
     }
     same_bits(&format!("{} again", golden.name), &prompt(&mut model, ids), &whole);
 }
+
+/// What a stage's memory gives is measured between two chunks of a prompt, whose bits stay what they are without.
+pub(crate) fn check_measured<B: Backend>(golden: &Golden, backend: B) {
+    let mut model = golden.whole(backend);
+    let ids = golden.prompts.iter().max_by_key(|ids| ids.len()).unwrap();
+    let want = prompt(&mut model, ids);
+    let mut found = Vec::new();
+    let half = ids.len().div_ceil(2);
+    for (first, chunk) in [0, half].into_iter().zip(ids.chunks(half)) {
+        let gigabytes = model.measure_read_bandwidth().unwrap() / 1e9;
+        assert!(gigabytes.is_finite() && gigabytes > 0.0, "{gigabytes}");
+        found.extend(step(&mut [&mut model], &[Part { first, ids: chunk, table: table(1) }]));
+    }
+    same_bits(&format!("{} measured in between", golden.name), &found, &want);
+}

@@ -8,7 +8,10 @@ use std::ops::Range;
 use grokpipe_proto::{snapshot::Prediction, v1::StageTiming};
 use serde_json::{Value, json};
 
-use super::{super::reads::Reads, workload::Test};
+use super::{
+    super::{median, reads::Reads, sorted},
+    workload::Test,
+};
 use crate::text::Table;
 
 /// One worker's part in the frames of a test, in microseconds.
@@ -283,17 +286,6 @@ impl Rates {
     fn against(&self, predicted: Option<f64>) -> Option<Prediction> {
         predicted.map(|predicted| Prediction { predicted, measured: Some(self.median) })
     }
-}
-
-fn sorted(mut values: Vec<f64>) -> Vec<f64> {
-    values.sort_by(f64::total_cmp);
-    values
-}
-
-/// The one in the middle; 0 of none.
-fn median(values: Vec<f64>) -> f64 {
-    let values = sorted(values);
-    values.get(values.len() / 2).copied().unwrap_or_default()
 }
 
 #[cfg(test)]
