@@ -192,7 +192,7 @@ mod tests {
         let time = ProductTime { rows: 8, bytes: 1_000_000, seconds: 1e-3 };
         let (inputs, outputs) = (1000, 500);
         let of_type = |kind, bandwidth| OfType { kind, bandwidth, times: vec![time] };
-        let times = vec![of_type(BlockType::Q8_0, 2e9), of_type(BlockType::Q4_K, 4e9)];
+        let times = vec![of_type(BlockType::Q8_0, 2e9), of_type(BlockType::Q4K, 4e9)];
         let (precision, prefill) = ("fast", "invariant");
         let report = Report { device: "cpu".into(), precision, prefill, inputs, outputs, times };
         let json = report.to_json();
