@@ -224,10 +224,10 @@ pub trait Backend: Send + 'static {
         Ok(None)
     }
 
-    /// Bytes a second that the device reads from its memory, measured now (a fraction of a second).
+    /// Bytes a second that the device reads from its memory, measured now (a fraction of a second), beside what is loaded.
     ///
     /// # Errors
-    /// As [`Backend::finish`].
+    /// As [`Backend::finish`]; [`KernelError::OutOfMemory`] when there is no room for what is to be read.
     fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError>;
 
     /// Multiply-adds times two a second of a matrix product of 64 rows, measured now.

@@ -39,10 +39,9 @@ pub trait Stage: Send {
     /// Bytes of the KV pool on the device.
     fn kv_bytes(&self) -> u64;
 
-    /// See [`Backend::measure_read_bandwidth`](crate::Backend::measure_read_bandwidth): beside what is loaded, so that what steps read
-    /// can be compared with what the memory gives at that time.
+    /// See [`Backend::measure_read_bandwidth`](crate::Backend::measure_read_bandwidth).
     ///
     /// # Errors
-    /// As there; [`KernelError::OutOfMemory`] when there is no room left to measure with.
+    /// As there.
     fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError>;
 }

@@ -1,6 +1,6 @@
 //! Every shader parses, validates and becomes a pipeline, and its parameters are as large as in Rust. Needs no GPU.
 
-use std::path::Path;
+use std::{collections::HashSet, path::Path};
 
 use grokpipe_kernels::{SHADERS, Shader, gpu_kernels};
 use wgpu::{
@@ -67,6 +67,13 @@ fn every_variant_is_valid_with_its_constants() {
         let made = process_overrides(&module, &info, entry, &values);
         assert!(made.is_ok(), "{} {constants:?}: {:?}", shader.name, made.err());
     }
+}
+
+#[test]
+fn no_kernel_is_listed_twice() {
+    let kernels = gpu_kernels();
+    let different: HashSet<String> = kernels.iter().map(|kernel| format!("{kernel:?}")).collect();
+    assert_eq!(different.len(), kernels.len());
 }
 
 #[test]

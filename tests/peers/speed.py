@@ -6,7 +6,7 @@
 FOLDER has bench-TYPE.gguf and the peers: build/bin/llama-bench and llama-batched-bench of llama.cpp, build-ik/bin/llama-bench of
 ik_llama.cpp; a peer that is not there is left out. Each round runs every program once, so that what the machine does meanwhile
 disturbs all alike; the medians over the rounds and our ratios to the peers are printed as a table in Markdown. The share is that of
-the read bandwidth which our own run measured.
+the read bandwidth which our own run measured around each test.
 """
 
 import argparse

@@ -69,12 +69,13 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     }
     let times = settled(device.as_mut(), |device| {
         bar.set_position(0);
+        let mut before = device.measure_read_bandwidth()?;
         let of_type = |&kind: &BlockType| {
             bar.set_message(kind.name());
             let shape = ProductShape { format: Format::Blocks(kind), inputs, outputs };
-            let before = device.measure_read_bandwidth()?;
             let times = device.time_products(shape, &rows, args.repeat as usize)?;
-            let bandwidth = f64::midpoint(before, device.measure_read_bandwidth()?);
+            let after = device.measure_read_bandwidth()?;
+            let bandwidth = f64::midpoint(std::mem::replace(&mut before, after), after);
             bar.inc(1);
             Ok::<_, KernelError>(OfType { kind, bandwidth, times })
         };

@@ -61,7 +61,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     }
     let threads = args.threads.unwrap_or_else(machine::cores) as usize;
     let mut device = select_device(&args.device, threads, args.tests.precision, args.tests.prefill)?;
-    let bandwidth = vec![device.measure_read_bandwidth()?];
+    let before_loading = device.measure_read_bandwidth()?;
     let longest = args.tests.prompt.iter().copied().max().unwrap_or(0);
     let sequences = args.tests.batch.iter().copied().max().unwrap_or(1);
     let decoded = WARM_UP_STEPS + args.r#gen;
@@ -83,7 +83,14 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     })?;
     bar.finish_and_clear();
     let load_seconds = started.elapsed().as_secs_f64();
-    let mut bench = Bench { stage: stage.as_mut(), config: &config, is_first: layers.start == 0, has_head, bandwidth };
+    let mut bench = Bench {
+        stage: stage.as_mut(),
+        config: &config,
+        is_first: layers.start == 0,
+        has_head,
+        bandwidth: Vec::new(),
+        before_loading,
+    };
     let mut results = Vec::new();
     for &batch in &args.tests.batch {
         let runs = bench.repeated(args.tests.repeat, |bench| bench.decode(batch, args.r#gen))?;
@@ -93,7 +100,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         let runs = bench.repeated(args.tests.repeat, |bench| bench.prefill(prompt))?;
         results.push(Measured { test: "prefill", batch: 1, prompt, tokens: prompt, runs });
     }
-    let bandwidth = median(bench.bandwidth);
+    let bandwidth = bench.bandwidth();
     let report = Report {
         model: config.name.clone(),
         device: stage.device().name.clone(),
@@ -123,8 +130,10 @@ struct Bench<'a> {
     config: &'a ModelConfig,
     is_first: bool,
     has_head: bool,
-    /// Bytes a second that the memory gave, at least one measurement.
+    /// Bytes a second that the memory gave so far; nothing where the weights leave no room to measure.
     bandwidth: Vec<f64>,
+    /// The same, measured before they were loaded.
+    before_loading: f64,
 }
 
 impl Bench<'_> {
@@ -145,14 +154,25 @@ impl Bench<'_> {
         Ok(runs)
     }
 
-    /// What the memory gives now; where the weights leave no room to measure, what it gave last.
+    /// What the memory gives now; where the weights leave no room to measure, what it gave before they were loaded.
     fn measure_bandwidth(&mut self) -> Result<f64, Failure> {
-        let found = match (self.stage.measure_read_bandwidth(), self.bandwidth.last()) {
-            (Err(KernelError::OutOfMemory { .. }), Some(&last)) => last,
-            (found, _) => found?,
-        };
-        self.bandwidth.push(found);
-        Ok(found)
+        match self.stage.measure_read_bandwidth() {
+            Err(KernelError::OutOfMemory { .. }) => Ok(self.before_loading),
+            found => {
+                let found = found?;
+                self.bandwidth.push(found);
+                Ok(found)
+            }
+        }
+    }
+
+    /// What the memory gave.
+    fn bandwidth(&self) -> Bandwidth {
+        if self.bandwidth.is_empty() {
+            Bandwidth::BeforeLoading(self.before_loading)
+        } else {
+            Bandwidth::AroundRuns(median(self.bandwidth.clone()))
+        }
     }
 
     /// Seconds of `steps` steps of `sequences` sequences, a token each a step, from empty sequences on.
@@ -247,6 +267,29 @@ impl Measured {
     }
 }
 
+/// Bytes a second that the memory gave, and when.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Bandwidth {
+    /// Before and after each run, the median.
+    AroundRuns(f64),
+    /// Once: the weights left no room to measure beside them.
+    BeforeLoading(f64),
+}
+
+impl Bandwidth {
+    fn gigabytes(self) -> f64 {
+        let (Self::AroundRuns(bytes) | Self::BeforeLoading(bytes)) = self;
+        bytes / 1e9
+    }
+
+    fn when(self) -> &'static str {
+        match self {
+            Self::AroundRuns(_) => "around each run",
+            Self::BeforeLoading(_) => "before loading",
+        }
+    }
+}
+
 struct Report {
     model: String,
     device: String,
@@ -258,8 +301,7 @@ struct Report {
     load_seconds: f64,
     /// Of this process, with what measuring the bandwidth takes, where the system tells.
     peak_memory: Option<u64>,
-    /// Bytes a second that the memory gave, the median of the whole run.
-    bandwidth: f64,
+    bandwidth: Bandwidth,
     reads: Reads,
     results: Vec<Measured>,
 }
@@ -307,7 +349,8 @@ impl Report {
             "machine": {
                 "device": self.device,
                 "threads": self.threads,
-                "read_gigabytes_per_second": self.bandwidth / 1e9,
+                "read_gigabytes_per_second": self.bandwidth.gigabytes(),
+                "read_measured": self.bandwidth.when(),
             },
             "model": self.model,
             "precision": precision_name(self.precision),
@@ -329,8 +372,9 @@ impl Report {
             self.peak_memory.map_or(String::new(), |bytes| format!(", peak memory {:.2} GB", bytes as f64 / 1e9));
         text += &format!("loaded {gigabytes:.2} GB in {:.1} s, {rate:.1} GB/s{peak}\n", self.load_seconds);
         let (precision, prefill) = (precision_name(self.precision), prefill_name(self.prefill));
-        let bandwidth = self.bandwidth / 1e9;
-        text += &format!("precision {precision}, prefill {prefill}; memory reads {bandwidth:.1} GB/s\n\n");
+        let (gigabytes, when) = (self.bandwidth.gigabytes(), self.bandwidth.when());
+        text +=
+            &format!("precision {precision}, prefill {prefill}; memory reads {gigabytes:.1} GB/s, measured {when}\n\n");
         let mut table =
             Table::new(&["test", "tokens/s", "least", "most", "a token", "reads", "GB/s", "of memory", "GFLOP/s"]);
         for measured in &self.results {
@@ -360,24 +404,41 @@ impl Report {
 mod tests {
     use std::sync::Arc;
 
+    use grokpipe_kernels::{DeviceInfo, StepOutput};
     use grokpipe_model::Model;
 
     use super::*;
 
-    #[test]
-    fn the_demo_is_measured_and_reported() {
-        let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/demo");
-        let model = Model::open(&demo).unwrap();
+    fn model() -> Model {
+        Model::open(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/demo")).unwrap()
+    }
+
+    /// Two layers of the demo on the CPU.
+    fn demo() -> (ModelConfig, Box<dyn Stage>) {
+        let model = model();
         let config = model.config().clone();
         let options = StageOptions { kv_blocks: 16, max_rows: 40, head: false, logit_rows: 1 };
-        let reads = Reads::of(&config, &model, &(0..2), false).unwrap();
         let device = select_device("cpu", 1, Precision::Fast, Prefill::Invariant).unwrap();
-        let mut stage = device.load(&config, Arc::new(model), 0..2, options, &mut |_, _| ()).unwrap();
-        let mut bench =
-            Bench { stage: stage.as_mut(), config: &config, is_first: true, has_head: false, bandwidth: Vec::new() };
+        let stage = device.load(&config, Arc::new(model), 0..2, options, &mut |_, _| ()).unwrap();
+        (config, stage)
+    }
+
+    #[test]
+    fn the_demo_is_measured_and_reported() {
+        let (config, mut stage) = demo();
+        let reads = Reads::of(&config, &model(), &(0..2), false).unwrap();
+        let mut bench = Bench {
+            stage: stage.as_mut(),
+            config: &config,
+            is_first: true,
+            has_head: false,
+            bandwidth: Vec::new(),
+            before_loading: 1.0,
+        };
         let decode = bench.repeated(2, |bench| bench.decode(3, 4)).unwrap();
         let prefill = bench.repeated(2, |bench| bench.prefill(40)).unwrap();
         assert_eq!(bench.bandwidth.len(), 6, "measured before and after each run");
+        assert!(matches!(bench.bandwidth(), Bandwidth::AroundRuns(bytes) if bytes > 0.0));
         let report = Report {
             model: config.name.clone(),
             device: "cpu".into(),
@@ -388,7 +449,7 @@ mod tests {
             weights_bytes: 1000,
             load_seconds: 1.0,
             peak_memory: None,
-            bandwidth: 1e9,
+            bandwidth: Bandwidth::AroundRuns(1e9),
             reads,
             results: vec![
                 Measured { test: "decode", batch: 3, prompt: 0, tokens: 12, runs: decode },
@@ -409,7 +470,51 @@ mod tests {
         let measured = Measured { test: "decode", batch: 1, prompt: 0, tokens: 8, runs };
         assert_eq!((measured.rate(), measured.spread(), measured.bandwidth()), (4.0, [1.0, 8.0], 100.0));
         assert_eq!(measured.share(10.0), 0.4);
-        let two = Measured { runs: vec![run(2.0, 100.0), run(1.0, 100.0)], ..measured };
-        assert_eq!((two.rate(), two.share(10.0)), (6.0, 0.6));
+        // Where shares differ, theirs is the middle, and not that of the middle rate in the middle bandwidth.
+        let measured = Measured { runs: vec![run(1.0, 100.0), run(2.0, 100.0), run(4.0, 25.0)], ..measured };
+        assert_eq!((measured.rate(), measured.bandwidth(), measured.share(25.0)), (4.0, 100.0, 2.0));
+    }
+
+    /// A stage beside which there is no room to measure.
+    struct Full(Box<dyn Stage>);
+
+    impl Stage for Full {
+        fn run(&mut self, batch: &Batch, input: StepInput<'_>, wanted: &[u32]) -> Result<StepOutput, KernelError> {
+            self.0.run(batch, input, wanted)
+        }
+
+        fn device(&self) -> &DeviceInfo {
+            self.0.device()
+        }
+
+        fn weights_bytes(&self) -> u64 {
+            self.0.weights_bytes()
+        }
+
+        fn kv_bytes(&self) -> u64 {
+            self.0.kv_bytes()
+        }
+
+        fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {
+            let (what, device) = ("the bandwidth measurement".to_owned(), "cpu".to_owned());
+            Err(KernelError::OutOfMemory { what, needed_bytes: 2, available_bytes: 1, device })
+        }
+    }
+
+    #[test]
+    fn where_there_is_no_room_to_measure_a_run_is_compared_with_what_was_measured_before_loading() {
+        let (config, stage) = demo();
+        let mut stage = Full(stage);
+        let mut bench = Bench {
+            stage: &mut stage,
+            config: &config,
+            is_first: true,
+            has_head: false,
+            bandwidth: Vec::new(),
+            before_loading: 3e9,
+        };
+        let runs = bench.repeated(2, |bench| bench.decode(1, 1)).unwrap();
+        assert!(runs.iter().all(|run| run.bandwidth == 3e9));
+        assert_eq!(bench.bandwidth(), Bandwidth::BeforeLoading(3e9));
     }
 }

@@ -1,4 +1,4 @@
-//! How fast this machine reads memory and multiplies, for the planner. Measured in a fraction of a second.
+//! How fast this machine reads memory and multiplies, for the planner and for benchmarks. Measured in a fraction of a second.
 
 use std::time::Instant;
 

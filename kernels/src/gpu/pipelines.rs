@@ -1,8 +1,8 @@
 //! The kernels: shaders with their constants, and the pipelines that a device has made of them.
 //!
 //! Kernels that multiply by weights come in one variant for each way in which weights are held; a device compiles those that its
-//! matrices need when these are loaded, and all others when it is opened. So a driver that cannot compile one says so before the
-//! first step.
+//! matrices need when these are loaded, and all others when it is opened, but for the one that measures its memory. So a driver that cannot
+//! compile one says so before the first step.
 
 use std::collections::{HashMap, HashSet};
 

@@ -121,6 +121,11 @@ impl Recorder {
         self.groups.clear();
     }
 
+    /// The same for the buffers of one kernel.
+    pub(super) fn forget_bind_groups_of(&mut self, kernel: Kernel) {
+        self.groups.retain(|(of, _), _| *of != kernel);
+    }
+
     /// Has the submissions that follow timed by the device's clock, if it has one, or no more.
     pub(super) fn time_passes(&mut self, timed: bool) {
         self.clock = if timed { Clock::new(&self.device, &self.queue) } else { None };

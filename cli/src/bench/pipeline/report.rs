@@ -214,7 +214,7 @@ impl Report {
         let Range { start, end } = layers;
         let mut text =
             format!("{model}, layers {start}..{end}, {device} a worker, precision {precision}, prefill {prefill}");
-        text += &format!("; memory reads {:.1} GB/s\n\n", self.bandwidth / 1e9);
+        text += &format!("; memory read {:.1} GB/s when a worker started\n\n", self.bandwidth / 1e9);
         let mut table = Table::new(&["test", "workers", "tokens/s", "least", "most", "a token", "GB/s", "of memory"]);
         for (test, workers, timed) in self.rows() {
             let (rates, bytes) = (Rates::of(test, timed), self.bytes_a_token(test));
