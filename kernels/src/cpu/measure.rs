@@ -15,10 +15,8 @@ use crate::{Backend, KernelError};
 
 /// Larger than the last-level caches of ordinary machines.
 const READ_BYTES: usize = 256 << 20;
-/// Passes over memory, of which the median counts: what disturbs some of them disturbs as many products.
-const READS: usize = 5;
-/// The fastest of this many products counts: others may have been disturbed.
-const PRODUCTS: usize = 3;
+/// Runs of which the median counts: what disturbs some of them disturbs as many of a stage's.
+const RUNS: usize = 5;
 /// Inputs and outputs of the product that is timed.
 const SIDE: usize = 1536;
 /// Its rows.
@@ -30,15 +28,23 @@ pub(super) fn read_bandwidth(isa: Isa, threads: &Threads, device: &str) -> Resul
     // Memory that was never written has no pages of its own.
     words.fill(Word([1; 64]));
     let part = words.len().div_ceil(threads.count() * 8);
-    let mut seconds = [0.0; READS];
-    for seconds in &mut seconds {
-        let started = Instant::now();
+    let seconds = seconds(|| {
         let parts: Vec<&[Word]> = words.chunks(part).collect();
         threads.each(parts, usize::MAX, |words| isa.run(Read(words)));
+    });
+    Ok(READ_BYTES as f64 / seconds)
+}
+
+/// Seconds of a run.
+fn seconds(mut run: impl FnMut()) -> f64 {
+    let mut seconds = [0.0; RUNS];
+    for seconds in &mut seconds {
+        let started = Instant::now();
+        run();
         *seconds = started.elapsed().as_secs_f64();
     }
     seconds.sort_by(f64::total_cmp);
-    Ok(READ_BYTES as f64 / seconds[READS / 2])
+    seconds[RUNS / 2]
 }
 
 /// Reads words in the manner of the products: asking for them ahead.
@@ -73,14 +79,11 @@ pub(super) fn flop_rate(backend: &mut CpuBackend) -> Result<f64, KernelError> {
     let matrix = backend.load_matrix(&Pattern::new(), &mut |_| ())?;
     let x: Vec<f32> = (0..ROWS * SIDE).map(|i| (i % 17) as f32 - 8.0).collect();
     let mut out = vec![0.0; ROWS * SIDE];
-    let mut best = 0.0f64;
-    for _ in 0..PRODUCTS {
-        let started = Instant::now();
+    let seconds = seconds(|| {
         backend.products(&x, &mut [(&matrix, &mut out)]);
         std::hint::black_box(&out);
-        best = best.max((2 * ROWS * SIDE * SIDE) as f64 / started.elapsed().as_secs_f64());
-    }
-    Ok(best)
+    });
+    Ok((2 * ROWS * SIDE * SIDE) as f64 / seconds)
 }
 
 /// A matrix whose numbers do not matter.

@@ -62,6 +62,7 @@ impl GpuBackend {
             (0..repeats).for_each(|_| backend.matmul(&x, &w, 1.0, &mut out));
         });
         self.rows = 0;
+        self.recorder.forget_bind_groups();
         Ok(2.0 * (repeats * rows * inputs * outputs) as f64 / seconds?)
     }
 
