@@ -1,4 +1,4 @@
-//! `grokpipe bench pipeline` as users run it: workers as processes, one against several. Facts only; no time is asserted.
+//! `grokpipe bench` as users run it, most of all `pipeline`: workers as processes, one against several. Facts only; no time is asserted.
 
 use std::{
     fs,
@@ -125,4 +125,22 @@ fn no_worker_outlives_the_benchmark() {
     };
     assert_eq!(check("9001", &interrupt), Some(1), "Ctrl-C");
     assert_eq!(check("9002", &|running| running.kill().expect("a process of ours")), None, "a power failure");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn results_that_cannot_be_written_are_an_error() {
+    for arguments in [
+        "stage --model model/demo --layers 0..1 --gen 1",
+        "stage --model model/demo --layers 0..1 --gen 1 --json",
+        "kernels --type q8_0 --inputs 256 --outputs 1 --rows 1",
+    ] {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("a disk that is always full");
+        let mut command = grokpipe(["bench"]);
+        command.args(arguments.split_whitespace()).args(["--device", "cpu", "--threads", "1", "--repeat", "1"]);
+        let output = command.stdout(full).output().expect("grokpipe runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments}: {said}");
+        assert!(said.contains("the output could not be written"), "{arguments}: {said}");
+    }
 }

@@ -1,18 +1,14 @@
 //! `grokpipe inspect`: what a model's files hold, without reading weights.
 
-use std::{
-    fmt::Write as _,
-    io::{self, Write},
-    path::PathBuf,
-};
+use std::{fmt::Write as _, path::PathBuf};
 
 use grokpipe_model::{Format, Model, ModelConfig, TensorName, WeightSource, checkpoint::TensorSummary};
 use serde_json::{Value, json};
 
 use crate::{
     config::ByteSize,
-    error::{CliError, output},
-    text::Table,
+    error::CliError,
+    text::{Table, print},
 };
 
 /// Arguments of `inspect`.
@@ -38,7 +34,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     } else {
         render(model.config(), &model.digest(), &tensors, &layers)
     };
-    io::stdout().write_all(text.as_bytes()).map_err(|error| output(&error))
+    print(&text)
 }
 
 fn layer_bytes(source: &dyn WeightSource, layers: u32) -> Vec<u64> {

@@ -38,7 +38,7 @@ pub(crate) struct Args {
     #[arg(long, default_value = "auto")]
     device: String,
     /// Threads of the CPU backend; all cores if not given
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
     /// exact computes products in f32, fast with 8-bit inputs
     #[arg(long, value_name = "exact|fast", value_parser = parse_precision, default_value = "exact")]

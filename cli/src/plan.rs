@@ -6,7 +6,6 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fmt::Write as _,
-    io::{self, Write},
     ops::Range,
 };
 
@@ -25,9 +24,9 @@ use crate::{
     client::{self, Client},
     common::ConfigArgs,
     config::{ByteSize, Config, Objective, Split},
-    error::{CliError, Code, output},
+    error::{CliError, Code},
     machine,
-    text::Table,
+    text::{Table, print},
 };
 
 /// Assumed read bandwidth of a machine that nobody has measured: two channels of ordinary memory.
@@ -68,7 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         None => PlanView::predicted(&args.config.layers().load()?)?,
     };
     let text = if args.json { format!("{}\n", view.to_json()) } else { view.render() };
-    io::stdout().write_all(text.as_bytes()).map_err(|error| output(&error))
+    print(&text)
 }
 
 impl PlanView {

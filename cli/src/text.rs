@@ -1,6 +1,20 @@
-//! Plain tables for people.
+//! Plain tables for people, and text on standard output.
 
-use std::fmt;
+use std::{
+    fmt,
+    io::{self, Write},
+};
+
+use crate::error::{CliError, output};
+
+/// Writes to standard output.
+///
+/// # Errors
+/// [`output`], as when a pipe is closed or a disk is full.
+pub(crate) fn print(text: &str) -> Result<(), CliError> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(|error| output(&error))
+}
 
 /// Columns as wide as their widest cell; the last one is not padded.
 pub(crate) struct Table {

@@ -18,10 +18,10 @@ pub(crate) struct SyntheticArgs {
     #[arg(long, value_name = "SHAPE", conflicts_with = "model")]
     pub(crate) synthetic: Option<Shape>,
     /// How weights from a seed are stored: a type of GGUF files [default: int8, as xAI published them]
-    #[arg(long, value_name = "TYPE", value_parser = parse_type, requires = "synthetic")]
+    #[arg(long, value_name = "TYPE", value_parser = parse_type, requires = "synthetic", conflicts_with = "model")]
     pub(crate) r#type: Option<BlockType>,
     /// Seed of weights from a seed [default: 1]
-    #[arg(long, value_name = "N", requires = "synthetic")]
+    #[arg(long, value_name = "N", requires = "synthetic", conflicts_with = "model")]
     pub(crate) seed: Option<u64>,
 }
 
@@ -180,7 +180,14 @@ mod tests {
 
     #[test]
     fn flags_that_contradict_each_other_are_refused() {
-        for line in ["--synthetic tiny --model m", "--type q8_0", "--seed 1", "--synthetic huge"] {
+        for line in [
+            "--synthetic tiny --model m",
+            "--model m --type q8_0",
+            "--model m --seed 1",
+            "--type q8_0",
+            "--seed 1",
+            "--synthetic huge",
+        ] {
             assert!(parse(line).is_err(), "{line}");
         }
         assert!(parse("").unwrap().synthetic.weights().unwrap().is_none());

@@ -11,6 +11,8 @@ use crate::{Backend, KV_BLOCK_TOKENS, KernelError, batch::single_tokens, synthet
 
 /// Stored bytes of all copies together, at least: several times the last-level cache of ordinary machines.
 const ALL_BYTES: u64 = 384 << 20;
+/// Most copies. Of matrices so small that these do not fill the caches, what is timed is their own cost.
+const COPIES_MAX: u64 = 4096;
 
 /// A product to be timed: `rows` times one matrix.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -72,7 +74,7 @@ pub(crate) fn time_copies<B: Backend>(
 ) -> Result<Vec<ProductTime>, KernelError> {
     let (spec, bytes) = (spec(shape), matrix_bytes(shape));
     let ProductShape { inputs, outputs, .. } = shape;
-    let copies = all_bytes.div_ceil(bytes.max(1)).max(1);
+    let copies = all_bytes.div_ceil(bytes.max(1)).clamp(1, COPIES_MAX);
     let matrices = (0..copies)
         .map(|copy| backend.load_matrix(&SyntheticMatrix::new(copy, spec.clone()), &mut |_| ()))
         .collect::<Result<Vec<_>, _>>()?;

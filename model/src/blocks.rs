@@ -3,7 +3,7 @@
 //! Says what each block means, number for number; knows nothing of files, matrices or speed. The meaning is that of gguf-py, bit
 //! for bit: every product below is exact in f32, so that only the last addition rounds.
 
-use half::{bf16, f16};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
 
 /// A number format of GGUF whose numbers come in blocks. F16 and BF16 count as blocks of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -96,9 +96,7 @@ impl BlockType {
             blocks.len()
         );
         match self {
-            Self::F16 => {
-                each(blocks, out, |block: &[u8; 2], y: &mut [f32; 1]| y[0] = f16::from_le_bytes(*block).to_f32())
-            }
+            Self::F16 => halves(blocks, out),
             Self::Bf16 => {
                 each(blocks, out, |block: &[u8; 2], y: &mut [f32; 1]| y[0] = bf16::from_le_bytes(*block).to_f32());
             }
@@ -115,6 +113,19 @@ impl BlockType {
             Self::Iq4Nl => each(blocks, out, iq4_nl),
             Self::Iq4Xs => each(blocks, out, iq4_xs),
         }
+    }
+}
+
+/// Halves as numbers, many at a time: where the CPU has an instruction for that, a slice takes it, and a single half does not.
+fn halves(blocks: &[u8], out: &mut [f32]) {
+    const AT_ONCE: usize = 64;
+    let mut halves = [f16::ZERO; AT_ONCE];
+    for (blocks, out) in blocks.chunks(2 * AT_ONCE).zip(out.chunks_mut(AT_ONCE)) {
+        let halves = &mut halves[..out.len()];
+        for (half, bytes) in halves.iter_mut().zip(blocks.as_chunks().0) {
+            *half = f16::from_le_bytes(*bytes);
+        }
+        halves.convert_to_f32_slice(out);
     }
 }
 
@@ -459,6 +470,20 @@ mod tests {
                     "{} at {i}: {found} {expected}",
                     kind.name()
                 );
+            }
+        }
+    }
+
+    #[test]
+    fn every_half_is_the_number_that_it_is_alone() {
+        let blocks: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+        // The last ones are fewer than are taken at once.
+        for bytes in [blocks.as_slice(), &blocks[2..150]] {
+            let mut found = vec![0.0; bytes.len() / 2];
+            BlockType::F16.dequantize(bytes, &mut found);
+            for (found, half) in found.iter().zip(bytes.as_chunks().0) {
+                let expected = f16::from_le_bytes(*half).to_f32();
+                assert!(found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan()), "{half:?}");
             }
         }
     }

@@ -15,7 +15,7 @@ use crate::{
     config::{parse_precision, parse_prefill, precision_name, prefill_name},
     machine,
     rates::settled,
-    text::Table,
+    text::{Table, print},
     weights::parse_type,
 };
 
@@ -25,7 +25,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "TYPE,TYPE", value_delimiter = ',', value_parser = parse_type)]
     r#type: Vec<BlockType>,
     /// Inputs of the matrix; a multiple of 256
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(256..=1 << 20), default_value_t = 6144)]
+    #[arg(long, value_name = "N", value_parser = parse_inputs, default_value_t = 6144)]
     inputs: u32,
     /// Outputs of the matrix
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 20), default_value_t = 32_768)]
@@ -37,7 +37,7 @@ pub(super) struct Args {
     #[arg(long, default_value = "auto")]
     device: String,
     /// Threads of the CPU backend; all cores if not given
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
     /// exact computes products in f32, fast with 8-bit inputs
     #[arg(long, value_name = "exact|fast", value_parser = parse_precision, default_value = "fast")]
@@ -93,12 +93,18 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         times,
     };
     if args.json {
-        println!("{}", report.to_json());
+        print(&format!("{}\n", report.to_json()))?;
     } else {
-        println!("{}", report.heading());
-        print!("{}", report.table());
+        print(&format!("{}\n{}", report.heading(), report.table()))?;
     }
     Ok(())
+}
+
+/// Inputs of a matrix: whole blocks of every type.
+fn parse_inputs(text: &str) -> Result<u32, String> {
+    let inputs =
+        text.parse().ok().filter(|inputs| (256..=1 << 20).contains(inputs) && u32::is_multiple_of(*inputs, 256));
+    inputs.ok_or_else(|| format!("expected a multiple of 256 up to {}, found {text:?}", 1 << 20))
 }
 
 struct Report {
@@ -187,6 +193,14 @@ impl Report {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn inputs_are_whole_blocks() {
+        assert_eq!((parse_inputs("256"), parse_inputs("1048576")), (Ok(256), Ok(1 << 20)));
+        for wrong in ["", "0", "255", "288", "300", "1048832", "-256", "4294967552"] {
+            assert!(parse_inputs(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn rates_are_of_bytes_and_of_work() {

@@ -30,6 +30,7 @@ use crate::{
     error::CliError,
     machine,
     plan::even_shares,
+    text::print,
     weights::{SyntheticArgs, Weights},
 };
 
@@ -74,9 +75,9 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     runtime.shutdown_background();
     let report = measured?;
     if args.tests.json {
-        println!("{}", report.to_json());
+        print(&format!("{}\n", report.to_json()))?;
     } else {
-        print!("{}", report.render());
+        print(&report.render())?;
     }
     match report.difference {
         None => Ok(()),

@@ -13,7 +13,7 @@ use grokpipe_model::{Model, ModelConfig};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
-use crate::{error::CliError, machine};
+use crate::{error::CliError, machine, text::print};
 
 /// Tokens of a text at most; the rest is left out.
 const MOST_TOKENS: usize = 512;
@@ -27,7 +27,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE")]
     tokens: PathBuf,
     /// Threads; all cores if not given
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
     /// Print one JSON object
     #[arg(long)]
@@ -69,9 +69,9 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     }
     bar.finish_and_clear();
     if args.json {
-        println!("{}", sums.to_json());
+        print(&format!("{}\n", sums.to_json()))?;
     } else {
-        print!("{}", sums.render());
+        print(&sums.render())?;
     }
     Ok(())
 }

@@ -18,6 +18,7 @@ use super::{CHUNK_ROWS, TestArgs, WARM_UP_STEPS, inputs, median, open, parse_lay
 use crate::{
     error::CliError,
     machine,
+    text::print,
     weights::{SyntheticArgs, Weights},
 };
 
@@ -37,7 +38,7 @@ pub(super) struct Args {
     #[arg(long, default_value = "auto")]
     device: String,
     /// Threads of the CPU backend; all cores if not given
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
     /// Tokens that each sequence decodes
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096), default_value_t = 16)]
@@ -59,12 +60,23 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
             .because(format!("expected layers within 0..{}", all.end))
             .into());
     }
+    let longest = args.tests.prompt.iter().copied().max().unwrap_or(0);
+    let decoded = WARM_UP_STEPS + args.r#gen;
+    let context = config.max_position_embeddings;
+    for (flag, tokens, before) in [("--prompt", longest, 0), ("--gen", args.r#gen, WARM_UP_STEPS)] {
+        if (before + tokens) as usize > context {
+            return Err(CliError::usage(format!("{flag} is {tokens}"))
+                .because(format!(
+                    "expected at most {}, in a context of {context} tokens",
+                    context.saturating_sub(before as usize)
+                ))
+                .into());
+        }
+    }
     let threads = args.threads.unwrap_or_else(machine::cores) as usize;
     let mut device = select_device(&args.device, threads, args.tests.precision, args.tests.prefill)?;
     let before_loading = device.measure_read_bandwidth()?;
-    let longest = args.tests.prompt.iter().copied().max().unwrap_or(0);
     let sequences = args.tests.batch.iter().copied().max().unwrap_or(1);
-    let decoded = WARM_UP_STEPS + args.r#gen;
     let blocks = |tokens: u32| tokens.div_ceil(KV_BLOCK_TOKENS as u32);
     let options = StageOptions {
         kv_blocks: blocks(longest).max(sequences * blocks(decoded)),
@@ -117,9 +129,9 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         results,
     };
     if args.tests.json {
-        println!("{}", report.to_json());
+        print(&format!("{}\n", report.to_json()))?;
     } else {
-        print!("{}", report.render());
+        print(&report.render())?;
     }
     Ok(())
 }

@@ -177,6 +177,19 @@ fn config(header: &Header, place: &str) -> Result<ModelConfig, ModelError> {
             values.insert("key_size".to_owned(), size.into());
         }
     }
+    // Where a file says them of its own, they must be what the model has: a head is rotated as a whole, and its values are as wide.
+    if let Some(size) = values.get("key_size").and_then(Json::as_i64) {
+        for key in ["grok.rope.dimension_count", "grok.attention.value_length"] {
+            if metadata.contains_key(key) && number(key) != Some(size) {
+                let found = metadata.get(key).map(json).unwrap_or_default();
+                return Err(ModelError::invalid(
+                    format!("{place}: {key}"),
+                    format!("{size}, as heads are"),
+                    found.to_string(),
+                ));
+            }
+        }
+    }
     if !values.contains_key("vocab_size")
         && let Some(rows) = header.tensors.get("token_embd.weight").and_then(|entry| entry.shape.first())
     {

@@ -51,7 +51,8 @@ impl Output {
     /// Nothing that exists is ever overwritten by a conversion that begins.
     pub(super) fn check_free(&self, parts: &[Part]) -> Result<(), ModelError> {
         let checksums = self.checksums();
-        let mut paths = parts.iter().map(|part| &part.path).chain([&checksums]);
+        let temporary = parts.iter().map(temporary).chain([with_suffix(&checksums, ".partial")]);
+        let mut paths = parts.iter().map(|part| part.path.clone()).chain([checksums]).chain(temporary);
         match paths.find(|path| std::fs::symlink_metadata(path).is_ok()) {
             None => Ok(()),
             Some(path) => Err(ModelError::invalid(path.display().to_string(), "no such file yet", "one")),

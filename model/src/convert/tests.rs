@@ -520,7 +520,7 @@ fn two_conversions_never_write_the_same_file() {
 fn nothing_that_exists_is_overwritten_and_the_name_must_be_one_of_a_gguf_file() {
     let (source, target) = (Checkpoint::default().write(), tempfile::tempdir().unwrap());
     let out = target.path().join("small.gguf");
-    for taken in ["small.gguf", "small.gguf.sha256"] {
+    for taken in ["small.gguf", "small.gguf.sha256", "small.gguf.partial", "small.gguf.sha256.partial"] {
         fs::write(target.path().join(taken), "precious").unwrap();
         let error = converted(source.path(), &out, &options(Mix::Q8_0)).unwrap_err().to_string();
         assert!(error.contains(taken) && error.contains("no such file yet"), "{error}");

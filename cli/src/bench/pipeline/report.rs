@@ -277,9 +277,9 @@ struct Rates {
 
 impl Rates {
     fn of(test: Test, timed: &Timed) -> Self {
-        let seconds = timed.run_seconds();
-        let rate = |seconds: Option<&f64>| f64::from(test.tokens()) / seconds.copied().unwrap_or(f64::INFINITY);
-        Self { median: rate(seconds.get(seconds.len() / 2)), least: rate(seconds.last()), most: rate(seconds.first()) }
+        let rates: Vec<f64> = timed.run_seconds().iter().map(|seconds| f64::from(test.tokens()) / seconds).collect();
+        let (least, most) = (rates.last().copied().unwrap_or_default(), rates.first().copied().unwrap_or_default());
+        Self { median: median(rates), least, most }
     }
 
     /// Beside what was predicted.

@@ -306,6 +306,10 @@ fn a_good_file_that_is_another_model_is_refused() {
     let without = |name: &str| all.iter().filter(|(other, _)| other != name).cloned().collect::<Vec<_>>();
     let with = |tensors: &[(String, Vec<u64>)]| with_tensors(metadata(), tensors, &mut 0).done();
     let more = |name: &str, sizes: &[u64]| [all.clone(), vec![(name.to_owned(), sizes.to_vec())]].concat();
+    let with_more = |(key, number)| {
+        let metadata = metadata().number("grok.attention.key_length", 4).number(key, number);
+        with_tensors(metadata, &all, &mut 0).done()
+    };
     let transposed: Vec<_> =
         all.iter().map(|(name, sizes)| (name.clone(), sizes.iter().rev().copied().collect())).collect();
     let cases: Vec<(&str, Vec<u8>, &str)> = vec![
@@ -323,6 +327,8 @@ fn a_good_file_that_is_another_model_is_refused() {
             with_tensors(metadata().number("grok.attention.key_length", 5), &all, &mut 0).done(),
             "grok.attention.key_length",
         ),
+        ("half of a head rotated", with_more(("grok.rope.dimension_count", 2)), "grok.rope.dimension_count"),
+        ("values of another width", with_more(("grok.attention.value_length", 8)), "grok.attention.value_length"),
     ];
     for (name, bytes, wanted) in cases {
         let folder = folder_of(&[("m.gguf", bytes)]);
