@@ -297,7 +297,7 @@ mod tests {
 
     /// Steps of one worker that waver, and of three that take 2 ms more each time.
     fn report() -> Report {
-        let runs = [[0.1, 0.2, 0.1], [0.3, 0.1, 0.1]];
+        let runs = [[0.1, 0.2, 0.1], [0.2, 0.3, 0.1], [0.3, 0.1, 0.1]];
         let plus = |more: f64| runs.iter().map(|run| run.iter().map(|step| step + more).collect()).collect();
         let timing = |worker: &str, wire_us| StageTiming {
             worker: worker.into(),
