@@ -14,11 +14,7 @@ use grokpipe_model::{
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::{
-    config::ByteSize,
-    error::{CliError, output},
-    machine,
-};
+use crate::{config::ByteSize, error::CliError, machine, text::print};
 
 /// Time between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -71,7 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
             failed
         }
     })?;
-    io::stdout().write_all(render(&report).as_bytes()).map_err(|error| output(&error))
+    print(&render(&report))
 }
 
 /// A bar on a terminal, a line every ten seconds otherwise, on standard error.

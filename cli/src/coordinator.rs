@@ -2,11 +2,7 @@
 //!
 //! It loads no weights. Once its ports are open it says where, as one JSON line on standard output.
 
-use std::{
-    io::{self, Write},
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{io, path::PathBuf, sync::Arc};
 
 use grokpipe_coordinator::{
     Coordinator, CoordinatorError, Settings, api::inference::RequestLimits, cluster::ExpectedWorker, facts::ModelFacts,
@@ -19,8 +15,10 @@ use tracing::info;
 use crate::{
     common::{self, ConfigArgs},
     config::{Config, is_name},
-    error::{CliError, output},
-    machine, plan, tokenizer,
+    error::CliError,
+    machine, plan,
+    text::print,
+    tokenizer,
 };
 
 /// Threads for connections, tokenising and decisions.
@@ -120,8 +118,7 @@ fn announce(coordinator: &Coordinator) -> Result<(), CliError> {
     let (grpc, http) = (coordinator.grpc_address(), coordinator.http_address());
     info!(%grpc, http = http.map(tracing::field::display), "coordinator listens");
     let line = json!({"grpc": grpc.to_string(), "http": http.map(|address| address.to_string())});
-    let mut stdout = io::stdout();
-    writeln!(stdout, "{line}").and_then(|()| stdout.flush()).map_err(|error| output(&error))
+    print(&format!("{line}\n"))
 }
 
 fn explain(error: CoordinatorError) -> CliError {

@@ -3,7 +3,7 @@
 //! Decides how a generation looks on a terminal. Limits and values are the server's to check.
 
 use std::{
-    io::{self, Read, Write},
+    io::{self, Read},
     time::Duration,
 };
 
@@ -16,7 +16,8 @@ use serde_json::{Value, json};
 use crate::{
     client::{self, Client},
     config,
-    error::{CliError, Code, output},
+    error::{CliError, Code},
+    text::print,
 };
 
 /// Longest prompt read from standard input; what the server takes is its own, smaller limit.
@@ -80,14 +81,13 @@ pub(crate) fn run(args: Args) -> Result<(), CliError> {
     let request = request(args)?;
     client::block_on(async {
         let client = Client::connect(&server).await?;
-        let mut stdout = io::stdout();
         let work = async {
             if json {
                 let generation = generate(&client, request, |_text| Ok(())).await?;
-                writeln!(stdout, "{}", generation.to_json()).map_err(|error| output(&error))
+                print(&format!("{}\n", generation.to_json()))
             } else {
-                generate(&client, request, |text| print(&mut stdout, text)).await?;
-                print(&mut io::stdout(), "\n")
+                generate(&client, request, print).await?;
+                print("\n")
             }
         };
         tokio::select! {
@@ -136,10 +136,6 @@ fn read_stdin() -> Result<String, CliError> {
     let length = text.trim_end_matches(['\n', '\r']).len();
     text.truncate(length);
     Ok(text)
-}
-
-fn print(stdout: &mut impl Write, text: &str) -> Result<(), CliError> {
-    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(|error| output(&error))
 }
 
 /// A generation that has ended.

@@ -3,10 +3,7 @@
 //!
 //! Exit code 0 while the cluster serves, 1 while it does not, 3 when it cannot be reached.
 
-use std::{
-    fmt::Write as _,
-    io::{self, Write},
-};
+use std::fmt::Write as _;
 
 use grokpipe_proto::snapshot::{ClusterSnapshot, Prediction, SnapshotNode};
 use serde_json::{Value, json};
@@ -14,8 +11,8 @@ use serde_json::{Value, json};
 use crate::{
     client::{self, Client},
     config::ByteSize,
-    error::{CliError, output},
-    text::Table,
+    error::CliError,
+    text::{Table, print},
 };
 
 /// Arguments of `status`.
@@ -36,7 +33,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<bool, CliError> {
     let snapshot = client::block_on(async { Client::connect(&args.server).await?.status().await })?;
     let text = if args.json { format!("{:#}\n", to_json(&snapshot)?) } else { render(&snapshot) };
-    io::stdout().write_all(text.as_bytes()).map_err(|error| output(&error))?;
+    print(&text)?;
     Ok(snapshot.verdict.serving)
 }
 

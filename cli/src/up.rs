@@ -10,7 +10,7 @@ pub(crate) mod screen;
 
 use std::{
     future::Future,
-    io::{self, Write},
+    io,
     net::{SocketAddr, TcpListener},
     path::PathBuf,
     sync::{Arc, OnceLock},
@@ -39,10 +39,11 @@ use crate::{
     client::Client,
     common::{self, ConfigArgs, parse_device},
     config::{Config, WorkerSection, parse_precision, parse_prefill},
-    error::{CliError, Code, output},
+    error::{CliError, Code},
     generate::generate,
     machine,
     plan::PlanView,
+    text::print,
 };
 
 /// Name of the coordinator's process in messages.
@@ -437,11 +438,6 @@ fn prompt(text: &str, max_tokens: u32) -> GenerateRequest {
         max_tokens: Some(max_tokens),
         ..GenerateRequest::default()
     }
-}
-
-fn print(text: &str) -> Result<(), CliError> {
-    let mut stdout = io::stdout();
-    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(|error| output(&error))
 }
 
 #[cfg(test)]

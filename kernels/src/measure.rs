@@ -10,7 +10,7 @@ use grokpipe_model::ModelConfig;
 use crate::{
     Backend, KernelError, ProductShape, StageOptions, StepInput, SyntheticWeights,
     batch::single_tokens,
-    bench::{matrix_bytes, time_copies},
+    bench::{matrix_bytes, median, time_copies},
     forward::Layers,
 };
 
@@ -110,8 +110,7 @@ fn small_step<B: Backend>(backend: &mut B, layers: u32) -> Result<f64, KernelErr
         stage.run(backend, &weights, &batch, StepInput::TokenIds(&[1]), &[], None)?;
         seconds.push(started.elapsed().as_secs_f64());
     }
-    seconds.sort_by(f64::total_cmp);
-    Ok(seconds[STEPS / 2])
+    Ok(median(seconds))
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use grokpipe_model::{BlockType, Format};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use super::median;
+use super::spread::median;
 use crate::{
     config::{parse_precision, parse_prefill, precision_name, prefill_name},
     machine,
@@ -127,7 +127,7 @@ struct OfType {
 impl Report {
     /// Bytes a second that the memory gave, the median over the types.
     fn bandwidth(&self) -> f64 {
-        median(self.times.iter().map(|of_type| of_type.bandwidth).collect())
+        median(self.times.iter().map(|of_type| of_type.bandwidth))
     }
 
     /// Bytes and multiply-adds times two a second.

@@ -6,6 +6,7 @@ mod kernels;
 mod pipeline;
 mod precision;
 mod reads;
+mod spread;
 mod stage;
 
 use std::{error::Error, ops::Range, path::Path};
@@ -105,28 +106,9 @@ fn progress_bar() -> ProgressBar {
     bar
 }
 
-fn sorted(mut values: Vec<f64>) -> Vec<f64> {
-    values.sort_by(f64::total_cmp);
-    values
-}
-
-/// The one in the middle, of an even number the mean of the two there; 0 of none.
-fn median(values: Vec<f64>) -> f64 {
-    let values = sorted(values);
-    let middle = |index: usize| values.get(index).copied().unwrap_or_default();
-    f64::midpoint(middle(values.len().saturating_sub(1) / 2), middle(values.len() / 2))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_median_is_in_the_middle() {
-        for (values, expected) in [(vec![], 0.0), (vec![3.0], 3.0), (vec![4.0, 1.0], 2.5), (vec![9.0, 1.0, 2.0], 2.0)] {
-            assert_eq!(median(values), expected);
-        }
-    }
 
     #[test]
     fn layers_are_a_range() {

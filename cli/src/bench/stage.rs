@@ -14,7 +14,9 @@ use grokpipe_kernels::{
 use grokpipe_model::ModelConfig;
 
 use self::report::{Bandwidth, Measured, Report, Run};
-use super::{CHUNK_ROWS, TestArgs, WARM_UP_STEPS, inputs, median, open, parse_layers, progress_bar, reads::Reads};
+use super::{
+    CHUNK_ROWS, TestArgs, WARM_UP_STEPS, inputs, open, parse_layers, progress_bar, reads::Reads, spread::median,
+};
 use crate::{
     error::CliError,
     machine,
@@ -62,17 +64,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     }
     let longest = args.tests.prompt.iter().copied().max().unwrap_or(0);
     let decoded = WARM_UP_STEPS + args.r#gen;
-    let context = config.max_position_embeddings;
-    for (flag, tokens, before) in [("--prompt", longest, 0), ("--gen", args.r#gen, WARM_UP_STEPS)] {
-        if (before + tokens) as usize > context {
-            return Err(CliError::usage(format!("{flag} is {tokens}"))
-                .because(format!(
-                    "expected at most {}, in a context of {context} tokens",
-                    context.saturating_sub(before as usize)
-                ))
-                .into());
-        }
-    }
+    check_context(longest.max(decoded), config.max_position_embeddings)?;
     let threads = args.threads.unwrap_or_else(machine::cores) as usize;
     let mut device = select_device(&args.device, threads, args.tests.precision, args.tests.prefill)?;
     let before_loading = device.measure_read_bandwidth()?;
@@ -136,6 +128,15 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Refuses sequences that are longer than a model's context, before it is loaded.
+fn check_context(longest: u32, context: usize) -> Result<(), CliError> {
+    if longest as usize <= context {
+        return Ok(());
+    }
+    Err(CliError::usage(format!("--prompt or --gen, with {WARM_UP_STEPS} steps before it, takes {longest} tokens"))
+        .because(format!("the model's context is {context}")))
+}
+
 /// A stage that is timed.
 struct Bench<'a> {
     stage: &'a mut dyn Stage,
@@ -183,7 +184,7 @@ impl Bench<'_> {
         if self.bandwidth.is_empty() {
             Bandwidth::BeforeLoading(self.before_loading)
         } else {
-            Bandwidth::AroundRuns(median(self.bandwidth.clone()))
+            Bandwidth::AroundRuns(median(self.bandwidth.iter().copied()))
         }
     }
 
@@ -244,6 +245,7 @@ mod tests {
     use grokpipe_model::Model;
 
     use super::*;
+    use crate::error::Code;
 
     fn model() -> Model {
         Model::open(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/demo")).unwrap()
@@ -296,6 +298,14 @@ mod tests {
         assert_eq!(json["results"][0]["batch"], 3);
         assert!(json["results"][1]["tokens_per_second"].as_f64().unwrap() > 0.0);
         assert!(report.render().contains("decode × 3") && report.render().contains("prefill 40"));
+    }
+
+    #[test]
+    fn sequences_longer_than_the_context_are_refused() {
+        assert!(check_context(128, 128).is_ok());
+        let refused = check_context(129, 128).unwrap_err();
+        assert_eq!(refused.code(), Code::Usage);
+        assert!(refused.to_string().contains("129") && refused.to_string().contains("128"), "{refused}");
     }
 
     /// A stage beside which there is no room to measure.

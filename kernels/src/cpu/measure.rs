@@ -11,7 +11,7 @@ use super::{
     simd::{Dots, Isa, Kernel, LANES, Simd, Word},
     threads::Threads,
 };
-use crate::{Backend, KernelError};
+use crate::{Backend, KernelError, bench::median};
 
 /// Larger than the last-level caches of ordinary machines.
 const READ_BYTES: usize = 256 << 20;
@@ -37,14 +37,12 @@ pub(super) fn read_bandwidth(isa: Isa, threads: &Threads, device: &str) -> Resul
 
 /// Seconds of a run.
 fn seconds(mut run: impl FnMut()) -> f64 {
-    let mut seconds = [0.0; RUNS];
-    for seconds in &mut seconds {
+    let seconds = (0..RUNS).map(|_| {
         let started = Instant::now();
         run();
-        *seconds = started.elapsed().as_secs_f64();
-    }
-    seconds.sort_by(f64::total_cmp);
-    seconds[RUNS / 2]
+        started.elapsed().as_secs_f64()
+    });
+    median(seconds.collect())
 }
 
 /// Reads words in the manner of the products: asking for them ahead.

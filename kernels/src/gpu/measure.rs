@@ -12,7 +12,7 @@ use super::{
     pipelines::Kernel,
     shaders::ReadParams,
 };
-use crate::{Backend, KernelError};
+use crate::{Backend, KernelError, bench::median};
 
 /// Time that a measurement may take after its first run.
 const BUDGET: Duration = Duration::from_millis(120);
@@ -71,10 +71,8 @@ impl GpuBackend {
         self.recorder.time_passes(true);
         let seconds = self.all_seconds(record);
         self.recorder.time_passes(false);
-        let mut seconds = seconds?;
-        seconds.sort_by(f64::total_cmp);
         // A clock that saw no time pass must not make a rate without end.
-        Ok(seconds.get(seconds.len() / 2).copied().unwrap_or_default().max(1e-9))
+        Ok(median(seconds?).max(1e-9))
     }
 
     fn all_seconds(&mut self, mut record: impl FnMut(&mut Self)) -> Result<Vec<f64>, KernelError> {

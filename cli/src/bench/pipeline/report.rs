@@ -9,7 +9,10 @@ use grokpipe_proto::{snapshot::Prediction, v1::StageTiming};
 use serde_json::{Value, json};
 
 use super::{
-    super::{median, reads::Reads, sorted},
+    super::{
+        reads::Reads,
+        spread::{Spread, median},
+    },
     workload::Test,
 };
 use crate::text::Table;
@@ -51,9 +54,14 @@ impl Timed {
         }
     }
 
-    /// Seconds of each run, ascending.
-    fn run_seconds(&self) -> Vec<f64> {
-        sorted(self.runs.iter().map(|steps| steps.iter().sum()).collect())
+    /// Tokens a second of the runs of a test.
+    fn rates(&self, test: Test) -> Spread {
+        Spread::of(self.runs.iter().map(|steps| f64::from(test.tokens()) / steps.iter().sum::<f64>()))
+    }
+
+    /// What was predicted of a test, if anything was, beside what was measured.
+    fn prediction(&self, test: Test) -> Option<Prediction> {
+        self.predicted.map(|predicted| Prediction { predicted, measured: Some(self.rates(test).median) })
     }
 }
 
@@ -74,8 +82,8 @@ struct HopCost {
     seconds: f64,
     /// Of the step of one worker.
     share: f64,
-    /// The share by run, least and most.
-    spread: (f64, f64),
+    /// The share by run.
+    spread: Spread,
 }
 
 impl Tested {
@@ -85,8 +93,7 @@ impl Tested {
             pairs.map(|(alone, split)| alone.iter().zip(split).map(|(a, b)| (b - a) / hops).collect()).collect();
         let step = median(self.alone.runs.concat());
         let seconds = median(by_run.concat());
-        let shares = sorted(by_run.into_iter().map(|run| median(run) / step).collect());
-        let spread = (shares.first().copied().unwrap_or_default(), shares.last().copied().unwrap_or_default());
+        let spread = Spread::of(by_run.into_iter().map(|run| median(run) / step));
         HopCost { seconds, share: seconds / step, spread }
     }
 }
@@ -145,7 +152,7 @@ impl Report {
 
     pub(super) fn to_json(&self) -> Value {
         let results = self.rows().map(|(test, workers, timed)| {
-            let rates = Rates::of(test, timed);
+            let rates = timed.rates(test);
             let bytes = self.bytes_a_token(test);
             let stage = |stage: &StageTimes| {
                 json!({
@@ -168,7 +175,7 @@ impl Report {
                 "gigabytes_per_second": bytes * rates.median / 1e9,
                 "share_of_bandwidth": bytes * rates.median / self.bandwidth,
                 "predicted_tokens_per_second": timed.predicted,
-                "difference_percent": rates.against(timed.predicted).and_then(Prediction::difference_percent),
+                "difference_percent": timed.prediction(test).and_then(Prediction::difference_percent),
                 "stages": timed.stages.iter().map(stage).collect::<Vec<_>>(),
             })
         });
@@ -183,8 +190,8 @@ impl Report {
                     "prompt": tested.test.prompt(),
                     "cost_milliseconds": 1e3 * cost.seconds,
                     "cost_percent": 100.0 * cost.share,
-                    "cost_percent_least": 100.0 * cost.spread.0,
-                    "cost_percent_most": 100.0 * cost.spread.1,
+                    "cost_percent_least": 100.0 * cost.spread.least,
+                    "cost_percent_most": 100.0 * cost.spread.most,
                 })
             })
             .collect();
@@ -217,7 +224,7 @@ impl Report {
         text += &format!("; memory read {:.1} GB/s when a worker started\n\n", self.bandwidth / 1e9);
         let mut table = Table::new(&["test", "workers", "tokens/s", "least", "most", "a token", "GB/s", "of memory"]);
         for (test, workers, timed) in self.rows() {
-            let (rates, bytes) = (Rates::of(test, timed), self.bytes_a_token(test));
+            let (rates, bytes) = (timed.rates(test), self.bytes_a_token(test));
             table.row(vec![
                 test.to_string(),
                 workers.to_string(),
@@ -246,7 +253,7 @@ impl Report {
         }
         text += &format!("{table}\n");
         for (test, workers, timed) in self.rows() {
-            if let Some(prediction) = Rates::of(test, timed).against(timed.predicted) {
+            if let Some(prediction) = timed.prediction(test) {
                 text += &format!("{test}, {workers}: {prediction}\n");
             }
         }
@@ -257,34 +264,14 @@ impl Report {
                 tested.test,
                 1e3 * seconds,
                 100.0 * share,
-                100.0 * spread.0,
-                100.0 * spread.1
+                100.0 * spread.least,
+                100.0 * spread.most
             );
         }
         text + &match &self.difference {
             None => format!("hidden states: the same bytes in all {} frames\n", self.compared),
             Some(place) => format!("hidden states differ: {place}\n"),
         }
-    }
-}
-
-/// Tokens a second by run.
-struct Rates {
-    median: f64,
-    least: f64,
-    most: f64,
-}
-
-impl Rates {
-    fn of(test: Test, timed: &Timed) -> Self {
-        let rates: Vec<f64> = timed.run_seconds().iter().map(|seconds| f64::from(test.tokens()) / seconds).collect();
-        let (least, most) = (rates.last().copied().unwrap_or_default(), rates.first().copied().unwrap_or_default());
-        Self { median: median(rates), least, most }
-    }
-
-    /// Beside what was predicted.
-    fn against(&self, predicted: Option<f64>) -> Option<Prediction> {
-        predicted.map(|predicted| Prediction { predicted, measured: Some(self.median) })
     }
 }
 
@@ -333,7 +320,7 @@ mod tests {
     fn a_hop_costs_what_pairs_of_steps_differ_by() {
         let cost = report().tests[0].hop_cost(2.0);
         assert!((cost.seconds - 0.001).abs() < 1e-9 && (cost.share - 0.01).abs() < 1e-9, "{cost:?}");
-        assert!((cost.spread.1 - cost.spread.0).abs() < 1e-9, "{cost:?}");
+        assert!((cost.spread.most - cost.spread.least).abs() < 1e-9, "{cost:?}");
     }
 
     #[test]

@@ -5,7 +5,10 @@ use std::ops::Range;
 use grokpipe_kernels::{Precision, Prefill};
 use serde_json::{Value, json};
 
-use super::super::{median, reads::Reads};
+use super::super::{
+    reads::Reads,
+    spread::{Spread, median},
+};
 use crate::{
     config::{precision_name, prefill_name},
     text::Table,
@@ -30,28 +33,23 @@ pub(super) struct Run {
 }
 
 impl Measured {
-    /// Tokens a second of each run, in their order.
-    fn rates(&self) -> impl Iterator<Item = f64> {
-        self.runs.iter().map(|run| f64::from(self.tokens) / run.seconds)
+    /// Tokens a second.
+    fn rates(&self) -> Spread {
+        Spread::of(self.runs.iter().map(|run| self.rate(run)))
     }
 
-    fn rate(&self) -> f64 {
-        median(self.rates().collect())
-    }
-
-    /// Tokens a second of the slowest run and of the fastest.
-    fn spread(&self) -> [f64; 2] {
-        [self.rates().fold(f64::INFINITY, f64::min), self.rates().fold(0.0, f64::max)]
+    fn rate(&self, run: &Run) -> f64 {
+        f64::from(self.tokens) / run.seconds
     }
 
     /// Bytes a second that the memory gave around the runs.
     fn bandwidth(&self) -> f64 {
-        median(self.runs.iter().map(|run| run.bandwidth).collect())
+        median(self.runs.iter().map(|run| run.bandwidth))
     }
 
     /// Share of it that tokens of so many bytes read: the median of the runs, each beside what the memory gave around it.
     fn share(&self, bytes_a_token: f64) -> f64 {
-        median(self.rates().zip(&self.runs).map(|(rate, run)| bytes_a_token * rate / run.bandwidth).collect())
+        median(self.runs.iter().map(|run| bytes_a_token * self.rate(run) / run.bandwidth))
     }
 }
 
@@ -117,7 +115,7 @@ impl Report {
             .results
             .iter()
             .map(|measured| {
-                let (rate, [least, most]) = (measured.rate(), measured.spread());
+                let Spread { median: rate, least, most } = measured.rates();
                 let bytes = self.bytes_a_token(measured);
                 json!({
                     "test": measured.test,
@@ -167,7 +165,7 @@ impl Report {
         let mut table =
             Table::new(&["test", "tokens/s", "least", "most", "a token", "reads", "GB/s", "of memory", "GFLOP/s"]);
         for measured in &self.results {
-            let (rate, [least, most]) = (measured.rate(), measured.spread());
+            let Spread { median: rate, least, most } = measured.rates();
             let bytes = self.bytes_a_token(measured);
             let name = match measured.test {
                 "decode" => format!("decode × {}", measured.batch),
@@ -199,10 +197,10 @@ mod tests {
         // Twice as fast while the memory was: the share is the same, whatever the medians of both are.
         let runs = vec![run(2.0, 100.0), run(1.0, 200.0), run(4.0, 50.0), run(1.0, 200.0), run(8.0, 25.0)];
         let measured = Measured { test: "decode", batch: 1, prompt: 0, tokens: 8, runs };
-        assert_eq!((measured.rate(), measured.spread(), measured.bandwidth()), (4.0, [1.0, 8.0], 100.0));
+        assert_eq!((measured.rates(), measured.bandwidth()), (Spread { median: 4.0, least: 1.0, most: 8.0 }, 100.0));
         assert_eq!(measured.share(10.0), 0.4);
         // Where shares differ, theirs is the middle, and not that of the middle rate in the middle bandwidth.
         let measured = Measured { runs: vec![run(1.0, 100.0), run(2.0, 100.0), run(4.0, 25.0)], ..measured };
-        assert_eq!((measured.rate(), measured.bandwidth(), measured.share(25.0)), (4.0, 100.0, 2.0));
+        assert_eq!((measured.rates().median, measured.bandwidth(), measured.share(25.0)), (4.0, 100.0, 2.0));
     }
 }
