@@ -88,6 +88,16 @@ fn a_worker_that_gives_up_ends_the_benchmark_with_its_reason() {
     assert!(said.contains("worker alone ended") && said.contains("no such adapter"), "{said}");
 }
 
+#[test]
+fn a_worker_without_room_ends_the_benchmark_with_the_code_for_memory() {
+    // Half of this machine's memory is offered; 63 layers of Grok-1 in bfloat16 need 619 GB.
+    let run = grokpipe(["bench", "pipeline", "--type", "bf16", "--layers", "0..63", "--device", "cpu"]);
+    let output = { run }.output().expect("grokpipe runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(5), "{said}");
+    assert!(said.contains("a stage of layers 0..") && said.contains("needs"), "{said}");
+}
+
 /// Processes of this machine with these words on their command lines.
 fn processes(words: &[&str]) -> usize {
     let entries = fs::read_dir("/proc").expect("Linux").flatten();

@@ -316,3 +316,21 @@ fn up_once_prints_the_continuation_and_leaves_nothing_behind() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.contains("Paris"), "{text:?}\n{complaints}");
 }
+
+#[test]
+fn up_without_room_for_the_model_says_how_much_is_missing_and_ends_with_the_code_for_memory() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let config = folder.path().join("cluster.toml");
+    let text = format!("[model]\npath = {:?}\n[[worker]]\nname = \"w1\"\nmemory = \"1 MiB\"\n", demo_model());
+    std::fs::write(&config, text).expect("a file");
+    let output = grokpipe(["up", "--once", "The capital of France is", "--device", "cpu"])
+        .args(["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"])
+        .arg("--config")
+        .arg(&config)
+        .stdin(Stdio::null())
+        .output()
+        .expect("grokpipe runs");
+    let complaints = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(5), "{complaints}");
+    assert!(complaints.contains("bytes are missing"), "{complaints}");
+}

@@ -78,12 +78,16 @@ impl Client {
     /// The plan in force.
     ///
     /// # Errors
-    /// What the server said.
+    /// What the server said; exit code 5 when its workers' memory does not suffice.
     pub(crate) async fn plan(&self) -> Result<GetPlanResponse, CliError> {
         let mut client = ClusterServiceClient::new(self.channel.clone());
         let mut request = Request::new(GetPlanRequest {});
         request.set_timeout(PLAN_DEADLINE);
-        let answer = client.get_plan(request).await.map_err(|status| CliError::from_status(&self.server, &status))?;
+        let answer = client.get_plan(request).await.map_err(|status| match status.code() {
+            // Here it is the workers' memory that is exhausted, as the protocol states.
+            tonic::Code::ResourceExhausted => CliError::no_room(status.message()).at(&self.server),
+            _ => CliError::from_status(&self.server, &status),
+        })?;
         Ok(answer.into_inner())
     }
 }

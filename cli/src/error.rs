@@ -105,6 +105,13 @@ impl CliError {
         if advice.is_empty() { error } else { error.advise(advice) }
     }
 
+    /// The planner refuses for lack of memory.
+    pub(crate) fn no_room(why: impl fmt::Display) -> Self {
+        Self::new(Code::OutOfMemory, "the workers' memory does not suffice")
+            .because(why)
+            .advise("add a worker, give one more memory, or lower kv.tokens")
+    }
+
     /// A server at `server` that could not be dialled.
     pub(crate) fn unreachable(server: &str, error: &(dyn Error + 'static)) -> Self {
         Self::new(Code::Unreachable, "no server answers")

@@ -24,7 +24,7 @@ use crate::{
     client::{self, Client},
     common::ConfigArgs,
     config::{ByteSize, Config, Objective, Split},
-    error::{CliError, Code},
+    error::CliError,
     machine,
     text::{Table, print},
 };
@@ -224,15 +224,10 @@ fn resources(config: &Config) -> Result<Vec<WorkerResources>, CliError> {
 }
 
 fn refused(refusal: &Refusal) -> CliError {
-    let code = match refusal {
-        Refusal::DoesNotFit { .. } | Refusal::PinDoesNotFit { .. } => Code::OutOfMemory,
-        _ => Code::Usage,
-    };
-    let error = CliError::new(code, "there is no plan for these workers").because(refusal);
-    if code == Code::OutOfMemory {
-        error.advise("add a worker, give one more memory, or lower kv.tokens")
+    if refusal.is_out_of_memory() {
+        CliError::no_room(refusal)
     } else {
-        error
+        CliError::usage("there is no plan for these workers").because(refusal)
     }
 }
 
@@ -269,6 +264,7 @@ fn offered(snapshot: &ClusterSnapshot) -> HashMap<String, u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Code;
 
     #[test]
     fn stages_and_prediction_are_shown() {

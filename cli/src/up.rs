@@ -360,7 +360,11 @@ impl<'a> Up<'a> {
                     if snapshot.verdict.phase == VerdictPhase::Waiting && all_here {
                         let since = *waiting_since.get_or_insert_with(Instant::now);
                         if since.elapsed() >= PLAN_WITHIN && self.args.once.is_some() {
-                            return Err(CliError::failed("the cluster cannot serve").because(snapshot.verdict.text));
+                            // The plan's refusal tells a lack of memory from other reasons.
+                            let refused = client.plan().await.err().filter(|error| error.code() == Code::OutOfMemory);
+                            return Err(refused.unwrap_or_else(|| {
+                                CliError::failed("the cluster cannot serve").because(snapshot.verdict.text)
+                            }));
                         }
                         if since.elapsed() >= PLAN_WITHIN && !told {
                             told = true;

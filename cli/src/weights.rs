@@ -8,6 +8,8 @@ use std::{path::Path, sync::Arc};
 use grokpipe_kernels::SyntheticWeights;
 use grokpipe_model::{BlockType, Model, ModelConfig, ModelError, WeightSource};
 
+use crate::error::CliError;
+
 /// Seed of weights from a seed, if none is given.
 const SEED: u64 = 1;
 
@@ -18,10 +20,10 @@ pub(crate) struct SyntheticArgs {
     #[arg(long, value_name = "SHAPE", conflicts_with = "model")]
     pub(crate) synthetic: Option<Shape>,
     /// How weights from a seed are stored: a type of GGUF files [default: int8, as xAI published them]
-    #[arg(long, value_name = "TYPE", value_parser = parse_type, requires = "synthetic", conflicts_with = "model")]
+    #[arg(long, value_name = "TYPE", value_parser = parse_type, conflicts_with = "model")]
     pub(crate) r#type: Option<BlockType>,
     /// Seed of weights from a seed [default: 1]
-    #[arg(long, value_name = "N", requires = "synthetic", conflicts_with = "model")]
+    #[arg(long, value_name = "N", conflicts_with = "model")]
     pub(crate) seed: Option<u64>,
 }
 
@@ -72,9 +74,23 @@ impl SyntheticArgs {
     /// The weights, if these flags ask for any.
     ///
     /// # Errors
+    /// When rows of this shape are no whole blocks of the type, and when a type or a seed is given without a shape.
+    pub(crate) fn weights(&self) -> Result<Option<Weights>, CliError> {
+        match self.synthetic {
+            Some(shape) => Ok(Some(self.weights_or(shape)?)),
+            None if self.r#type.is_some() || self.seed.is_some() => {
+                Err(CliError::usage("--type and --seed are for weights from a seed").advise("add --synthetic SHAPE"))
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// The weights, of this shape if these flags ask for none.
+    ///
+    /// # Errors
     /// [`ModelError::Invalid`] when rows of this shape are no whole blocks of the type.
-    pub(crate) fn weights(&self) -> Result<Option<Weights>, ModelError> {
-        self.synthetic.map(|shape| Weights::synthetic(shape, self.r#type, self.seed)).transpose()
+    pub(crate) fn weights_or(&self, shape: Shape) -> Result<Weights, ModelError> {
+        Weights::synthetic(self.synthetic.unwrap_or(shape), self.r#type, self.seed)
     }
 
     /// The flags that say the same to another process.
@@ -134,6 +150,7 @@ mod tests {
     use grokpipe_model::{LayerTensor, TensorName};
 
     use super::*;
+    use crate::error::Code;
 
     #[derive(Debug, Parser)]
     struct Line {
@@ -180,16 +197,22 @@ mod tests {
 
     #[test]
     fn flags_that_contradict_each_other_are_refused() {
-        for line in [
-            "--synthetic tiny --model m",
-            "--model m --type q8_0",
-            "--model m --seed 1",
-            "--type q8_0",
-            "--seed 1",
-            "--synthetic huge",
-        ] {
+        for line in ["--synthetic tiny --model m", "--model m --type q8_0", "--model m --seed 1", "--synthetic huge"] {
             assert!(parse(line).is_err(), "{line}");
         }
+    }
+
+    #[test]
+    fn a_type_or_a_seed_needs_a_shape_unless_there_is_one_by_default() {
         assert!(parse("").unwrap().synthetic.weights().unwrap().is_none());
+        for (line, digest) in
+            [("--type q8_0", "synthetic tiny Q8_0 seed 1"), ("--seed 2", "synthetic tiny int8 seed 2")]
+        {
+            let args = parse(line).unwrap().synthetic;
+            assert_eq!(args.weights().err().map(|error| error.code()), Some(Code::Usage), "{line}");
+            assert_eq!(args.weights_or(Shape::Tiny).unwrap().digest, digest);
+        }
+        let args = parse("--synthetic grok1").unwrap().synthetic;
+        assert_eq!(args.weights_or(Shape::Tiny).unwrap().digest, "synthetic grok1 int8 seed 1");
     }
 }

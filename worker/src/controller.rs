@@ -85,19 +85,21 @@ pub struct Controller {
     pub reports: mpsc::Sender<Message>,
 }
 
+#[derive(Default)]
 struct Failure {
     message: String,
     retryable: bool,
     /// The worker at the other end of a broken link.
     lost_peer: String,
+    out_of_memory: bool,
 }
 
 impl Failure {
     fn fatal(message: impl Into<String>) -> Self {
-        Self { message: message.into(), retryable: false, lost_peer: String::new() }
+        Self { message: message.into(), ..Self::default() }
     }
     fn passing(message: impl Into<String>) -> Self {
-        Self { message: message.into(), retryable: true, lost_peer: String::new() }
+        Self { message: message.into(), retryable: true, ..Self::default() }
     }
 }
 
@@ -146,8 +148,8 @@ impl Controller {
             self.active.clear();
             if !stop.is_cancelled() {
                 warn!(reason = failure.message, "stage failed");
-                let Failure { message, retryable, lost_peer } = failure;
-                let failed = StageFailed { plan_epoch: epoch, message, retryable, lost_peer };
+                let Failure { message, retryable, lost_peer, out_of_memory } = failure;
+                let failed = StageFailed { plan_epoch: epoch, message, retryable, lost_peer, out_of_memory };
                 self.report(Message::StageFailed(failed)).await;
             }
         }
@@ -277,6 +279,7 @@ impl Controller {
         };
         let stage = loaded.map_err(|failed| Failure::passing(failed.to_string()))?.map_err(|error| Failure {
             retryable: matches!(error, KernelError::DeviceLost { .. }),
+            out_of_memory: matches!(error, KernelError::OutOfMemory { .. }),
             ..Failure::fatal(error.to_string())
         })?;
         let (weights_bytes, kv_bytes) = (stage.weights_bytes(), stage.kv_bytes());

@@ -82,10 +82,9 @@ pub(crate) fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
 
 /// What is to be measured: a model, or else weights from a seed, of Grok-1's shape if nothing is said.
 fn open(model: Option<&Path>, synthetic: &SyntheticArgs) -> Result<Weights, ModelError> {
-    match (model, synthetic.weights()?) {
-        (Some(path), _) => Weights::of_model(path),
-        (None, Some(weights)) => Ok(weights),
-        (None, None) => Weights::synthetic(Shape::Grok1, None, None),
+    match model {
+        Some(path) => Weights::of_model(path),
+        None => synthetic.weights_or(Shape::Grok1),
     }
 }
 

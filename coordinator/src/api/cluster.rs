@@ -13,9 +13,9 @@ use grokpipe_proto::{
     },
 };
 use tokio_stream::{StreamExt, wrappers::WatchStream};
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
-use crate::engine::Handle;
+use crate::{engine::Handle, planner::Refusal};
 
 /// Serves operators.
 #[derive(Clone)]
@@ -26,6 +26,12 @@ pub struct Cluster {
 
 fn wire(snapshot: &Arc<ClusterSnapshot>) -> Option<grokpipe_proto::v1::ClusterSnapshot> {
     Some(grokpipe_proto::v1::ClusterSnapshot::from(ClusterSnapshot::clone(snapshot)))
+}
+
+/// No plan: for lack of memory, or for another reason.
+fn refused(refusal: &Refusal) -> Status {
+    let code = if refusal.is_out_of_memory() { Code::ResourceExhausted } else { Code::FailedPrecondition };
+    Status::new(code, refusal.to_string())
 }
 
 #[tonic::async_trait]
@@ -47,7 +53,7 @@ impl ClusterService for Cluster {
     }
 
     async fn get_plan(&self, _request: Request<GetPlanRequest>) -> Result<Response<GetPlanResponse>, Status> {
-        let view = self.engine.plan().await.map_err(Status::failed_precondition)?;
+        let view = self.engine.plan().await?.map_err(|refusal| refused(&refusal))?;
         let stages = view.plan.stages.iter().zip(&view.workers).map(|(stage, (worker, _memory))| PlannedStage {
             worker: worker.clone(),
             layer_start: stage.layers.start,
@@ -73,5 +79,20 @@ impl ClusterService for Cluster {
 
     async fn replan(&self, _request: Request<ReplanRequest>) -> Result<Response<ReplanResponse>, Status> {
         Err(RequestError::NotBuilt("Replan").into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lack_of_memory_has_a_status_of_its_own() {
+        let missing =
+            Refusal::DoesNotFit { missing_bytes: 7, holes: Vec::new(), needed_bytes: 9, memory_bytes: 2, workers: 1 };
+        let status = refused(&missing);
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert!(status.message().contains("7 bytes are missing"), "{status}");
+        assert_eq!(refused(&Refusal::NoWorkers { layers: 64 }).code(), Code::FailedPrecondition);
     }
 }

@@ -14,13 +14,13 @@ impl Cluster {
     /// The plan that is in force, or the one that the workers present would get.
     ///
     /// # Errors
-    /// In words, when they do not suffice.
-    pub fn plan(&self) -> Result<(Plan, Vec<String>), String> {
+    /// Why there is none.
+    pub fn plan(&self) -> Result<(Plan, Vec<String>), planner::Refusal> {
         if let Some(active) = &self.active {
             return Ok((active.plan.clone(), active.stages.iter().map(|stage| stage.node.clone()).collect()));
         }
         let names = self.candidates();
-        let plan = self.solve(&names).map_err(|refusal| refusal.to_string())?;
+        let plan = self.solve(&names)?;
         let order = plan.stages.iter().map(|stage| names[stage.worker].clone()).collect();
         Ok((plan, order))
     }

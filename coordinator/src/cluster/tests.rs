@@ -251,7 +251,7 @@ fn a_failed_stage_is_tried_again_with_growing_pauses() {
     for _ in 0..4 {
         let epoch = cluster.epoch();
         let failed =
-            StageFailed { plan_epoch: epoch, message: "link broke".into(), retryable: true, lost_peer: String::new() };
+            StageFailed { plan_epoch: epoch, message: "link broke".into(), retryable: true, ..StageFailed::default() };
         cluster.stage_failed(at(now), "w1", 1, &failed);
         assert_eq!(cluster.epoch(), epoch, "not at once");
         while cluster.epoch() == epoch {
@@ -268,8 +268,13 @@ fn a_failed_stage_is_tried_again_with_growing_pauses() {
 #[test]
 fn a_broken_link_is_blamed_on_the_worker_at_its_other_end() {
     let mut cluster = serving();
-    let failed =
-        StageFailed { plan_epoch: 1, message: "the link to w2 broke".into(), retryable: true, lost_peer: "w2".into() };
+    let failed = StageFailed {
+        plan_epoch: 1,
+        message: "the link to w2 broke".into(),
+        retryable: true,
+        lost_peer: "w2".into(),
+        ..StageFailed::default()
+    };
     cluster.stage_failed(at(1.0), "w1", 1, &failed);
     let interrupted = cluster.take_commands();
     assert!(

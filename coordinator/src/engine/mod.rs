@@ -33,7 +33,7 @@ use tracing::{Span, debug};
 
 use crate::{
     cluster::{Cluster, Command, JoinRefusal},
-    planner::Plan,
+    planner::{Plan, Refusal},
     scheduler::{Scheduler, SchedulerConfig},
     session::{Session, StopRules},
 };
@@ -123,7 +123,7 @@ pub enum Event {
     /// Somebody asks for the plan.
     Plan {
         /// The plan with its workers in order, memory of each, epoch and spare workers, or why there is none.
-        reply: oneshot::Sender<Result<PlanView, String>>,
+        reply: oneshot::Sender<Result<PlanView, Refusal>>,
     },
 }
 
@@ -185,11 +185,11 @@ impl Handle {
     /// Asks for the plan.
     ///
     /// # Errors
-    /// In words, when there is none.
-    pub async fn plan(&self) -> Result<PlanView, String> {
+    /// [`RequestError::ShuttingDown`]; within it, why there is none.
+    pub async fn plan(&self) -> Result<Result<PlanView, Refusal>, RequestError> {
         let (reply, answer) = oneshot::channel();
         self.send(Event::Plan { reply }).await;
-        answer.await.unwrap_or_else(|_gone| Err("the coordinator is shutting down".into()))
+        answer.await.map_err(|_gone| RequestError::ShuttingDown)
     }
 
     /// The cluster as it was at the last change or tick.

@@ -307,6 +307,11 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// Whether more memory would help.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, Self::DoesNotFit { .. } | Self::PinDoesNotFit { .. })
+    }
+
     /// The largest run of layers that nobody has room for.
     pub fn largest_hole(&self) -> Option<&Hole> {
         match self {

@@ -93,7 +93,9 @@ pub fn read(file: &dyn ReadAt) -> Result<Header, HeaderError> {
     match cursor.u32()? {
         2 | 3 => {}
         // The same bytes in the other order.
-        version if version.swap_bytes() < 16 => return refuse("byte 4", "a little-endian file", "a big-endian one"),
+        version if (1..16).contains(&version.swap_bytes()) => {
+            return refuse("byte 4", "a little-endian file", "a big-endian one");
+        }
         version => return refuse("byte 4", "version 2 or 3", format!("version {version}")),
     }
     let tensors = cursor.count(MOST_TENSORS, "tensors")?;

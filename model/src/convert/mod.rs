@@ -65,10 +65,11 @@ pub fn convert(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Report, ModelError> {
     parts::check_name(out)?;
+    let output = Output::new(out);
+    output.check_folder()?;
     let plan = Plan::of(model, options.mix)?;
     let (metadata, no_tokenizer) = metadata::of(model, &plan, options.mix)?;
     let parts = parts::cut(&metadata, &plan.tensors, out, options.split_max_bytes)?;
-    let output = Output::new(out);
     let mut journal = Journal::open(&output, &fingerprint(model, &parts)?, &parts)?;
     let total = parts.iter().map(Part::length).sum();
     let mut done = 0;

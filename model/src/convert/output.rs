@@ -48,6 +48,17 @@ impl Output {
         with_suffix(&self.out, ".sha256")
     }
 
+    /// There must be a folder to write into: a conversion makes none, and names it rather than a file in it.
+    pub(super) fn check_folder(&self) -> Result<(), ModelError> {
+        let parent = self.out.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let path = parent.unwrap_or(Path::new(".")).to_owned();
+        match std::fs::metadata(&path) {
+            Ok(found) if found.is_dir() => Ok(()),
+            Ok(_) => Err(ModelError::invalid(path.display().to_string(), "a folder", "a file")),
+            Err(source) => Err(ModelError::Io { path, source }),
+        }
+    }
+
     /// Nothing that exists is ever overwritten by a conversion that begins.
     pub(super) fn check_free(&self, parts: &[Part]) -> Result<(), ModelError> {
         let checksums = self.checksums();

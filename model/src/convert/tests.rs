@@ -531,8 +531,12 @@ fn nothing_that_exists_is_overwritten_and_the_name_must_be_one_of_a_gguf_file() 
         let error = converted(source.path(), &target.path().join(name), &options(Mix::Q8_0)).unwrap_err().to_string();
         assert!(error.contains("ends in .gguf"), "{name}: {error}");
     }
-    let nowhere = target.path().join("no/such/folder/m.gguf");
-    assert!(matches!(converted(source.path(), &nowhere, &options(Mix::Q8_0)), Err(ModelError::Io { .. })));
+    let nowhere = target.path().join("no/such/folder");
+    let error = converted(source.path(), &nowhere.join("m.gguf"), &options(Mix::Q8_0)).unwrap_err();
+    assert!(matches!(error, ModelError::Io { path, .. } if path == nowhere));
+    fs::write(target.path().join("file"), "precious").unwrap();
+    let error = converted(source.path(), &target.path().join("file/m.gguf"), &options(Mix::Q8_0)).unwrap_err();
+    assert!(error.to_string().ends_with("file: expected a folder, found a file"), "{error}");
     fs::create_dir(target.path().join("small.gguf.journal")).unwrap();
     let error = converted(source.path(), &out, &options(Mix::Q8_0)).unwrap_err().to_string();
     assert!(error.contains("journal"), "{error}");

@@ -45,6 +45,8 @@ const STEP_WITHIN: Duration = Duration::from_secs(120);
 const EXIT_WITHIN: Duration = Duration::from_secs(1);
 /// Unanswered frames on a link, as a coordinator allows them.
 const FRAMES_IN_FLIGHT: usize = 64;
+/// The headline of whatever is noticed of a failure.
+const FAILED: &str = "the workers failed";
 /// The name of the stage after the last one, in messages.
 const BENCH: &str = "bench";
 
@@ -295,7 +297,8 @@ impl Cluster {
         for frame in numbered {
             let Some(link) = &arrangement.link else { return Err(CliError::failed("the workers have no layers yet")) };
             if !matches!(time::timeout_at(deadline, link.send(frame)).await, Ok(Ok(()))) {
-                return Err(self.lost("the link to the first stage takes no frames".to_owned()).await);
+                let noticed = CliError::failed(FAILED).because("the link to the first stage takes no frames");
+                return Err(self.lost(noticed).await);
             }
         }
         while missing > 0 {
@@ -325,21 +328,24 @@ impl Cluster {
     /// The next event that is no bad news.
     async fn next(&mut self, deadline: Instant, wanted: &str) -> Result<Event, CliError> {
         loop {
-            let bad_news = tokio::select! {
+            let noticed = tokio::select! {
                 biased;
                 Some(event) = self.processes.recv() => match process_error(event) {
                     Some(error) => return Err(error),
                     None => continue,
                 },
                 Some(event) = self.links.recv() => match event {
-                    LinkEvent::FrameFailed { message, .. } => message,
-                    LinkEvent::Lost { reason } => reason,
+                    LinkEvent::FrameFailed { message, .. } => CliError::failed(FAILED).because(message),
+                    LinkEvent::Lost { reason } => CliError::failed(FAILED).because(reason),
                 },
                 Some(event) = self.port.events.recv() => match event {
-                    Event::Left { worker } => format!("worker {worker} has gone"),
+                    Event::Left { worker } => CliError::failed(FAILED).because(format!("worker {worker} has gone")),
                     Event::Said { worker, message } => match *message {
-                        Message::StageFailed(failed) => format!("worker {worker}: {}", failed.message),
-                        Message::FrameFailed(failed) => failed.message,
+                        Message::StageFailed(failed) => {
+                            let code = if failed.out_of_memory { Code::OutOfMemory } else { Code::Failed };
+                            CliError::new(code, FAILED).because(format!("worker {worker}: {}", failed.message))
+                        }
+                        Message::FrameFailed(failed) => CliError::failed(FAILED).because(failed.message),
                         Message::Heartbeat(_) => continue,
                         other => return Ok(Event::Said { worker, message: Box::new(other) }),
                     },
@@ -349,12 +355,12 @@ impl Cluster {
                     return Err(CliError::new(Code::TimedOut, format!("waited too long for {wanted}")));
                 }
             };
-            return Err(self.lost(bad_news).await);
+            return Err(self.lost(noticed).await);
         }
     }
 
     /// Why something broke: the end of a process, if that is why, else what was noticed first.
-    async fn lost(&mut self, noticed: String) -> CliError {
+    async fn lost(&mut self, noticed: CliError) -> CliError {
         let exit = time::timeout(EXIT_WITHIN, async {
             loop {
                 if let Some(error) = process_error(self.processes.recv().await?) {
@@ -362,7 +368,7 @@ impl Cluster {
                 }
             }
         });
-        exit.await.ok().flatten().unwrap_or_else(|| CliError::failed("the workers failed").because(noticed))
+        exit.await.ok().flatten().unwrap_or(noticed)
     }
 
     /// Ends every process, then the port.

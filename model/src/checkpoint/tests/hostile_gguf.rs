@@ -82,6 +82,7 @@ fn every_hostile_header_is_refused() {
         ("an empty file", Vec::new(), "4 more bytes"),
         ("another magic", [b"GGML".as_slice(), &good[4..]].concat(), "GGUF"),
         ("version 1", [&good[..4], &1_u32.to_le_bytes(), &good[8..]].concat(), "version 2 or 3"),
+        ("version 0", [&good[..4], &[0; 4], &good[8..]].concat(), "found version 0"),
         ("version 4", [&good[..4], &4_u32.to_le_bytes(), &good[8..]].concat(), "version 4"),
         ("big-endian", [&good[..4], &3_u32.to_be_bytes(), &good[8..]].concat(), "little-endian"),
         ("2^64 - 1 tensors", with_u64(good.clone(), 8, u64::MAX), "at most 65536 tensors"),
