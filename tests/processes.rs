@@ -332,5 +332,5 @@ fn up_without_room_for_the_model_says_how_much_is_missing_and_ends_with_the_code
         .expect("grokpipe runs");
     let complaints = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(5), "{complaints}");
-    assert!(complaints.contains("bytes are missing"), "{complaints}");
+    assert!(complaints.contains("MiB are missing") && complaints.contains("one worker has 1.0 MiB"), "{complaints}");
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use grokpipe_model::{
-    Model,
+    Model, ModelError,
     convert::{self, Mix, Options, Report},
 };
 use indicatif::{ProgressBar, ProgressStyle};
@@ -60,8 +60,10 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let converted = convert::convert(&model, &args.out, &options, &mut |done, total| screen.show(done, total));
     screen.clear();
     let report = converted.map_err(|error| {
+        // What is wrong with the model, or with what lies in the way, stays wrong.
+        let may_pass = matches!(error, ModelError::Io { .. });
         let failed = CliError::failed("the model was not converted").because(error);
-        if convert::is_unfinished(&args.out) {
+        if may_pass && convert::is_unfinished(&args.out) {
             failed.advise("once the reason is gone, the same command goes on from where this one ended")
         } else {
             failed

@@ -63,7 +63,7 @@ impl Shape {
 }
 
 /// A stored type by the name that GGUF files give it, in either case.
-pub(crate) fn parse_type(text: &str) -> Result<BlockType, String> {
+fn parse_type(text: &str) -> Result<BlockType, String> {
     BlockType::all().find(|kind| kind.name().eq_ignore_ascii_case(text)).ok_or_else(|| {
         let names: Vec<String> = BlockType::all().map(|kind| kind.name().to_lowercase()).collect();
         format!("expected one of {}, found {text:?}", names.join(", "))

@@ -1,6 +1,6 @@
 //! What can go wrong on a device.
 
-use grokpipe_model::ModelError;
+use grokpipe_model::{Bytes, ModelError};
 use thiserror::Error;
 
 /// Why a device refused or failed.
@@ -17,7 +17,7 @@ pub enum KernelError {
         found: String,
     },
     /// More memory than there is.
-    #[error("{what} needs {needed_bytes} bytes, {device} has {available_bytes}")]
+    #[error("{what} needs {}, {device} {}", Bytes(*needed_bytes), describe_available(*available_bytes))]
     OutOfMemory {
         /// What was to be allocated.
         what: String,
@@ -69,4 +69,9 @@ pub enum KernelError {
     /// Reading weights failed.
     #[error(transparent)]
     Model(#[from] ModelError),
+}
+
+/// What a device has, where it says so.
+fn describe_available(bytes: u64) -> String {
+    if bytes == 0 { "does not say how much it has".to_owned() } else { format!("has {}", Bytes(bytes)) }
 }

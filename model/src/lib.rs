@@ -4,6 +4,7 @@
 //! allocated, and a reader constructs nothing but numbers.
 
 mod blocks;
+mod bytes;
 mod config;
 mod config_file;
 mod error;
@@ -17,6 +18,7 @@ pub mod convert;
 pub mod tokenizer;
 
 pub use blocks::{BlockType, Codes, IQ4_VALUES, NotUnpacked, UnpackedScales};
+pub use bytes::Bytes;
 pub use checkpoint::Model;
 pub use config::ModelConfig;
 pub use error::ModelError;

@@ -16,14 +16,13 @@ use crate::{
     machine,
     rates::settled,
     text::{Table, print},
-    weights::parse_type,
 };
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Stored types [default: all of them]
-    #[arg(long, value_name = "TYPE,TYPE", value_delimiter = ',', value_parser = parse_type)]
-    r#type: Vec<BlockType>,
+    /// Stored types: f32, int8 as xAI published them, or a type of GGUF files [default: all of them]
+    #[arg(long, value_name = "TYPE,TYPE", value_delimiter = ',', value_parser = parse_format)]
+    r#type: Vec<Format>,
     /// Inputs of the matrix; a multiple of 256
     #[arg(long, value_name = "N", value_parser = parse_inputs, default_value_t = 6144)]
     inputs: u32,
@@ -60,7 +59,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let threads = args.threads.unwrap_or_else(machine::cores) as usize;
     let mut device = select_device(&args.device, threads, args.precision, args.prefill)?;
-    let types = if args.r#type.is_empty() { BlockType::all().collect() } else { args.r#type.clone() };
+    let types = if args.r#type.is_empty() { all().collect() } else { args.r#type.clone() };
     let rows: Vec<usize> = args.rows.iter().map(|&rows| rows as usize).collect();
     let (inputs, outputs) = (args.inputs as usize, args.outputs as usize);
     let bar = ProgressBar::new(types.len() as u64);
@@ -70,14 +69,14 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let times = settled(device.as_mut(), |device| {
         bar.set_position(0);
         let mut before = device.measure_read_bandwidth()?;
-        let of_type = |&kind: &BlockType| {
-            bar.set_message(kind.name());
-            let shape = ProductShape { format: Format::Blocks(kind), inputs, outputs };
+        let of_type = |&format: &Format| {
+            bar.set_message(name(format));
+            let shape = ProductShape { format, inputs, outputs };
             let times = device.time_products(shape, &rows, args.repeat as usize)?;
             let after = device.measure_read_bandwidth()?;
             let bandwidth = f64::midpoint(std::mem::replace(&mut before, after), after);
             bar.inc(1);
-            Ok::<_, KernelError>(OfType { kind, bandwidth, times })
+            Ok::<_, KernelError>(OfType { format, bandwidth, times })
         };
         types.iter().map(of_type).collect::<Result<Vec<_>, _>>()
     })?;
@@ -100,6 +99,29 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     Ok(())
 }
 
+/// int8 with the scale groups of the published checkpoint's row-parallel matrices.
+const INT8: Format = Format::Int8 { groups: 8 };
+
+fn all() -> impl Iterator<Item = Format> {
+    [Format::F32, INT8].into_iter().chain(BlockType::all().map(Format::Blocks))
+}
+
+fn name(format: Format) -> &'static str {
+    match format {
+        Format::F32 => "F32",
+        Format::Int8 { .. } => "int8",
+        Format::Blocks(kind) => kind.name(),
+    }
+}
+
+/// A stored type by its name, in either case.
+fn parse_format(text: &str) -> Result<Format, String> {
+    all().find(|&format| name(format).eq_ignore_ascii_case(text)).ok_or_else(|| {
+        let names: Vec<String> = all().map(|format| name(format).to_lowercase()).collect();
+        format!("expected one of {}, found {text:?}", names.join(", "))
+    })
+}
+
 /// Inputs of a matrix: whole blocks of every type.
 fn parse_inputs(text: &str) -> Result<u32, String> {
     let inputs =
@@ -118,7 +140,7 @@ struct Report {
 
 /// Products with matrices of one type.
 struct OfType {
-    kind: BlockType,
+    format: Format,
     /// Bytes a second that the memory gave before and after, the mean.
     bandwidth: f64,
     times: Vec<ProductTime>,
@@ -146,11 +168,11 @@ impl Report {
 
     fn table(&self) -> String {
         let mut table = Table::new(&["type", "rows", "a product", "bytes", "GB/s", "of memory", "GFLOP/s"]);
-        for OfType { kind, bandwidth, times } in &self.times {
+        for OfType { format, bandwidth, times } in &self.times {
             for time in times {
                 let (bytes, work) = self.rates(time);
                 table.row(vec![
-                    kind.name().to_owned(),
+                    name(*format).to_owned(),
                     time.rows.to_string(),
                     format!("{:.3} ms", 1e3 * time.seconds),
                     format!("{:.1} MB", time.bytes as f64 / 1e6),
@@ -164,11 +186,11 @@ impl Report {
     }
 
     fn to_json(&self) -> Value {
-        let results = self.times.iter().flat_map(|OfType { kind, bandwidth, times }| {
+        let results = self.times.iter().flat_map(|OfType { format, bandwidth, times }| {
             times.iter().map(move |time| {
                 let (bytes, work) = self.rates(time);
                 json!({
-                    "type": kind.name(),
+                    "type": name(*format),
                     "rows": time.rows,
                     "seconds": time.seconds,
                     "bytes": time.bytes,
@@ -203,10 +225,19 @@ mod tests {
     }
 
     #[test]
+    fn every_stored_type_can_be_asked_for_by_the_name_that_it_is_shown_with() {
+        for format in all() {
+            assert_eq!(parse_format(name(format)), Ok(format));
+            assert_eq!(parse_format(&name(format).to_lowercase()), Ok(format));
+        }
+        assert!(parse_format("q9").unwrap_err().contains("f32, int8, f16"));
+    }
+
+    #[test]
     fn rates_are_of_bytes_and_of_work() {
         let time = ProductTime { rows: 8, bytes: 1_000_000, seconds: 1e-3 };
         let (inputs, outputs) = (1000, 500);
-        let of_type = |kind, bandwidth| OfType { kind, bandwidth, times: vec![time] };
+        let of_type = |kind, bandwidth| OfType { format: Format::Blocks(kind), bandwidth, times: vec![time] };
         let times = vec![of_type(BlockType::Q8_0, 2e9), of_type(BlockType::Q4K, 4e9)];
         let (precision, prefill) = ("fast", "invariant");
         let report = Report { device: "cpu".into(), precision, prefill, inputs, outputs, times };

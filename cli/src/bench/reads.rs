@@ -7,6 +7,9 @@ use grokpipe_model::{LayerTensor, ModelConfig, TensorName, WeightSource};
 use super::CHUNK_ROWS;
 use crate::error::CliError;
 
+/// How the bytes of experts are counted where several tokens share a step.
+pub(super) const COUNTED: &str = "as if each token chose its experts at random";
+
 /// Weights that steps read and multiply with.
 pub(super) struct Reads {
     /// Those that every row meets.

@@ -9,6 +9,8 @@ use std::{
     time::Duration,
 };
 
+use grokpipe_model::Bytes;
+
 /// A number of bytes; shown with the largest binary unit that fits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct ByteSize(pub(crate) u64);
@@ -27,11 +29,7 @@ const BYTE_UNITS: [(&str, u64); 9] = [
 
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (unit, factor) =
-            BYTE_UNITS[..5].iter().rev().find(|(_, factor)| self.0 >= *factor).copied().unwrap_or(("B", 1));
-        let text =
-            if factor == 1 { format!("{} B", self.0) } else { format!("{:.1} {unit}", self.0 as f64 / factor as f64) };
-        f.pad(&text)
+        Bytes(self.0).fmt(f)
     }
 }
 

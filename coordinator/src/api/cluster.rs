@@ -92,7 +92,7 @@ mod tests {
             Refusal::DoesNotFit { missing_bytes: 7, holes: Vec::new(), needed_bytes: 9, memory_bytes: 2, workers: 1 };
         let status = refused(&missing);
         assert_eq!(status.code(), Code::ResourceExhausted);
-        assert!(status.message().contains("7 bytes are missing"), "{status}");
+        assert!(status.message().contains("7 B are missing"), "{status}");
         assert_eq!(refused(&Refusal::NoWorkers { layers: 64 }).code(), Code::FailedPrecondition);
     }
 }

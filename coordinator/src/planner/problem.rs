@@ -4,6 +4,7 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
+use grokpipe_model::Bytes;
 use thiserror::Error;
 
 /// Most layers that a problem may have: the solver's tables grow with their square.
@@ -274,7 +275,7 @@ pub enum Refusal {
         second_pinned: Range<u32>,
     },
     /// A pinned range is too large for its worker.
-    #[error("worker {worker:?} is pinned to layers {}..{}, which need {needed_bytes} bytes; it has {memory_bytes}: {missing_bytes} bytes are missing", pinned.start, pinned.end)]
+    #[error("worker {worker:?} is pinned to layers {}..{}, which need {}; it has {}: {} are missing", pinned.start, pinned.end, Bytes(*needed_bytes), Bytes(*memory_bytes), Bytes(*missing_bytes))]
     PinDoesNotFit {
         /// Name of the worker.
         worker: String,
@@ -289,8 +290,12 @@ pub enum Refusal {
     },
     /// The workers' memory does not hold the model, however it is split.
     #[error(
-        "{missing_bytes} bytes are missing: no worker has room for {}; all layers, head and KV need {needed_bytes} bytes beside scratch, {workers} workers have {memory_bytes}",
-        describe_holes(holes)
+        "{} are missing: no worker has room for {}; all layers, head and KV need {} beside scratch, {} {}",
+        Bytes(*missing_bytes),
+        describe_holes(holes),
+        Bytes(*needed_bytes),
+        if *workers == 1 { "one worker has".to_owned() } else { format!("{workers} workers have") },
+        Bytes(*memory_bytes)
     )]
     DoesNotFit {
         /// Bytes of all holes. The least possible for up to [`super::EXACT_WORKERS_MAX`] unpinned workers; beyond that it may be more.
@@ -321,9 +326,11 @@ impl Refusal {
     }
 }
 
-/// "layers 3..7 (12 bytes), 9..10 (3 bytes)".
+/// "layers 3..7 (12.0 GiB), 9..10 (3.0 GiB)".
 fn describe_holes(holes: &[Hole]) -> String {
-    let runs: Vec<String> =
-        holes.iter().map(|hole| format!("{}..{} ({} bytes)", hole.layers.start, hole.layers.end, hole.bytes)).collect();
+    let runs: Vec<String> = holes
+        .iter()
+        .map(|hole| format!("{}..{} ({})", hole.layers.start, hole.layers.end, Bytes(hole.bytes)))
+        .collect();
     format!("layers {}", runs.join(", "))
 }

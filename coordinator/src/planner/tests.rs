@@ -309,6 +309,9 @@ fn too_little_memory_says_how_much_is_missing_and_where() {
     assert_eq!((*missing_bytes, holes), (missing, &vec![Hole { layers: 54..64, bytes: missing }]));
     assert_eq!((*needed_bytes, *memory_bytes), (64 * layer + problem.head.weight_bytes, 3 * 86 * GIB));
     assert_eq!((*workers, refusal.largest_hole()), (3, holes.first()));
+    let text = refusal.to_string();
+    assert!(text.contains(" GiB are missing: no worker has room for layers 54..64 ("), "{text}");
+    assert!(text.ends_with("3 workers have 258.0 GiB"), "{text}");
 }
 
 #[test]

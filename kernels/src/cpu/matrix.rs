@@ -5,10 +5,12 @@
 //! one bounded buffer of stored bytes beside the matrix itself, and for packed int8 one expert's numbers. Groups whose length is not a
 //! multiple of 16 are filled with zeros, which add nothing to a sum, so that products need no special case for a rest.
 
+use bytemuck::Pod;
 use grokpipe_model::{BlockType, Format, Layout, MatrixSource, MatrixSpec};
+use half::{bf16, f16};
 
 use super::{
-    memory::{Arena, product, zeroed},
+    memory::{Arena, ArenaPart, product, zeroed},
     packed::{BLOCK, Packed},
     simd::{LANES, Packing},
     threads::Threads,
@@ -24,10 +26,12 @@ const SQUARE: usize = 8;
 
 /// The numbers, `[experts, outputs, groups * padded_group]`.
 pub(crate) enum Values {
-    F32(Vec<f32>),
-    I8(Vec<i8>),
+    F32(ArenaPart<f32>),
+    F16(ArenaPart<f16>),
+    Bf16(ArenaPart<bf16>),
+    I8(ArenaPart<i8>),
     /// Rows of blocks, without filling: that is added when they become numbers.
-    Blocks(BlockType, Vec<u8>),
+    Blocks(BlockType, ArenaPart<u8>),
     /// For 8-bit inputs.
     Packed(Packed),
 }
@@ -71,6 +75,8 @@ impl CpuMatrix {
     pub(super) fn bytes_from(&self, expert: usize, output: usize) -> &[u8] {
         let all: &[u8] = match &self.values {
             Values::F32(values) => bytemuck::cast_slice(values),
+            Values::F16(values) => bytemuck::cast_slice(values),
+            Values::Bf16(values) => bytemuck::cast_slice(values),
             Values::I8(values) => bytemuck::cast_slice(values),
             Values::Blocks(_, bytes) => bytes,
             Values::Packed(packed) => bytemuck::cast_slice(&packed.words),
@@ -95,7 +101,7 @@ impl CpuMatrix {
     ) -> Result<Self, KernelError> {
         let spec = source.spec();
         let groups = match spec.format {
-            Format::F32 => None,
+            Format::F32 | Format::Blocks(BlockType::F16 | BlockType::Bf16) => None,
             Format::Int8 { groups } => Some(groups),
             Format::Blocks(kind) => return Self::load_blocks(source, kind, packing, threads, arena, device, progress),
         };
@@ -128,15 +134,15 @@ impl CpuMatrix {
             let values = Values::Packed(packed);
             return Ok(Self { inputs, outputs, experts, groups, group, padded_group, values, scales: vec![1.0] });
         }
-        let (values, scales) = if is_float {
-            let mut values = zeroed(count, &spec.name, device)?;
-            shape.fill(source, &mut values, threads, progress)?;
-            (Values::F32(values), vec![1.0])
-        } else {
-            let mut values = zeroed(count, &spec.name, device)?;
-            shape.fill(source, &mut values, threads, progress)?;
-            (Values::I8(values), scales_by_output(source, groups)?)
+        let values = match spec.format {
+            Format::Int8 { .. } => Values::I8(shape.filled(source, count, threads, arena, device, progress)?),
+            Format::Blocks(BlockType::F16) => {
+                Values::F16(shape.filled(source, count, threads, arena, device, progress)?)
+            }
+            Format::Blocks(_) => Values::Bf16(shape.filled(source, count, threads, arena, device, progress)?),
+            Format::F32 => Values::F32(shape.filled(source, count, threads, arena, device, progress)?),
         };
+        let scales = if is_float { vec![1.0] } else { scales_by_output(source, groups)? };
         Ok(Self { inputs, outputs, experts, groups, group, padded_group, values, scales })
     }
 
@@ -175,7 +181,7 @@ impl CpuMatrix {
                 scales: vec![1.0],
             });
         }
-        let mut bytes = zeroed(product(&[experts, outputs, row_bytes], name, device)?, name, device)?;
+        let mut bytes = arena.take(product(&[experts, outputs, row_bytes], name, device)?, name, device)?;
         for (index, piece) in bytes.chunks_mut(PIECE_BYTES).enumerate() {
             source.read((index * PIECE_BYTES) as u64, piece)?;
             progress(piece.len() as u64);
@@ -206,7 +212,7 @@ fn scales_by_output(source: &dyn MatrixSource, groups: usize) -> Result<Vec<f32>
 }
 
 /// A stored number.
-trait Number: Copy + Default + Send + Sync {
+trait Number: Pod + Default + Send + Sync {
     const BYTES: usize;
     fn read(bytes: &[u8]) -> Self;
 
@@ -251,6 +257,22 @@ impl Number for f32 {
     }
 }
 
+impl Number for f16 {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    fn read(bytes: &[u8]) -> Self {
+        Self::from_le_bytes([bytes[0], bytes[1]])
+    }
+}
+
+impl Number for bf16 {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    fn read(bytes: &[u8]) -> Self {
+        Self::from_le_bytes([bytes[0], bytes[1]])
+    }
+}
+
 /// Where stored numbers go.
 struct Shape<'a> {
     spec: &'a MatrixSpec,
@@ -268,18 +290,21 @@ impl Shape<'_> {
         self.spec.inputs / self.group * self.padded_group
     }
 
-    /// Reads everything into `values`, which is zero.
-    fn fill<T: Number>(
+    /// Reads everything: `count` numbers with the filling.
+    fn filled<T: Number>(
         &self,
         source: &dyn MatrixSource,
-        values: &mut [T],
+        count: usize,
         threads: &Threads,
+        arena: &mut Arena,
+        device: &str,
         progress: &mut dyn FnMut(u64),
-    ) -> Result<(), KernelError> {
+    ) -> Result<ArenaPart<T>, KernelError> {
+        let mut values = arena.take(count, &self.spec.name, device)?;
         for (expert, matrix) in values.chunks_mut(self.spec.outputs * self.padded_inputs()).enumerate() {
             self.fill_expert(source, expert, matrix, threads, progress)?;
         }
-        Ok(())
+        Ok(values)
     }
 
     /// Reads an expert's matrix into `matrix`, whose filling is zero.
@@ -399,6 +424,8 @@ mod tests {
                     let index = row + group * loaded.padded_group + k % loaded.group;
                     let got = match &loaded.values {
                         Values::F32(v) => f64::from(v[index]),
+                        Values::F16(v) => v[index].to_f64(),
+                        Values::Bf16(v) => v[index].to_f64(),
                         Values::I8(v) => {
                             f64::from(v[index]) * f64::from(loaded.scales[(e * outputs + n) * loaded.groups + group])
                         }
@@ -415,6 +442,8 @@ mod tests {
         for layout in [Layout::InOut, Layout::OutIn] {
             for shape in [(1, 1, 1), (2, 88, 64), (3, 17, 5), (1, 130, 200), (2, 64, 129)] {
                 check(shape, Format::F32, layout);
+                check(shape, Format::Blocks(BlockType::F16), layout);
+                check(shape, Format::Blocks(BlockType::Bf16), layout);
                 check(shape, Format::Int8 { groups: 1 }, layout);
             }
             check((2, 88, 70), Format::Int8 { groups: 8 }, layout);

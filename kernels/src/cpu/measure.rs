@@ -24,7 +24,8 @@ const ROWS: usize = 64;
 
 /// Bytes a second of all threads reading memory in order.
 pub(super) fn read_bandwidth(isa: Isa, threads: &Threads, device: &str) -> Result<f64, KernelError> {
-    let mut words = Arena::default().words(READ_BYTES / size_of::<Word>(), "the bandwidth measurement", device)?;
+    let mut words =
+        Arena::default().take::<Word>(READ_BYTES / size_of::<Word>(), "the bandwidth measurement", device)?;
     // Memory that was never written has no pages of its own.
     words.fill(Word([1; 64]));
     let part = words.len().div_ceil(threads.count() * 8);

@@ -1,7 +1,11 @@
 //! Memory of the host: how much there is, and allocation that fails with an error instead of ending the process.
 
-use std::ops::{Deref, DerefMut};
+use std::{
+    marker::PhantomData,
+    ops::{Deref, DerefMut},
+};
 
+use bytemuck::Pod;
 use bytes::{Bytes, BytesMut};
 
 use super::simd::Word;
@@ -34,14 +38,19 @@ pub(crate) struct Arena {
 }
 
 impl Arena {
-    /// `count` words of zero, for `what` on `device`. A region is given back with the last of its parts and when nothing is left of it
-    /// here: what is left keeps it.
-    pub(crate) fn words(&mut self, count: usize, what: &str, device: &str) -> Result<ArenaWords, KernelError> {
-        let bytes = product(&[count, size_of::<Word>()], what, device)?;
+    /// `count` numbers of zero, for `what` on `device`, from where a [`Word`] may begin. A region is given back with the last of its parts
+    /// and when nothing is left of it here: what is left keeps it.
+    pub(crate) fn take<T: Pod>(&mut self, count: usize, what: &str, device: &str) -> Result<ArenaPart<T>, KernelError> {
+        let used = product(&[count, size_of::<T>()], what, device)?;
+        let bytes = product(&[used.div_ceil(size_of::<Word>()), size_of::<Word>()], what, device)?;
         check_room(bytes as u64, what, device)?;
+        let part = |mut memory: BytesMut| {
+            memory.truncate(used);
+            ArenaPart { memory, numbers: PhantomData }
+        };
         // No words of no region would not even be where words may be.
         if !self.rest.is_empty() && bytes <= self.rest.len() {
-            return Ok(ArenaWords(self.rest.split_to(bytes)));
+            return Ok(part(self.rest.split_to(bytes)));
         }
         let whole = bytes.max(REGION).checked_next_multiple_of(LARGE_PAGE);
         // Bytes, because memory for what is aligned would be written with zeros here, and small pages be made of it. What lies before the
@@ -53,28 +62,31 @@ impl Arena {
         let _before = region.split_to(region.as_ptr().align_offset(LARGE_PAGE));
         region.truncate(region.len() / LARGE_PAGE * LARGE_PAGE);
         ask_for_large_pages(&mut region);
-        let words = region.split_to(bytes);
+        let taken = part(region.split_to(bytes));
         if region.len() > self.rest.len() {
             self.rest = region;
         }
-        Ok(ArenaWords(words))
+        Ok(taken)
     }
 }
 
 /// A matrix's part of an [`Arena`]; the memory lives as long as the last part.
-pub(crate) struct ArenaWords(BytesMut);
+pub(crate) struct ArenaPart<T> {
+    memory: BytesMut,
+    numbers: PhantomData<T>,
+}
 
-impl Deref for ArenaWords {
-    type Target = [Word];
+impl<T: Pod> Deref for ArenaPart<T> {
+    type Target = [T];
 
-    fn deref(&self) -> &[Word] {
-        bytemuck::cast_slice(&self.0)
+    fn deref(&self) -> &[T] {
+        bytemuck::cast_slice(&self.memory)
     }
 }
 
-impl DerefMut for ArenaWords {
-    fn deref_mut(&mut self) -> &mut [Word] {
-        bytemuck::cast_slice_mut(&mut self.0)
+impl<T: Pod> DerefMut for ArenaPart<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        bytemuck::cast_slice_mut(&mut self.memory)
     }
 }
 
@@ -140,7 +152,7 @@ mod tests {
         let mut arena = Arena::default();
         // Several in a region, one larger than a region, and small ones in what that leaves.
         let counts = [0, 1, 100, 32_767, 32_768, 100_003, 500_000, 77, 60_000, 5];
-        let mut parts: Vec<_> = counts.map(|count| arena.words(count, "numbers", "cpu").unwrap()).into();
+        let mut parts: Vec<_> = counts.map(|count| arena.take::<Word>(count, "numbers", "cpu").unwrap()).into();
         for (part, count) in parts.iter_mut().zip(counts) {
             assert_eq!(part.len(), count);
             assert!(part.iter().all(|word| word.0 == [0; 64]));
@@ -156,16 +168,19 @@ mod tests {
     #[test]
     fn small_matrices_share_large_pages() {
         let mut arena = Arena::default();
-        let first = arena.words(10, "numbers", "cpu").unwrap();
-        let second = arena.words(10, "numbers", "cpu").unwrap();
+        let first = arena.take::<Word>(10, "numbers", "cpu").unwrap();
+        let second = arena.take::<u8>(65, "numbers", "cpu").unwrap();
+        let third = arena.take::<f32>(1, "numbers", "cpu").unwrap();
         assert!(first.as_ptr().cast::<u8>().addr().is_multiple_of(LARGE_PAGE));
-        assert_eq!(first.as_ptr_range().end, second.as_ptr());
+        assert_eq!(first.as_ptr_range().end.cast::<u8>(), second.as_ptr());
+        assert_eq!((second.len(), third.len()), (65, 1));
+        assert_eq!(third.as_ptr().addr() - second.as_ptr().addr(), 2 * size_of::<Word>());
     }
 
     #[test]
     fn an_arena_that_cannot_grow_says_for_what() {
         for count in [usize::MAX / 128, usize::MAX / 64] {
-            let error = Arena::default().words(count, "weights", "cpu").err();
+            let error = Arena::default().take::<Word>(count, "weights", "cpu").err();
             assert!(matches!(&error, Some(KernelError::OutOfMemory { what, .. }) if what == "weights"), "{error:?}");
         }
     }

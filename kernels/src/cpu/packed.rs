@@ -8,7 +8,7 @@
 use grokpipe_model::{BlockType, Codes, MatrixSource, MatrixSpec};
 
 use super::{
-    memory::{Arena, ArenaWords, product},
+    memory::{Arena, ArenaPart, product},
     simd::{LANES, Packing, Word},
     threads::Threads,
 };
@@ -123,7 +123,7 @@ pub(crate) struct Packed {
     /// Bands of an expert.
     pub(super) bands: usize,
     /// `[experts, bands, parts]` streams.
-    pub(super) words: ArenaWords,
+    pub(super) words: ArenaPart<Word>,
     pub(super) numbers: Numbers,
     pub(super) scaling: Scaling,
     /// How its streams are cut.
@@ -199,7 +199,7 @@ impl Packed {
         let (blocks, bands) = (spec.inputs / BLOCK, spec.outputs.div_ceil(LANES));
         let chunk = Chunk::of(numbers, scaling);
         let count = product(&[spec.experts, bands, chunk.stream(blocks)], &spec.name, device)?;
-        Ok(Self { blocks, bands, words: arena.words(count, &spec.name, device)?, numbers, scaling, chunk })
+        Ok(Self { blocks, bands, words: arena.take(count, &spec.name, device)?, numbers, scaling, chunk })
     }
 
     /// Room for int8.

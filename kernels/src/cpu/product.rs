@@ -8,9 +8,12 @@
 
 use std::ops::Range;
 
+use half::{bf16, f16};
+
 use super::{
     fast::FastProduct,
     matrix::{CpuMatrix, Values},
+    prefetch::{ROWS_AHEAD, prefetch},
     simd::{Isa, Kernel, LANES, Simd, reduce},
 };
 
@@ -30,6 +33,20 @@ impl Weight for i8 {
     #[inline(always)]
     fn load<S: Simd>(simd: S, values: &[Self; LANES]) -> S::V {
         simd.load_i8(values)
+    }
+}
+
+impl Weight for f16 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, values: &[Self; LANES]) -> S::V {
+        simd.load_f16(values)
+    }
+}
+
+impl Weight for bf16 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, values: &[Self; LANES]) -> S::V {
+        simd.load_bf16(values)
     }
 }
 
@@ -114,6 +131,8 @@ impl Kernel for ExactProduct<'_, '_> {
         let mut out = Out { rows: self.out, first: 0 };
         match &self.matrix.values {
             Values::F32(w) => shape.all(simd, &w[first * padded..][..count * padded], scales, self.rows, &mut out),
+            Values::F16(w) => shape.all(simd, &w[first * padded..][..count * padded], scales, self.rows, &mut out),
+            Values::Bf16(w) => shape.all(simd, &w[first * padded..][..count * padded], scales, self.rows, &mut out),
             Values::I8(w) => shape.all(simd, &w[first * padded..][..count * padded], scales, self.rows, &mut out),
             Values::Blocks(kind, bytes) => {
                 let inputs = self.matrix.inputs;
@@ -259,6 +278,9 @@ impl Shape {
                     inputs[r] = simd.load(&x_pieces[r][c]);
                 }
                 for o in 0..O {
+                    if R == 1 {
+                        prefetch::<1, _>(w_pieces[o].as_ptr().wrapping_add(c).wrapping_byte_add(ROWS_AHEAD));
+                    }
                     let weight = W::load(simd, &w_pieces[o][c]);
                     for r in 0..R {
                         sum[o][r] = simd.fma(inputs[r], weight, sum[o][r]);

@@ -217,7 +217,10 @@ fn in_chunks<B: Backend>(
     all
 }
 
-/// In every format: rows of a batch of up to 65, in any chunks, have the bits that each has alone.
+/// Rows together at which blocks of a kernel begin or end, and those beside them.
+const COUNTS: [usize; 20] = [1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65];
+
+/// In every format: rows of a batch of up to 65, so many at a time or in any chunks, have the bits that each has alone.
 pub(crate) fn check_rows_in_chunks<B: Backend>(backend: &mut B) {
     let seed = seed(31);
     let device = backend.info().name.clone();
@@ -232,18 +235,30 @@ pub(crate) fn check_rows_in_chunks<B: Backend>(backend: &mut B) {
         let [gate, up, down, head] = shapes.map(|shape| TestMatrix::random(&mut random, shape, format, layout));
         let matrices = [router, gate, up, down, head];
         let weights = matrices.map(|matrix| backend.load_matrix(&matrix, &mut |_| ()).unwrap());
-        let rows = 1 + random.below(65);
+        let rows = 65;
         let x = random.floats(rows * width, 1.7);
         let singles: Vec<_> = (0..rows).map(|row| row..row + 1).collect();
         let alone = in_chunks(backend, &weights, [width, 5, 70], &x, &singles);
-        let mut chunks = Vec::new();
-        while chunks.last().map_or(0, |chunk: &Range<usize>| chunk.end) < rows {
-            let first = chunks.last().map_or(0, |chunk| chunk.end);
-            chunks.push(first..first + 1 + random.below(rows - first));
-        }
-        let among = in_chunks(backend, &weights, [width, 5, 70], &x, &chunks);
-        for (what, (among, alone)) in ["gate and up", "down", "product"].into_iter().zip(among.iter().zip(&alone)) {
-            compare_bits(what, &(format, width, &chunks), &device, seed, among, alone);
+        let cuts = COUNTS.map(|count| {
+            let first = random.below(rows + 1 - count);
+            std::iter::once(first..first + count).collect::<Vec<_>>()
+        });
+        let any = || {
+            let first = 1 + random.below(rows);
+            let next = |last: &Range<usize>| {
+                let rest = rows - last.end;
+                (rest > 0).then(|| last.end..last.end + 1 + random.below(rest))
+            };
+            std::iter::successors(Some(0..first), next).collect()
+        };
+        for chunks in cuts.into_iter().chain(std::iter::repeat_with(any).take(3)) {
+            let among = in_chunks(backend, &weights, [width, 5, 70], &x, &chunks);
+            let these = chunks[0].start..chunks[chunks.len() - 1].end;
+            for (what, (among, alone)) in ["gate and up", "down", "product"].into_iter().zip(among.iter().zip(&alone)) {
+                let a_row = alone.len() / rows;
+                let alone = &alone[these.start * a_row..these.end * a_row];
+                compare_bits(what, &(format, width, &chunks), &device, seed, among, alone);
+            }
         }
     }
 }

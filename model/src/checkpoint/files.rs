@@ -340,6 +340,10 @@ fn indexed(storage: &dyn Storage, file: &str, config: &ModelConfig) -> Result<Fi
             found.insert(name, entry);
         }
     }
+    if let Some((name, file)) = weight_map.iter().find(|(name, _)| !found.contains_key(*name)) {
+        let expected = format!("{:?} in {:?}, as it says", shortened(name), shortened(file));
+        return Err(ModelError::invalid(place(), expected, "no such tensor"));
+    }
     matched("safetensors", found, config, &path)
 }
 

@@ -171,6 +171,10 @@ fn known_types() -> String {
 /// The names of other types, so that a refusal says more than a number.
 fn type_name(number: u32) -> String {
     let name = match number {
+        4 => "Q4_2",
+        5 => "Q4_3",
+        9 => "Q8_1",
+        15 => "Q8_K",
         16 => "IQ2_XXS",
         17 => "IQ2_XS",
         18 => "IQ3_XXS",
@@ -179,9 +183,14 @@ fn type_name(number: u32) -> String {
         22 => "IQ2_S",
         24..=28 => "integers or f64",
         29 => "IQ1_M",
+        31..=33 => "Q4_0 in rows that lie together",
         34 => "TQ1_0",
         35 => "TQ2_0",
+        36..=38 => "IQ4_NL in rows that lie together",
         39 => "MXFP4",
+        40 => "NVFP4",
+        41 => "Q1_0",
+        42 => "Q2_0",
         _ => return format!("type number {number}"),
     };
     format!("{name} (type number {number})")

@@ -33,16 +33,15 @@ impl Journal {
     pub(super) fn open(output: &Output, fingerprint: &str, parts: &[Part]) -> Result<Self, ModelError> {
         let path = output.journal();
         let place = path.display().to_string();
-        let is_new = match std::fs::symlink_metadata(&path) {
-            Ok(metadata) if metadata.is_file() && metadata.len() <= LONGEST => metadata.len() == 0,
+        match std::fs::symlink_metadata(&path) {
+            // A journal that a failing machine left without a line still owns the temporary files beside it.
+            Ok(metadata) if metadata.is_file() && metadata.len() == 0 => output.check_free(parts, false)?,
+            Ok(metadata) if metadata.is_file() && metadata.len() <= LONGEST => {}
             Ok(_) => {
                 let expected = format!("a journal of at most {LONGEST} bytes, or nothing");
                 return Err(ModelError::invalid(place, expected, "something else"));
             }
-            Err(_) => true,
-        };
-        if is_new {
-            output.check_free(parts)?;
+            Err(_) => output.check_free(parts, true)?,
         }
         let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let mut file = open.map_err(failed(&path))?;

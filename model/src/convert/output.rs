@@ -59,10 +59,11 @@ impl Output {
         }
     }
 
-    /// Nothing that exists is ever overwritten by a conversion that begins.
-    pub(super) fn check_free(&self, parts: &[Part]) -> Result<(), ModelError> {
+    /// Nothing that exists is ever overwritten by a conversion that begins: no result, and no temporary file if none can be its own.
+    pub(super) fn check_free(&self, parts: &[Part], is_first: bool) -> Result<(), ModelError> {
         let checksums = self.checksums();
         let temporary = parts.iter().map(temporary).chain([with_suffix(&checksums, ".partial")]);
+        let temporary = temporary.filter(|_| is_first);
         let mut paths = parts.iter().map(|part| part.path.clone()).chain([checksums]).chain(temporary);
         match paths.find(|path| std::fs::symlink_metadata(path).is_ok()) {
             None => Ok(()),

@@ -413,7 +413,7 @@ fn a_conversion_interrupted_anywhere_comes_to_the_same_bytes() {
 #[test]
 fn what_was_torn_or_damaged_by_the_interruption_is_written_anew() {
     type Damage = fn(&Interrupted);
-    let damages: [(&str, Damage); 6] = [
+    let damages: [(&str, Damage); 7] = [
         ("the file is shorter than the journal says", |this| {
             let file = fs::OpenOptions::new().write(true).open(this.last_partial()).unwrap();
             file.set_len(file.metadata().unwrap().len() / 2).unwrap();
@@ -430,6 +430,7 @@ fn what_was_torn_or_damaged_by_the_interruption_is_written_anew() {
             let text = fs::read_to_string(this.path("out.gguf.journal")).unwrap();
             fs::write(this.path("out.gguf.journal"), &text[..text.len() - 20]).unwrap();
         }),
+        ("the journal is empty", |this| fs::write(this.path("out.gguf.journal"), "").unwrap()),
         ("the journal has other lines in between", |this| {
             let text = fs::read_to_string(this.path("out.gguf.journal")).unwrap();
             fs::write(this.path("out.gguf.journal"), text.replacen("\n0 3 ", "\n7 999 ", 1) + "0 -1 x\n\n").unwrap();
@@ -537,6 +538,13 @@ fn nothing_that_exists_is_overwritten_and_the_name_must_be_one_of_a_gguf_file() 
     fs::write(target.path().join("file"), "precious").unwrap();
     let error = converted(source.path(), &target.path().join("file/m.gguf"), &options(Mix::Q8_0)).unwrap_err();
     assert!(error.to_string().ends_with("file: expected a folder, found a file"), "{error}");
+    fs::write(target.path().join("small.gguf.journal"), "").unwrap();
+    fs::write(&out, "precious").unwrap();
+    let error = converted(source.path(), &out, &options(Mix::Q8_0)).unwrap_err().to_string();
+    assert!(error.contains("no such file yet"), "{error}");
+    assert_eq!(fs::read_to_string(&out).unwrap(), "precious", "also beside an empty journal");
+    fs::remove_file(&out).unwrap();
+    fs::remove_file(target.path().join("small.gguf.journal")).unwrap();
     fs::create_dir(target.path().join("small.gguf.journal")).unwrap();
     let error = converted(source.path(), &out, &options(Mix::Q8_0)).unwrap_err().to_string();
     assert!(error.contains("journal"), "{error}");

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{
     super::{
-        reads::Reads,
+        reads::{COUNTED, Reads},
         spread::{Spread, median},
     },
     workload::Test,
@@ -206,6 +206,7 @@ impl Report {
             "prefill": self.prefill,
             "layers": [self.layers.start, self.layers.end],
             "workers": self.workers,
+            "bytes_counted": COUNTED,
             "results": results.collect::<Vec<_>>(),
             // Of the first test, a single stream unless another was asked for.
             "hop_cost_percent": hops.first().map(|hop| hop["cost_percent"].clone()),
@@ -236,7 +237,7 @@ impl Report {
                 format!("{:.0} %", 100.0 * bytes * rates.median / self.bandwidth),
             ]);
         }
-        text += &format!("{table}\n");
+        text += &format!("{table}\nbytes are counted {COUNTED}\n\n");
         let mut table = Table::new(&["test", "worker", "layers", "compute", "queue", "wire"]);
         for (test, _workers, timed) in self.rows() {
             for stage in &timed.stages {

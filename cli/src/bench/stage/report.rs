@@ -6,7 +6,7 @@ use grokpipe_kernels::{Precision, Prefill};
 use serde_json::{Value, json};
 
 use super::super::{
-    reads::Reads,
+    reads::{COUNTED, Reads},
     spread::{Spread, median},
 };
 use crate::{
@@ -146,6 +146,7 @@ impl Report {
             "weights_bytes": self.weights_bytes,
             "load_seconds": self.load_seconds,
             "peak_memory_bytes": self.peak_memory,
+            "bytes_counted": COUNTED,
             "load_gigabytes_per_second": self.weights_bytes as f64 / self.load_seconds / 1e9,
             "results": results,
         })
@@ -183,7 +184,7 @@ impl Report {
                 format!("{:.0}", 2e-9 * self.multiply_adds_a_token(measured) * rate),
             ]);
         }
-        text + &table.to_string()
+        text + &format!("{table}\nbytes are counted {COUNTED}\n")
     }
 }
 

@@ -7,6 +7,8 @@
 
 use std::{arch::x86_64::*, mem::transmute};
 
+use half::f16;
+
 use super::{Avx2, Dots, Kernel, LANES, Packing, Simd, Word, dots::CODES};
 
 /// Proof of AVX-512 F, BW and VNNI, and of what [`Avx2`] proves. CPUs with AVX-512 but without its VNNI take an AVX2 path.
@@ -75,6 +77,12 @@ impl Simd for Avx512 {
     fn load_i8(self, values: &[i8; LANES]) -> Self::V {
         // SAFETY: `self` proves AVX-512 F; a register of 16 bytes has the size of 16 bytes, and any bits are a byte.
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(transmute::<[i8; LANES], __m128i>(*values))) }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, values: &[f16; LANES]) -> Self::V {
+        // SAFETY: `self` proves AVX-512 F; a register of 32 bytes has the size of sixteen halves, and any bits are a half.
+        unsafe { _mm512_cvtph_ps(transmute::<[f16; LANES], __m256i>(*values)) }
     }
 
     #[inline(always)]

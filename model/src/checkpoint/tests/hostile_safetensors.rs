@@ -219,6 +219,7 @@ fn an_index_that_does_not_fit_its_files_is_refused() {
         ("a file of another kind", with(&norm, "a.bin".into()), "beside it"),
         ("a file that is a number", with(&norm, 1.into()), "weight_map"),
         ("a tensor that is in another file", with(&norm, "b.safetensors".into()), "which is in it"),
+        ("a tensor that no file has", with("ghost", "a.safetensors".into()), "in \"a.safetensors\", as it says"),
         ("too long", " ".repeat((4 << 20) + 1), "at most 4194304 bytes"),
     ];
     for (name, index, wanted) in cases {
