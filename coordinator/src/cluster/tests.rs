@@ -362,7 +362,7 @@ fn too_little_memory_is_a_verdict_that_says_how_much_is_missing() {
     cluster.joined(at(0.0));
     let verdict = snapshot(&cluster, at(0.1)).verdict;
     assert!(!verdict.serving);
-    assert!(verdict.text.starts_with("No plan:") && verdict.text.contains("bytes"), "{}", verdict.text);
+    assert!(verdict.text.starts_with("No plan: 10.1 MiB are missing"), "{}", verdict.text);
 }
 
 #[test]

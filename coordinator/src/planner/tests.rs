@@ -287,8 +287,11 @@ fn bad_problems_are_refused_in_words() {
             grok(vec![pinned(worker("a", 400, 1.0), 8..20), pinned(worker("b", 400, 1.0), 0..9)]),
             "workers \"b\" (layers 0..9) and \"a\" (layers 8..20) are pinned to the same layers",
         ),
-        (grok(vec![pinned(worker("a", 1, 1.0), 0..1)]), "\"a\" is pinned to layers 0..1, which need 5322653184 bytes"),
-        (grok(vec![pinned(one()[0].clone(), 0..63)]), "no worker has room for layers 63..64 (8275443200 bytes)"),
+        (
+            grok(vec![pinned(worker("a", 1, 1.0), 0..1)]),
+            "\"a\" is pinned to layers 0..1, which need 5.0 GiB; it has 1.0 GiB: 4.0 GiB are missing",
+        ),
+        (grok(vec![pinned(one()[0].clone(), 0..63)]), "no worker has room for layers 63..64 (7.7 GiB)"),
     ];
     for (problem, expected) in cases {
         let said = plan(&problem).unwrap_err().to_string();
