@@ -848,7 +848,7 @@ async fn assignments(table: &mut Table) {
         ("a dtype of tomorrow", assignment(&|a| a.activation_dtype = 77), &["f32"]),
         ("a stage after the last", assignment(&|a| a.next_address = "127.0.0.1:9".into()), &["next stage"]),
         ("no stage after the first", assignment(&|a| a.layer_end = 3), &["next stage"]),
-        ("more KV than there is memory", assignment(&|a| a.kv_blocks = u32::MAX), &["KV pool", "bytes"]),
+        ("more KV than there is memory", assignment(&|a| a.kv_blocks = u32::MAX), &["KV pool", "TiB"]),
     ];
     for (epoch, (name, assignment, words)) in (1..).zip(cases) {
         tell(join_response::Message::Assignment(Assignment { plan_epoch: epoch, ..assignment }));
