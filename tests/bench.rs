@@ -4,6 +4,7 @@ use std::{
     fs,
     path::Path,
     process::{Child, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -13,7 +14,14 @@ use grokpipe_tests::{
 };
 use serde_json::{Value, json};
 
+/// Benchmarks one after the other: workers measure their device until it settles, which takes long while others measure too.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn bench(arguments: &str, model: Option<&Path>) -> Value {
+    let _alone = alone();
     let mut command = grokpipe(["bench", "pipeline", "--device", "cpu", "--json"]);
     command.args(arguments.split_whitespace());
     if let Some(model) = model {
@@ -91,6 +99,7 @@ fn a_worker_that_gives_up_ends_the_benchmark_with_its_reason() {
 #[test]
 fn a_worker_without_room_ends_the_benchmark_with_the_code_for_memory() {
     // Half of this machine's memory is offered; 63 layers of Grok-1 in bfloat16 need 619 GB.
+    let _alone = alone();
     let run = grokpipe(["bench", "pipeline", "--type", "bf16", "--layers", "0..63", "--device", "cpu"]);
     let output = { run }.output().expect("grokpipe runs");
     let said = String::from_utf8_lossy(&output.stderr);
@@ -117,6 +126,7 @@ fn wait_until(what: &str, holds: impl Fn() -> bool) {
 fn no_worker_outlives_the_benchmark() {
     // `stop` ends it in its own way; the seed tells its workers from those of other tests.
     let check = |seed: &str, stop: &dyn Fn(&mut Child)| {
+        let _alone = alone();
         let mut running = grokpipe(["bench", "pipeline", "--synthetic", "tiny", "--device", "cpu", "--gen", "4096"])
             .args(["--repeat", "100", "--seed", seed])
             .stdout(Stdio::null())
