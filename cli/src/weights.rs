@@ -64,8 +64,18 @@ impl Shape {
 
 /// A stored type by the name that GGUF files give it, in either case.
 fn parse_type(text: &str) -> Result<BlockType, String> {
-    BlockType::all().find(|kind| kind.name().eq_ignore_ascii_case(text)).ok_or_else(|| {
-        let names: Vec<String> = BlockType::all().map(|kind| kind.name().to_lowercase()).collect();
+    by_name(BlockType::all(), BlockType::name, text)
+}
+
+/// The one of `all` that has this name, in either case.
+pub(crate) fn by_name<T: Copy>(
+    all: impl Iterator<Item = T>,
+    name: impl Fn(T) -> &'static str,
+    text: &str,
+) -> Result<T, String> {
+    let all: Vec<T> = all.collect();
+    all.iter().copied().find(|&one| name(one).eq_ignore_ascii_case(text)).ok_or_else(|| {
+        let names: Vec<String> = all.iter().map(|&one| name(one).to_lowercase()).collect();
         format!("expected one of {}, found {text:?}", names.join(", "))
     })
 }

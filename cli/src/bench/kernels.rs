@@ -16,6 +16,7 @@ use crate::{
     machine,
     rates::settled,
     text::{Table, print},
+    weights::by_name,
 };
 
 #[derive(Debug, clap::Args)]
@@ -116,10 +117,7 @@ fn name(format: Format) -> &'static str {
 
 /// A stored type by its name, in either case.
 fn parse_format(text: &str) -> Result<Format, String> {
-    all().find(|&format| name(format).eq_ignore_ascii_case(text)).ok_or_else(|| {
-        let names: Vec<String> = all().map(|format| name(format).to_lowercase()).collect();
-        format!("expected one of {}, found {text:?}", names.join(", "))
-    })
+    by_name(all(), name, text)
 }
 
 /// Inputs of a matrix: whole blocks of every type.

@@ -139,7 +139,10 @@ impl CpuMatrix {
             Format::Blocks(BlockType::F16) => {
                 Values::F16(shape.filled(source, count, threads, arena, device, progress)?)
             }
-            Format::Blocks(_) => Values::Bf16(shape.filled(source, count, threads, arena, device, progress)?),
+            Format::Blocks(BlockType::Bf16) => {
+                Values::Bf16(shape.filled(source, count, threads, arena, device, progress)?)
+            }
+            Format::Blocks(_) => unreachable!("blocks of several numbers are loaded as blocks"),
             Format::F32 => Values::F32(shape.filled(source, count, threads, arena, device, progress)?),
         };
         let scales = if is_float { vec![1.0] } else { scales_by_output(source, groups)? };
