@@ -14,7 +14,7 @@ use super::{Dots, Kernel, LANES, Packing, Simd, dots::CODES};
 const PART: usize = LANES / 2;
 
 /// Proof of AVX2, FMA and F16C, with `VNNI` also of AVX-VNNI.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Avx2<const VNNI: bool>(());
 
 impl<const VNNI: bool> Avx2<VNNI> {

@@ -12,7 +12,7 @@ use half::f16;
 use super::{Avx2, Dots, Kernel, LANES, Packing, Simd, Word, dots::CODES};
 
 /// Proof of AVX-512 F, BW and VNNI, and of what [`Avx2`] proves. CPUs with AVX-512 but without its VNNI take an AVX2 path.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Avx512(());
 
 impl Avx512 {

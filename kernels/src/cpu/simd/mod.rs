@@ -101,13 +101,14 @@ pub(crate) struct Isa(Path);
 enum Path {
     Portable,
     #[cfg(target_arch = "aarch64")]
-    Neon,
+    Neon(Neon),
     #[cfg(target_arch = "x86_64")]
-    Avx2,
+    Avx2(Avx2<false>),
     #[cfg(target_arch = "x86_64")]
-    AvxVnni,
+    AvxVnni(Avx2<true>),
     #[cfg(target_arch = "x86_64")]
     Avx512 {
+        simd: Avx512,
         asks_twice: bool,
     },
 }
@@ -121,21 +122,15 @@ impl Isa {
         )]
         let mut found = vec![Self(Path::Portable)];
         #[cfg(target_arch = "aarch64")]
-        if Neon::detect().is_some() {
-            found.push(Self(Path::Neon));
-        }
+        found.extend(Neon::detect().map(|simd| Self(Path::Neon(simd))));
         #[cfg(target_arch = "x86_64")]
         {
-            if Avx2::<false>::detect().is_some() {
-                found.push(Self(Path::Avx2));
-            }
-            if Avx2::<true>::detect().is_some() {
-                found.push(Self(Path::AvxVnni));
-            }
-            if Avx512::detect().is_some() {
+            found.extend(Avx2::detect().map(|simd| Self(Path::Avx2(simd))));
+            found.extend(Avx2::detect().map(|simd| Self(Path::AvxVnni(simd))));
+            if let Some(simd) = Avx512::detect() {
                 // All CPUs can do both, so that both are tested everywhere.
                 let twice = twice_pays();
-                found.extend([!twice, twice].map(|asks_twice| Self(Path::Avx512 { asks_twice })));
+                found.extend([!twice, twice].map(|asks_twice| Self(Path::Avx512 { simd, asks_twice })));
             }
         }
         found
@@ -151,11 +146,11 @@ impl Isa {
         match self.0 {
             Path::Portable => <Plain as Dots>::PACKING,
             #[cfg(target_arch = "aarch64")]
-            Path::Neon => <Neon as Dots>::PACKING,
+            Path::Neon(_) => <Neon as Dots>::PACKING,
             #[cfg(target_arch = "x86_64")]
-            Path::Avx2 => <Avx2<false> as Dots>::PACKING,
+            Path::Avx2(_) => <Avx2<false> as Dots>::PACKING,
             #[cfg(target_arch = "x86_64")]
-            Path::AvxVnni => <Avx2<true> as Dots>::PACKING,
+            Path::AvxVnni(_) => <Avx2<true> as Dots>::PACKING,
             #[cfg(target_arch = "x86_64")]
             Path::Avx512 { .. } => <Avx512 as Dots>::PACKING,
         }
@@ -166,11 +161,11 @@ impl Isa {
         match self.0 {
             Path::Portable => "portable",
             #[cfg(target_arch = "aarch64")]
-            Path::Neon => "neon",
+            Path::Neon(_) => "neon",
             #[cfg(target_arch = "x86_64")]
-            Path::Avx2 => "avx2",
+            Path::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
-            Path::AvxVnni => "avx-vnni",
+            Path::AvxVnni(_) => "avx-vnni",
             #[cfg(target_arch = "x86_64")]
             Path::Avx512 { .. } => "avx512",
         }
@@ -179,7 +174,7 @@ impl Isa {
     /// Whether a stream that is read once is asked for twice.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn asks_twice(self) -> bool {
-        matches!(self.0, Path::Avx512 { asks_twice: true })
+        matches!(self.0, Path::Avx512 { asks_twice: true, .. })
     }
 
     #[cfg(not(target_arch = "x86_64"))]
@@ -192,27 +187,14 @@ impl Isa {
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self.0 {
             Path::Portable => kernel.run(Portable(Plain)),
-            // Any other `Path` is only made after detection; asking again costs a load and keeps this safe without trust.
             #[cfg(target_arch = "aarch64")]
-            Path::Neon => match Neon::detect() {
-                Some(simd) => simd.run(kernel),
-                None => kernel.run(Portable(Plain)),
-            },
+            Path::Neon(simd) => simd.run(kernel),
             #[cfg(target_arch = "x86_64")]
-            Path::Avx2 => match Avx2::<false>::detect() {
-                Some(simd) => simd.run(kernel),
-                None => kernel.run(Portable(Plain)),
-            },
+            Path::Avx2(simd) => simd.run(kernel),
             #[cfg(target_arch = "x86_64")]
-            Path::AvxVnni => match Avx2::<true>::detect() {
-                Some(simd) => simd.run(kernel),
-                None => kernel.run(Portable(Plain)),
-            },
+            Path::AvxVnni(simd) => simd.run(kernel),
             #[cfg(target_arch = "x86_64")]
-            Path::Avx512 { .. } => match Avx512::detect() {
-                Some(simd) => simd.run(kernel),
-                None => kernel.run(Portable(Plain)),
-            },
+            Path::Avx512 { simd, .. } => simd.run(kernel),
         }
     }
 }

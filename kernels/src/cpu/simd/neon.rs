@@ -19,7 +19,7 @@ const PART: usize = LANES / 2;
 const QUAD: usize = PART / 2;
 
 /// Proof of the byte products.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Neon(());
 
 impl Neon {
