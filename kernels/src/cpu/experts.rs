@@ -86,7 +86,14 @@ pub(super) struct Piece<'s, 'a> {
     pub(super) out: &'s mut [&'a mut [f32]],
 }
 
-/// The weights that each thread but the caller begins with in products of these experts' matrices, one after the other in pieces of
+impl Piece<'_, '_> {
+    /// Its part of its expert's matrix.
+    pub(super) fn weights(&self, matrix: &CpuMatrix) -> Stretch {
+        matrix.bytes_from(self.expert, self.outputs.start).into()
+    }
+}
+
+/// The weights that each thread begins with in products of these experts' matrices, one after the other in pieces of
 /// `step` outputs.
 pub(super) fn first_weights(products: &[(&CpuMatrix, usize)], step: usize, threads: &Threads) -> Vec<Stretch> {
     let pieces = |matrix: &CpuMatrix| matrix.outputs.div_ceil(step);
@@ -101,7 +108,7 @@ pub(super) fn first_weights(products: &[(&CpuMatrix, usize)], step: usize, threa
         }
         Stretch::default()
     };
-    (1..threads.count()).map(first).collect()
+    (0..threads.count()).map(first).collect()
 }
 
 /// `gate[i] = gelu(gate[i]) * up[i]`, slice by slice.
@@ -218,14 +225,14 @@ mod tests {
     }
 
     #[test]
-    fn a_waiting_thread_is_told_the_weights_that_it_begins_with() {
+    fn a_thread_is_told_the_weights_that_it_begins_with() {
         let matrix = TestMatrix::random(&mut Random::new(5), (3, 32, 64), Format::F32, Layout::OutIn);
         let threads = Threads::new(4).unwrap();
         let matrix = CpuMatrix::load(&matrix, None, &threads, &mut Arena::default(), "cpu", &mut |_| ()).unwrap();
         // Two experts of four pieces each are eight pieces, two a thread.
         let told = first_weights(&[(&matrix, 0), (&matrix, 2)], 16, &threads);
-        let want = [(0, 32), (2, 0), (2, 32)].map(|(expert, output)| matrix.bytes_from(expert, output));
+        let want = [(0, 0), (0, 32), (2, 0), (2, 32)].map(|(expert, output)| matrix.bytes_from(expert, output));
         assert_eq!(told, want.map(Stretch::from));
-        assert_eq!(want[0].as_ptr().addr() + want[0].len(), matrix.bytes_from(1, 0).as_ptr().addr());
+        assert_eq!(want[1].as_ptr().addr() + want[1].len(), matrix.bytes_from(1, 0).as_ptr().addr());
     }
 }

@@ -20,6 +20,7 @@ use super::{
     prefetch::Ask,
     simd::{Dots, Isa, Kernel, LANES, Simd},
     strips::{FIELDS, StripBlock, height},
+    threads::Stretch,
 };
 
 /// Bytes of inputs that many rows are to keep in the second-level cache while columns pass.
@@ -51,6 +52,8 @@ pub(super) struct FastProduct<'a, 'o> {
     pub(super) strips: &'a [i32],
     /// `outputs.len()` numbers for each row.
     pub(super) out: &'a mut [&'o mut [f32]],
+    /// What is read next.
+    pub(super) then: Stretch,
 }
 
 impl FastProduct<'_, '_> {
@@ -142,15 +145,17 @@ impl FastProduct<'_, '_> {
             }
         }
         let is_last = stretch.end == matrix.blocks;
-        let column = first_band * D::PACKING.parts + column;
         let a_stream = matrix.stream();
         let tile = Tile::<D, R, TWICE> {
             dots,
             matrix,
-            stream: &bytemuck::cast_slice(&matrix.words)[column * a_stream..][..a_stream],
+            stream: &bytemuck::cast_slice(&matrix.words)[(first_band * D::PACKING.parts + column) * a_stream..]
+                [..a_stream],
             x: StripBlock::all(&self.strips[first * a_row..][..R * a_row]),
             stretch,
             share: (strips > 1).then_some((strip, strips)),
+            left: (self.outputs.len().div_ceil(a_column) - column) * a_stream * size_of::<D::W>(),
+            then: self.then.begin().cast(),
         };
         let sums = tile.add_to(sums);
         if is_last {
@@ -199,6 +204,10 @@ struct Tile<'a, D: Dots, const R: usize, const TWICE: bool> {
     stretch: Range<usize>,
     /// One of several tiles that read these weights, of which only the first finds them in memory: which, of how many.
     share: Option<(usize, usize)>,
+    /// Bytes from the column's first on that the product reads.
+    left: usize,
+    /// What is read after those.
+    then: *const D::W,
 }
 
 impl<'a, D: Dots, const R: usize, const TWICE: bool> Tile<'a, D, R, TWICE> {
@@ -214,7 +223,7 @@ impl<'a, D: Dots, const R: usize, const TWICE: bool> Tile<'a, D, R, TWICE> {
                 let from = size_of_val(self.stream) + strip * size_of_val(words) / strips;
                 Ask::behind(words.as_ptr(), from, size.div_ceil(strips))
             }
-            _ => Ask::of_own(words.as_ptr()),
+            _ => Ask::of_own(words, self.left, self.then),
         };
         (words, ask)
     }

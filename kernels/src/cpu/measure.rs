@@ -58,7 +58,7 @@ impl Kernel for Read<'_> {
         let mut sums = [dots.small(); 4];
         let words = bytemuck::cast_slice::<Word, <S::Dots as Dots>::W>(self.0);
         // Once, also where products ask twice: a loop that does nothing else reads the same.
-        let mut ask = Ask::<_, false>::of_own(words.as_ptr());
+        let mut ask = Ask::<_, false>::of_own(words, size_of_val(words), std::ptr::null());
         for words in words.as_chunks::<4>().0 {
             for (sum, word) in sums.iter_mut().zip(words) {
                 ask.one();

@@ -175,10 +175,13 @@ impl CpuBackend {
         let pieces = slices
             .iter_mut()
             .flat_map(|(w, slices)| groups.pieces(w.outputs, step, slices).into_iter().map(|piece| (*w, piece)));
-        let pieces = pieces.collect();
-        threads.ask_ahead(next);
-        threads.each(pieces, work, |(matrix, Piece { expert, pairs, outputs, out })| {
-            Product { matrix, expert, outputs, rows: rows.of(pairs), out }.run_on(isa);
+        let pieces: Vec<_> = pieces.collect();
+        let next = std::mem::take(next);
+        threads.ask_ahead(&next);
+        let then = threads.followers(pieces.iter().map(|(matrix, piece)| piece.weights(matrix)).collect(), &next);
+        let pieces = pieces.into_iter().zip(then).collect();
+        threads.each(pieces, work, |((matrix, Piece { expert, pairs, outputs, out }), then)| {
+            Product { matrix, expert, outputs, rows: rows.of(pairs), out, then }.run_on(isa);
         });
     }
 
@@ -371,9 +374,6 @@ impl Backend for CpuBackend {
     }
 
     fn upcoming(&mut self, matrices: &[&CpuMatrix], selection: Option<&CpuSelection>) {
-        if self.threads.count() == 1 {
-            return;
-        }
         let rows = self.batch.rows.len();
         let products: Vec<_> = matrices
             .iter()
@@ -500,13 +500,17 @@ impl Backend for CpuBackend {
         let mut of_up = groups.cut(gate.outputs, step, results);
         let (of_gate, of_up) =
             (groups.pieces(gate.outputs, step, &mut of_gate), groups.pieces(gate.outputs, step, &mut of_up));
-        threads.ask_ahead(next);
-        threads.each(of_gate.into_iter().zip(of_up).collect(), 2 * pairs * gate.work(), |(piece, of_up)| {
-            let Piece { expert, pairs, outputs, out } = piece;
-            let rows = rows.of(pairs.clone());
-            Product { matrix: gate, expert, outputs: outputs.clone(), rows, out: &mut *out }.run_on(isa);
+        let next = std::mem::take(next);
+        threads.ask_ahead(&next);
+        let then = threads.followers(of_gate.iter().map(|piece| piece.weights(gate)).collect(), &next);
+        let pieces = of_gate.into_iter().zip(of_up).zip(then).collect();
+        threads.each(pieces, 2 * pairs * gate.work(), |((of_gate, of_up), then)| {
+            let (rows, weights_of_up) = (rows.of(of_gate.pairs.clone()), of_up.weights(up));
+            let Piece { expert, outputs, out, .. } = of_gate;
+            Product { matrix: gate, expert, outputs, rows, out: &mut *out, then: weights_of_up }.run_on(isa);
+            let Piece { pairs, outputs, .. } = of_up;
             let rows = rows_of_up.of(pairs);
-            Product { matrix: up, expert, outputs, rows, out: &mut *of_up.out }.run_on(isa);
+            Product { matrix: up, expert, outputs, rows, out: &mut *of_up.out, then }.run_on(isa);
             isa.run(Gelu { gate: out, up: of_up.out });
         });
     }
@@ -526,9 +530,12 @@ impl Backend for CpuBackend {
         results.resize(pairs * down.outputs, 0.0);
         let mut slices = groups.cut(down.outputs, step, results);
         let pieces = groups.pieces(down.outputs, step, &mut slices);
-        threads.ask_ahead(next);
-        threads.each(pieces, pairs * down.work(), |Piece { expert, pairs, outputs, out }| {
-            Product { matrix: down, expert, outputs, rows: rows.of(pairs), out }.run_on(isa);
+        let next = std::mem::take(next);
+        threads.ask_ahead(&next);
+        let then = threads.followers(pieces.iter().map(|piece| piece.weights(down)).collect(), &next);
+        let pieces = pieces.into_iter().zip(then).collect();
+        threads.each(pieces, pairs * down.work(), |(Piece { expert, pairs, outputs, out }, then)| {
+            Product { matrix: down, expert, outputs, rows: rows.of(pairs), out, then }.run_on(isa);
         });
         let width = out.width;
         let of_rows = results.chunks(chosen * width).zip(selection.probabilities.chunks(chosen));

@@ -54,11 +54,19 @@ pub(super) struct Ask<W, const TWICE: bool> {
 }
 
 impl<W, const TWICE: bool> Ask<W, TWICE> {
-    /// Asks for what the reader of these words will itself read soon.
+    /// Asks for what the reader of these words will itself read soon: `left` bytes from the first of them on, and after those what begins
+    /// at `then`, or if that is null what follows in memory. All of it for one or the other, whichever the most is for.
     #[inline(always)]
-    pub(super) fn of_own(words: *const W) -> Self {
+    pub(super) fn of_own(words: &[W], left: usize, then: *const W) -> Self {
         let (second_level, first_level) = if TWICE { (SECOND_LEVEL, FIRST_LEVEL) } else { (distance(), 0) };
-        let [second_level, first_level] = [second_level, first_level].map(|ahead| words.wrapping_byte_add(ahead));
+        let [second_level, first_level] = [second_level, first_level].map(|ahead| {
+            let begins = words.as_ptr().wrapping_byte_add(ahead);
+            if then.is_null() || ahead + size_of_val(words) / 2 <= left {
+                begins
+            } else {
+                then.wrapping_byte_add(ahead).wrapping_byte_sub(left)
+            }
+        });
         Self { second_level, first_level, moved: 0, step: size_of::<W>() }
     }
 
@@ -112,4 +120,29 @@ pub(super) fn prefetch<const LEVEL: u8, T>(line: *const T) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = line;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_follows_is_asked_for_when_the_readers_own_weights_come_to_an_end() {
+        let (memory, then) = (vec![[0_u8; 64]; 1024], vec![[0_u8; 64]; 1024]);
+        let words = &memory[..16];
+        let own = |ahead: usize| words.as_ptr().wrapping_byte_add(ahead);
+        let half = size_of_val(words) / 2;
+        // In the middle of a product, and where nobody knows what follows, the reader's own.
+        for (left, then) in [(SECOND_LEVEL + half, then.as_ptr()), (half, std::ptr::null())] {
+            let ask = Ask::<_, true>::of_own(words, left, then);
+            assert_eq!((ask.second_level, ask.first_level), (own(SECOND_LEVEL), own(FIRST_LEVEL)), "{left} bytes left");
+        }
+        // So that the first line that follows is asked for when so many bytes are left as are asked for ahead.
+        let left = FIRST_LEVEL + half;
+        let ask = Ask::<_, true>::of_own(words, left, then.as_ptr());
+        assert_eq!(ask.second_level, then.as_ptr().wrapping_byte_add(SECOND_LEVEL).wrapping_byte_sub(left));
+        assert_eq!(ask.first_level, own(FIRST_LEVEL));
+        let ask = Ask::<_, false>::of_own(words, half, then.as_ptr());
+        assert_eq!(ask.second_level, then.as_ptr().wrapping_byte_add(distance()).wrapping_byte_sub(half));
+    }
 }

@@ -15,6 +15,7 @@ use super::{
     matrix::{CpuMatrix, Values},
     prefetch::{ROWS_AHEAD, prefetch},
     simd::{Isa, Kernel, LANES, Simd, reduce},
+    threads::Stretch,
 };
 
 /// A weight as stored.
@@ -58,6 +59,8 @@ pub(super) struct Product<'a, 'o> {
     pub(super) rows: SomeRows<'a>,
     /// `outputs.len()` numbers for each row.
     pub(super) out: &'a mut [&'o mut [f32]],
+    /// What the same thread reads next, to be asked for when these weights come to an end. A hint.
+    pub(super) then: Stretch,
 }
 
 /// Rows of inputs as a matrix wants them, those of each of its experts together.
@@ -90,8 +93,8 @@ impl Product<'_, '_> {
     pub(super) fn run_on(self, isa: Isa) {
         match (&self.matrix.values, self.rows) {
             (Values::Packed(matrix), SomeRows::Strips(strips)) => {
-                let Self { expert, outputs, out, .. } = self;
-                FastProduct { matrix, expert, outputs, strips, out }.run_on(isa);
+                let Self { expert, outputs, out, then, .. } = self;
+                FastProduct { matrix, expert, outputs, strips, out, then }.run_on(isa);
             }
             (_, SomeRows::Floats(rows)) => {
                 debug_assert_eq!(self.out.len(), rows.len());

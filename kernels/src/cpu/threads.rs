@@ -81,13 +81,27 @@ impl Threads {
         thread * pieces / self.count
     }
 
-    /// Tells each thread but the caller, in their order, what it will read first of the next large work, to be asked for while it waits.
+    /// Tells the threads, in their order, what each will read first of the next large work. All but the caller ask for it while they wait.
     /// A hint: nothing depends on it.
     pub(crate) fn ask_ahead(&self, first: &[Stretch]) {
         let Some(pool) = &self.pool else { return };
-        for (ahead, stretch) in pool.shared.ahead.iter().zip(first) {
+        for (ahead, stretch) in pool.shared.ahead.iter().zip(first.iter().skip(1)) {
             ahead.set(*stretch);
         }
+    }
+
+    /// What each piece's thread reads after it, if pieces begin with `first` and threads with `next` of the work that follows.
+    pub(crate) fn followers(&self, first: Vec<Stretch>, next: &[Stretch]) -> Vec<Stretch> {
+        let pieces = first.len();
+        let mut followers = first;
+        followers.rotate_left(usize::from(pieces > 0));
+        for thread in 0..self.count {
+            let end = self.first_piece(thread + 1, pieces);
+            if end > self.first_piece(thread, pieces) {
+                followers[end - 1] = next.get(thread).copied().unwrap_or_default();
+            }
+        }
+        followers
     }
 
     /// How many outputs a piece of a product of `rows` with `outputs` should have: a multiple of sixteen. Several pieces a thread, so that
@@ -110,6 +124,13 @@ impl Threads {
 pub(crate) struct Stretch {
     begin: usize,
     bytes: usize,
+}
+
+impl Stretch {
+    /// Null if there is none.
+    pub(super) fn begin(self) -> *const u8 {
+        std::ptr::without_provenance(self.begin)
+    }
 }
 
 impl From<&[u8]> for Stretch {
@@ -335,6 +356,23 @@ mod tests {
                 done.fetch_add(value, Ordering::Relaxed);
             });
             assert_eq!(done.into_inner(), 45);
+        }
+    }
+
+    #[test]
+    fn a_piece_is_followed_by_its_threads_next_and_the_last_by_the_next_work() {
+        let at = |begin| Stretch { begin, bytes: 64 };
+        for (count, pieces, next, want) in [
+            (1, 3, vec![9], vec![2, 3, 9]),
+            (2, 4, vec![8, 9], vec![2, 8, 4, 9]),
+            (3, 2, vec![7, 8, 9], vec![8, 9]),
+            (2, 3, vec![], vec![0, 3, 0]),
+            (2, 0, vec![8, 9], vec![]),
+        ] {
+            let followers = |list: Vec<usize>| list.into_iter().map(at).collect::<Vec<_>>();
+            let found = Threads::new(count).unwrap().followers(followers((1..=pieces).collect()), &followers(next));
+            let found: Vec<usize> = found.into_iter().map(|stretch| stretch.begin).collect();
+            assert_eq!(found, want, "{count} threads, {pieces} pieces");
         }
     }
 
