@@ -23,6 +23,8 @@ mod strips;
 pub(crate) mod tests;
 mod threads;
 
+use std::mem::take;
+
 use grokpipe_model::{Format, MatrixSource, MatrixSpec};
 
 pub use self::matrix::CpuMatrix;
@@ -175,12 +177,8 @@ impl CpuBackend {
         let pieces = slices
             .iter_mut()
             .flat_map(|(w, slices)| groups.pieces(w.outputs, step, slices).into_iter().map(|piece| (*w, piece)));
-        let pieces: Vec<_> = pieces.collect();
-        let next = std::mem::take(next);
-        threads.ask_ahead(&next);
-        let then = threads.followers(pieces.iter().map(|(matrix, piece)| piece.weights(matrix)).collect(), &next);
-        let pieces = pieces.into_iter().zip(then).collect();
-        threads.each(pieces, work, |((matrix, Piece { expert, pairs, outputs, out }), then)| {
+        let pieces = pieces.map(|(matrix, piece)| (piece.weights(matrix), (matrix, piece))).collect();
+        threads.each_reading(pieces, &take(next), work, |(matrix, Piece { expert, pairs, outputs, out }), then| {
             Product { matrix, expert, outputs, rows: rows.of(pairs), out, then }.run_on(isa);
         });
     }
@@ -500,11 +498,8 @@ impl Backend for CpuBackend {
         let mut of_up = groups.cut(gate.outputs, step, results);
         let (of_gate, of_up) =
             (groups.pieces(gate.outputs, step, &mut of_gate), groups.pieces(gate.outputs, step, &mut of_up));
-        let next = std::mem::take(next);
-        threads.ask_ahead(&next);
-        let then = threads.followers(of_gate.iter().map(|piece| piece.weights(gate)).collect(), &next);
-        let pieces = of_gate.into_iter().zip(of_up).zip(then).collect();
-        threads.each(pieces, 2 * pairs * gate.work(), |((of_gate, of_up), then)| {
+        let pieces = of_gate.into_iter().zip(of_up).map(|pieces| (pieces.0.weights(gate), pieces)).collect();
+        threads.each_reading(pieces, &take(next), 2 * pairs * gate.work(), |(of_gate, of_up), then| {
             let (rows, weights_of_up) = (rows.of(of_gate.pairs.clone()), of_up.weights(up));
             let Piece { expert, outputs, out, .. } = of_gate;
             Product { matrix: gate, expert, outputs, rows, out: &mut *out, then: weights_of_up }.run_on(isa);
@@ -530,13 +525,15 @@ impl Backend for CpuBackend {
         results.resize(pairs * down.outputs, 0.0);
         let mut slices = groups.cut(down.outputs, step, results);
         let pieces = groups.pieces(down.outputs, step, &mut slices);
-        let next = std::mem::take(next);
-        threads.ask_ahead(&next);
-        let then = threads.followers(pieces.iter().map(|piece| piece.weights(down)).collect(), &next);
-        let pieces = pieces.into_iter().zip(then).collect();
-        threads.each(pieces, pairs * down.work(), |(Piece { expert, pairs, outputs, out }, then)| {
-            Product { matrix: down, expert, outputs, rows: rows.of(pairs), out, then }.run_on(isa);
-        });
+        let pieces = pieces.into_iter().map(|piece| (piece.weights(down), piece)).collect();
+        threads.each_reading(
+            pieces,
+            &take(next),
+            pairs * down.work(),
+            |Piece { expert, pairs, outputs, out }, then| {
+                Product { matrix: down, expert, outputs, rows: rows.of(pairs), out, then }.run_on(isa);
+            },
+        );
         let width = out.width;
         let of_rows = results.chunks(chosen * width).zip(selection.probabilities.chunks(chosen));
         let rows: Vec<_> = out.take_rows(selection.rows).chunks_mut(width).zip(of_rows).collect();

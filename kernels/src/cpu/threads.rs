@@ -90,8 +90,22 @@ impl Threads {
         }
     }
 
+    /// As [`Threads::each`], for pieces that begin to read their weights there. `f` is told what its thread reads after the piece: another's
+    /// weights, or what the thread begins with of the `next` large work.
+    pub(crate) fn each_reading<T: Send>(
+        &self,
+        pieces: Vec<(Stretch, T)>,
+        next: &[Stretch],
+        work: usize,
+        f: impl Fn(T, Stretch) + Send + Sync,
+    ) {
+        self.ask_ahead(next);
+        let followers = self.followers(pieces.iter().map(|(weights, _)| *weights).collect(), next);
+        self.each(pieces.into_iter().zip(followers).collect(), work, |((_, piece), then)| f(piece, then));
+    }
+
     /// What each piece's thread reads after it, if pieces begin with `first` and threads with `next` of the work that follows.
-    pub(crate) fn followers(&self, first: Vec<Stretch>, next: &[Stretch]) -> Vec<Stretch> {
+    fn followers(&self, first: Vec<Stretch>, next: &[Stretch]) -> Vec<Stretch> {
         let pieces = first.len();
         let mut followers = first;
         followers.rotate_left(usize::from(pieces > 0));
