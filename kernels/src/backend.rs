@@ -142,7 +142,7 @@ pub trait Backend: Send + 'static {
     }
 
     /// Says what will be multiplied by when the product after this call is done: matrices for all rows, or with a selection the chosen
-    /// experts'. A device whose threads would wait may begin to read them. A hint: no result depends on it.
+    /// experts'. A device may ask its memory for them meanwhile. A hint: no result depends on it.
     fn upcoming(&mut self, _matrices: &[&Self::Matrix], _selection: Option<&Self::Selection>) {}
 
     /// Rotates `q` (in place) and `k` at each row's position and stores `k` and `v` in `layer` of the pool at the row's slot.

@@ -111,7 +111,7 @@ pub struct CpuBackend {
     /// Results on their way: of `up`, and of each chosen expert.
     results: Vec<f32>,
     precision: Precision,
-    /// What each thread but the caller's begins with when the next product is done.
+    /// What each thread begins with when the next product is done.
     next: Vec<Stretch>,
     scratch: RowScratch,
     /// For a second matrix that the same rows meet, where it wants them otherwise.

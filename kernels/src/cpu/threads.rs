@@ -3,7 +3,7 @@
 //! A step hands work over some hundreds of times, each for some microseconds. So the threads look for work for a little while
 //! before they sleep, and the caller is one of them: a hand-over costs about a microsecond while work keeps coming. Between two works the
 //! caller does alone what is too small to share, and memory would wait with the others: they ask meanwhile for what they were told
-//! that they will read next.
+//! that they will read next. And whoever does a piece is told what its thread reads after it, to ask for that as the piece ends.
 
 #![expect(unsafe_code, reason = "work borrows what the caller owns, and threads live longer than the borrow")]
 
