@@ -145,6 +145,16 @@ impl Files {
         }
     }
 
+    /// All files that hold tensors, each once, relative to the model.
+    pub(super) fn names(&self) -> BTreeSet<&str> {
+        match self {
+            Self::Pickles(files) => files.values().map(|(file, _)| file.as_str()).collect(),
+            Self::Placed { tensors, .. } => {
+                tensors.values().flat_map(|placed| &placed.parts).map(|part| part.file.as_str()).collect()
+            }
+        }
+    }
+
     /// Bytes of a tensor on disk.
     pub(super) fn bytes(&self, name: &TensorName) -> u64 {
         match self {

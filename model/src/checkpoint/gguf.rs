@@ -298,7 +298,6 @@ impl Cursor<'_> {
     fn text(&mut self) -> Result<String, HeaderError> {
         let length = self.count(LONGEST_TEXT, "bytes of text")?;
         let at = self.at;
-        // Pieces of a vocabulary may hold any bytes; names never do.
         let bytes = self.take(length as usize)?.to_vec();
         match String::from_utf8(bytes) {
             Ok(text) => Ok(text),

@@ -8,6 +8,7 @@ use std::{
     ops::Range,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
+    time::SystemTime,
 };
 
 use crate::{
@@ -36,9 +37,15 @@ pub struct Model {
     storage: Arc<dyn Storage>,
     folder: PathBuf,
     files: Files,
-    /// The GGUF file with the metadata.
-    gguf: Option<String>,
+    gguf: Option<GgufFile>,
     embedding: OnceLock<StoredMatrix>,
+}
+
+/// The GGUF file with the metadata.
+struct GgufFile {
+    name: String,
+    /// Whether a vocabulary of the kind that is read is in it.
+    has_vocabulary: bool,
 }
 
 /// What `inspect` shows of a tensor.
@@ -104,8 +111,8 @@ impl Model {
     }
 
     fn open_gguf(folder: &Path, storage: Arc<dyn Storage>, file: &str) -> Result<Self, ModelError> {
-        let (config, files) = open_gguf::open(&*storage, file)?;
-        let gguf = Some(open_gguf::first_part(file));
+        let open_gguf::Opened { config, files, has_vocabulary } = open_gguf::open(&*storage, file)?;
+        let gguf = Some(GgufFile { name: open_gguf::first_part(file), has_vocabulary });
         Ok(Self { config, storage, folder: folder.to_owned(), files, gguf, embedding: OnceLock::new() })
     }
 
@@ -119,10 +126,11 @@ impl Model {
         &self.folder
     }
 
-    /// `tokenizer.model` in the model's folder or its parent; of a GGUF model the file itself, which has its vocabulary.
+    /// Where the vocabulary is: in the GGUF file itself, if one of the kind that is read is there; else `tokenizer.model` in the
+    /// model's folder or its parent.
     pub fn tokenizer_path(&self) -> Option<PathBuf> {
-        if let Some(file) = &self.gguf {
-            return Some(self.folder.join(file));
+        if let Some(GgufFile { name, has_vocabulary: true }) = &self.gguf {
+            return Some(self.folder.join(name));
         }
         let candidates = [Some(self.folder.as_path()), self.folder.parent()];
         candidates.into_iter().flatten().map(|folder| folder.join("tokenizer.model")).find(|path| path.is_file())
@@ -132,7 +140,9 @@ impl Model {
     /// FNV-1a with 128 bits. Contents are not part of it, since that would mean reading them all.
     pub fn digest(&self) -> String {
         let mut text = format!("{:?}|{}", self.config, self.files.kind());
-        for name in TensorName::in_file_order(self.config.num_hidden_layers) {
+        // Not of models whose head is their embedding, which is there already.
+        let head = self.files.has_head().then_some(TensorName::Head);
+        for name in TensorName::in_file_order(self.config.num_hidden_layers).into_iter().chain(head) {
             text.push_str(&format!("|{name}:{}", self.tensor_bytes(&name)));
             if let Some(placed) = self.files.placed(&name) {
                 text.push_str(&format!(":{}", placed.format));
@@ -145,6 +155,15 @@ impl Model {
         format!("{hash:032x}")
     }
 
+    /// The files that hold tensors, and when each was last written to, where that is known.
+    pub(crate) fn files_changed(&self) -> Result<Vec<(&str, Option<SystemTime>)>, ModelError> {
+        let of = |file| {
+            let changed = self.storage.changed(file);
+            Ok((file, changed.map_err(|source| ModelError::Io { path: self.storage.path(file), source })?))
+        };
+        self.files.names().into_iter().map(of).collect()
+    }
+
     /// Whether the files have a head of their own beside the embedding.
     pub(crate) fn has_own_head(&self) -> bool {
         self.files.has_head()
@@ -152,7 +171,7 @@ impl Model {
 
     /// The header with the metadata, of a GGUF model.
     pub(crate) fn gguf_header(&self) -> Result<Option<gguf::Header>, ModelError> {
-        self.gguf.as_ref().map(|file| open_gguf::read(&*self.storage, file)).transpose()
+        self.gguf.as_ref().map(|file| open_gguf::read(&*self.storage, &file.name)).transpose()
     }
 
     /// Opens every tensor, checks it, and says what it is; in the order of the published files, a head of its own last.

@@ -40,6 +40,22 @@ const KEYS: Foreign = Foreign {
     ],
 };
 
+/// What would change the arithmetic and Grok-1 does not have, and the numbers that change nothing.
+const NEUTRAL: [(&str, &[f64]); 4] = [
+    ("grok.final_logit_softcapping", &[0.0]),
+    ("grok.attention.temperature_length", &[0.0]),
+    ("grok.rope.scaling.factor", &[0.0, 1.0]),
+    ("grok.rope.scale_linear", &[0.0, 1.0]),
+];
+
+/// A model of GGUF files, whose headers were read.
+pub(super) struct Opened {
+    pub(super) config: ModelConfig,
+    pub(super) files: Files,
+    /// Whether a vocabulary of the kind that is read is in it.
+    pub(super) has_vocabulary: bool,
+}
+
 /// The GGUF file of a folder that holds nothing else to run: its only one, or the first part of its only split one.
 pub(super) fn only_model_of(storage: &dyn Storage, folder: &Path) -> Result<Option<String>, ModelError> {
     let io = |source| ModelError::Io { path: folder.to_owned(), source };
@@ -77,12 +93,13 @@ pub(crate) fn first_part(file: &str) -> String {
 }
 
 /// Opens the model of this file, or of the parts that it is one of.
-pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<(ModelConfig, Files), ModelError> {
+pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<Opened, ModelError> {
     let first = first_part(file);
     let path = storage.path(&first);
     let place = path.display().to_string();
     let header = read(storage, &first)?;
     let config = config(&header, &place)?;
+    let has_vocabulary = is_text(&header, "tokenizer.ggml.model", crate::tokenizer::GGUF_KIND);
     let count = match header.metadata.get("split.count") {
         // llama.cpp leaves a count of 0 in a file that it merged.
         None | Some(Value::Integer(0)) => 1,
@@ -128,7 +145,11 @@ pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<(ModelConfig, Fi
         return Err(ModelError::invalid(place, format!("{total} tensors in {count} parts"), found.to_string()));
     }
     let files = Files::in_gguf(headers, &config, &path)?;
-    Ok((config, files))
+    Ok(Opened { config, files, has_vocabulary })
+}
+
+fn is_text(header: &Header, key: &str, expected: &str) -> bool {
+    matches!(header.metadata.get(key), Some(Value::Text(text)) if text == expected)
 }
 
 /// The name of a part.
@@ -156,6 +177,16 @@ fn config(header: &Header, place: &str) -> Result<ModelConfig, ModelError> {
             };
             return Err(ModelError::invalid(format!("{place}: general.architecture"), "\"grok\"", found));
         }
+    }
+    for (key, neutral) in NEUTRAL {
+        let is_neutral = |value: &Value| json(value).as_f64().is_some_and(|number| neutral.contains(&number));
+        if let Some(value) = metadata.get(key).filter(|value| !is_neutral(value)) {
+            return Err(ModelError::invalid(format!("{place}: {key}"), "none, as Grok-1 has none", value.to_string()));
+        }
+    }
+    let scaling = "grok.rope.scaling.type";
+    if let Some(value) = metadata.get(scaling).filter(|_| !is_text(header, scaling, "none")) {
+        return Err(ModelError::invalid(format!("{place}: {scaling}"), "none, as Grok-1 has none", value.to_string()));
     }
     let mut values = Map::new();
     for (ours, theirs) in KEYS.names {

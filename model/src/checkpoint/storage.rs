@@ -3,7 +3,7 @@
 //! Files are read by position, never as a whole. Only regular files are opened: a pipe or a device in a model's folder would
 //! otherwise hang the reader or feed it for ever.
 
-use std::{fs::File, io, path::PathBuf};
+use std::{fs::File, io, path::PathBuf, time::SystemTime};
 
 /// An open file.
 pub trait ReadAt: Send + Sync {
@@ -30,6 +30,15 @@ pub trait Storage: Send + Sync {
     /// # Errors
     /// What the system says; [`io::ErrorKind::InvalidInput`] for anything that is not a regular file.
     fn open(&self, name: &str) -> io::Result<Box<dyn ReadAt>>;
+
+    /// When a file was last written to; `None` where a storage does not know.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn changed(&self, name: &str) -> io::Result<Option<SystemTime>> {
+        let _ = name;
+        Ok(None)
+    }
 
     /// Path of a file, for messages.
     fn path(&self, name: &str) -> PathBuf;
@@ -72,6 +81,10 @@ impl Storage for Folder {
             return Err(not_a_file());
         }
         Ok(Box::new(DiskFile { file, length: metadata.len() }))
+    }
+
+    fn changed(&self, name: &str) -> io::Result<Option<SystemTime>> {
+        std::fs::metadata(self.0.join(name))?.modified().map(Some)
     }
 
     fn path(&self, name: &str) -> PathBuf {

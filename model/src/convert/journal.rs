@@ -1,12 +1,13 @@
 //! The journal of an unfinished conversion: which tensors are whole, by the checksum of their file up to their end.
 //!
-//! Lines of text: what conversion it is, then part, count and checksum of each finished header or tensor. A line that was not
-//! finished counts as none. Nothing is believed that the files do not confirm, so that the order in which a failing machine wrote
-//! its blocks does not matter. The journal is locked while it is written; it knows nothing of what the files hold.
+//! Lines of text: what conversion it is, then part, count, checksum and numbers lost of each finished header or tensor; a line of an
+//! earlier count takes back what came behind it. Lines are only ever added, but for one that was not finished, which is cut off: a
+//! process that ends at any moment loses no others. Nothing is believed that the files do not confirm, so that the order in which a
+//! failing machine wrote its blocks does not matter. The journal is locked while it is written; it knows nothing of what the files hold.
 
 use std::{
     fs::{File, OpenOptions, TryLockError},
-    io::{self, Read, Seek, Write},
+    io::{self, Read, Seek, SeekFrom, Write},
     path::PathBuf,
 };
 
@@ -16,16 +17,24 @@ use super::{
 };
 use crate::ModelError;
 
-const TITLE: &str = "grokpipe convert 1";
-/// Longest journal: a line has less than 100 bytes.
-const LONGEST: u64 = 100 << 16;
+const TITLE: &str = "grokpipe convert 2";
+/// Longest journal: a line has about 100 bytes.
+const LONGEST: u64 = 128 << 16;
 
 pub(super) struct Journal {
     path: PathBuf,
     file: File,
-    fingerprint: String,
-    /// Checksums of each part, after its header and after each tensor.
-    records: Vec<Vec<String>>,
+    /// Of each part, of its header and of each tensor.
+    records: Vec<Vec<Record>>,
+}
+
+/// What is known of a header or a tensor that is whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Record {
+    /// Checksum of the file up to its end.
+    pub(super) checksum: String,
+    /// Numbers that became zero because they are too small.
+    pub(super) lost: usize,
 }
 
 impl Journal {
@@ -34,14 +43,13 @@ impl Journal {
         let path = output.journal();
         let place = path.display().to_string();
         match std::fs::symlink_metadata(&path) {
-            // A journal that a failing machine left without a line still owns the temporary files beside it.
-            Ok(metadata) if metadata.is_file() && metadata.len() == 0 => output.check_free(parts, false)?,
-            Ok(metadata) if metadata.is_file() && metadata.len() <= LONGEST => {}
+            // Also one that a failing machine left without a line owns the temporary files beside it.
+            Ok(metadata) if metadata.is_file() && metadata.len() <= LONGEST => output.check_own(parts)?,
             Ok(_) => {
                 let expected = format!("a journal of at most {LONGEST} bytes, or nothing");
                 return Err(ModelError::invalid(place, expected, "something else"));
             }
-            Err(_) => output.check_free(parts, true)?,
+            Err(_) => output.check_free(parts)?,
         }
         let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let mut file = open.map_err(failed(&path))?;
@@ -57,49 +65,47 @@ impl Journal {
         }
         let mut bytes = Vec::new();
         (&mut file).take(LONGEST).read_to_end(&mut bytes).map_err(failed(&path))?;
-        let text = String::from_utf8_lossy(&bytes);
-        let mut lines = text.split_inclusive('\n').map_while(|line| line.strip_suffix('\n'));
-        let title = format!("{TITLE} {fingerprint}");
+        let title = format!("{TITLE} {fingerprint}\n");
         let mut records = vec![Vec::new(); parts.len()];
+        let mut lines = bytes.split_inclusive(|byte| *byte == b'\n').take_while(|line| line.ends_with(b"\n"));
+        let mut believed = 0;
         match lines.next() {
-            None => {}
-            Some(line) if line == title => {
-                for line in lines {
-                    if record_of(line, &mut records).is_none() {
-                        break;
-                    }
-                }
+            // Nothing, or a first line that was not finished.
+            None if title.as_bytes().starts_with(&bytes) => {}
+            Some(line) if line == title.as_bytes() => {
+                let records_of = |line: &&[u8]| record_of(line, &mut records).is_some();
+                believed = line.len() + lines.take_while(records_of).map(<[u8]>::len).sum::<usize>();
             }
-            Some(_) => {
+            _ => {
                 let expected = "the journal of this conversion; remove it and the .partial files to begin anew";
-                return Err(ModelError::invalid(place, expected, "that of another model, format or file"));
+                return Err(ModelError::invalid(
+                    place,
+                    expected,
+                    "that of a model since changed, another format or file",
+                ));
             }
         }
-        let mut journal = Self { path, file, fingerprint: fingerprint.to_owned(), records };
-        journal.rewrite()?;
+        let mut journal = Self { path, file, records };
+        journal.cut(believed as u64)?;
+        if believed == 0 {
+            journal.add(&title)?;
+        }
         Ok(journal)
     }
 
     /// What is said of a part.
-    pub(super) fn records(&self, part: usize) -> &[String] {
+    pub(super) fn records(&self, part: usize) -> &[Record] {
         self.records.get(part).map_or(&[], |records| records)
     }
 
-    /// Forgets all but the first `count` records of a part, which were confirmed.
-    pub(super) fn keep(&mut self, part: usize, count: usize) -> Result<(), ModelError> {
-        if let Some(records) = self.records.get_mut(part).filter(|records| records.len() > count) {
-            records.truncate(count);
-            self.rewrite()?;
-        }
-        Ok(())
+    /// Adds the record of what was finished last, the `count`th of its part; what was said of it and of what follows is void.
+    pub(super) fn record(&mut self, part: usize, count: usize, record: &Record) -> Result<(), ModelError> {
+        self.add(&format!("{part} {count} {} {}\n", record.checksum, record.lost))
     }
 
-    /// Adds the record of what was finished last.
-    pub(super) fn record(&mut self, part: usize, checksum: String) -> Result<(), ModelError> {
-        let Some(records) = self.records.get_mut(part) else { return Ok(()) };
-        let line = format!("{part} {} {checksum}\n", records.len());
-        records.push(checksum);
-        self.file.write_all(line.as_bytes()).map_err(failed(&self.path))
+    /// Has all records on the disk, before files get their names by them.
+    pub(super) fn sync(&self) -> Result<(), ModelError> {
+        self.file.sync_all().map_err(failed(&self.path))
     }
 
     /// The conversion is finished.
@@ -107,28 +113,28 @@ impl Journal {
         std::fs::remove_file(&self.path).map_err(failed(&self.path))
     }
 
-    fn rewrite(&mut self) -> Result<(), ModelError> {
-        let mut text = format!("{TITLE} {}\n", self.fingerprint);
-        for (part, records) in self.records.iter().enumerate() {
-            for (count, checksum) in records.iter().enumerate() {
-                text.push_str(&format!("{part} {count} {checksum}\n"));
-            }
-        }
-        let written = self.file.set_len(0).and_then(|()| self.file.rewind());
-        written.and_then(|()| self.file.write_all(text.as_bytes())).map_err(failed(&self.path))
+    fn add(&mut self, line: &str) -> Result<(), ModelError> {
+        self.file.write_all(line.as_bytes()).map_err(failed(&self.path))
+    }
+
+    /// Drops what stands behind the first `length` bytes.
+    fn cut(&mut self, length: u64) -> Result<(), ModelError> {
+        let cut = self.file.set_len(length).and_then(|()| self.file.seek(SeekFrom::Start(length)));
+        cut.map(|_| ()).map_err(failed(&self.path))
     }
 }
 
-/// Takes in a line; `None` when it is not the next of a part.
-fn record_of(line: &str, records: &mut [Vec<String>]) -> Option<()> {
-    let mut words = line.split(' ');
+/// Takes in a line; `None` when it is none, or not of the next record of a part or of one before it.
+fn record_of(line: &[u8], records: &mut [Vec<Record>]) -> Option<()> {
+    let mut words = std::str::from_utf8(line).ok()?.strip_suffix('\n')?.split(' ');
     let (part, count) = (words.next()?.parse::<usize>().ok()?, words.next()?.parse::<usize>().ok()?);
-    let checksum = words.next()?;
+    let (checksum, lost) = (words.next()?, words.next()?.parse().ok()?);
     let is_checksum = checksum.len() == 64 && checksum.bytes().all(|byte| byte.is_ascii_hexdigit());
     let records = records.get_mut(part)?;
-    if words.next().is_some() || count != records.len() || !is_checksum {
+    if words.next().is_some() || count > records.len() || !is_checksum {
         return None;
     }
-    records.push(checksum.to_owned());
+    records.truncate(count);
+    records.push(Record { checksum: checksum.to_owned(), lost });
     Some(())
 }

@@ -1,6 +1,6 @@
 //! What the file says about the model: sizes and multipliers with llama.cpp's names, and the vocabulary.
 //!
-//! The vocabulary of a GGUF model is copied; any other's is made from `tokenizer.model`. One that has not as many pieces as the
+//! The vocabulary of a GGUF model that has one is copied; any other's is made from `tokenizer.model`. One that has not as many pieces as the
 //! embedding has rows is left out, since llama.cpp refuses such files.
 
 use std::collections::BTreeMap;
@@ -83,13 +83,18 @@ fn vocabulary(model: &Model) -> Result<Result<Vocabulary, String>, ModelError> {
     let rows = model.config().vocab_size;
     let unequal = |pieces: usize| format!("the tokenizer has {pieces} pieces, the model {rows} rows");
     if let Some(header) = model.gguf_header()? {
-        match header.metadata.get("tokenizer.ggml.tokens") {
-            Some(gguf::Value::Texts(pieces)) if pieces.len() == rows => {}
-            Some(gguf::Value::Texts(pieces)) => return Ok(Err(unequal(pieces.len()))),
-            _ => return Ok(Err("the model has none".to_owned())),
+        let own = match header.metadata.get("tokenizer.ggml.tokens") {
+            Some(gguf::Value::Texts(pieces)) if pieces.len() == rows => {
+                let own = header.metadata.iter().filter(|(key, _)| key.starts_with("tokenizer."));
+                let own = own.map(|(key, value)| Ok((key.clone(), copied(key, value)?)));
+                Some(Ok(own.collect::<Result<_, ModelError>>()?))
+            }
+            Some(gguf::Value::Texts(pieces)) => Some(Err(unequal(pieces.len()))),
+            _ => None,
+        };
+        if let Some(vocabulary) = own {
+            return Ok(vocabulary);
         }
-        let own = header.metadata.iter().filter(|(key, _)| key.starts_with("tokenizer."));
-        return own.map(|(key, value)| Ok((key.clone(), copied(key, value)?))).collect::<Result<_, _>>().map(Ok);
     }
     let Some(path) = model.tokenizer_path() else {
         return Ok(Err("there is no tokenizer.model beside the model".to_owned()));

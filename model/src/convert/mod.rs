@@ -15,16 +15,19 @@ mod parts;
 mod plan;
 mod rows;
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::UNIX_EPOCH,
+};
 
 pub use mix::Mix;
 pub use plan::{Note, Reason};
 
-use crate::{Model, ModelError, TensorName, TensorShape, WeightSource};
-use journal::Journal;
+use crate::{Model, ModelError};
+use journal::{Journal, Record};
 use output::{Checksum, Output};
 use parts::Part;
-use plan::Plan;
+use plan::{Plan, Tensor};
 
 /// How to convert.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +55,15 @@ pub struct Report {
     pub no_tokenizer: Option<String>,
 }
 
+impl Report {
+    /// Lists a tensor some of whose numbers became zero.
+    fn note_lost(&mut self, tensor: &Tensor, count: usize) {
+        if count > 0 {
+            self.notes.push(Note { tensor: tensor.label.clone(), reason: Reason::TooSmall { count } });
+        }
+    }
+}
+
 /// Converts `model` to `out`, or to parts named after it. `progress` is told bytes done and bytes in all.
 ///
 /// # Errors
@@ -77,24 +89,28 @@ pub fn convert(
         Report { files: Vec::new(), checksums: output.checksums(), resumed_bytes: 0, notes: plan.notes, no_tokenizer };
     for (index, part) in parts.iter().enumerate() {
         let mut file = output.resume(part, journal.records(index), &mut |bytes| progress(done + bytes, total))?;
-        journal.keep(index, file.finished())?;
         report.resumed_bytes += file.written();
+        for (tensor, record) in part.tensors.iter().zip(journal.records(index).iter().take(file.finished()).skip(1)) {
+            report.note_lost(tensor, record.lost);
+        }
         if file.finished() == 0 {
             file.write(&part.header)?;
-            journal.record(index, file.finish_one())?;
+            journal.record(index, 0, &Record { checksum: file.finish_one(), lost: 0 })?;
         }
         while let Some(tensor) = part.tensors.get(file.finished() - 1) {
-            rows::write(model, tensor, options.threads, &mut |bytes| {
+            let lost = rows::write(model, tensor, options.threads, &mut |bytes| {
                 file.write(bytes)?;
                 progress(done + file.written(), total);
                 Ok(())
             })?;
             file.pad()?;
-            journal.record(index, file.finish_one())?;
+            report.note_lost(tensor, lost);
+            journal.record(index, file.finished(), &Record { checksum: file.finish_one(), lost })?;
         }
         done += file.written();
         report.files.push((part.path.clone(), file.written(), file.close()?));
     }
+    journal.sync()?;
     output.publish(&parts, &report.files)?;
     journal.remove()?;
     Ok(report)
@@ -105,8 +121,8 @@ pub fn is_unfinished(out: &Path) -> bool {
     Output::new(out).journal().is_file()
 }
 
-/// Tells one conversion from another: what the files are to begin with, and the numbers of all norms, which training moves in every
-/// layer. To hash all the weights would mean to read them twice.
+/// Tells one conversion from another: the model's sizes, its files with the times of their last change, and what the files to be
+/// written begin with. To hash all the weights would mean to read them twice.
 fn fingerprint(model: &Model, parts: &[Part]) -> Result<String, ModelError> {
     let mut sum = Checksum::default();
     sum.add(model.digest().as_bytes());
@@ -115,10 +131,9 @@ fn fingerprint(model: &Model, parts: &[Part]) -> Result<String, ModelError> {
         sum.add(part.path.file_name().unwrap_or_default().as_encoded_bytes());
         sum.add(&part.header);
     }
-    for name in TensorName::in_file_order(model.config().num_hidden_layers) {
-        if let TensorShape::Vector(_) = name.shape(model.config()) {
-            model.vector(&name)?.iter().for_each(|number| sum.add(&number.to_le_bytes()));
-        }
+    for (file, changed) in model.files_changed()? {
+        let since = changed.map(|time| time.duration_since(UNIX_EPOCH).unwrap_or_else(|before| before.duration()));
+        sum.add(format!("|{file}:{since:?}").as_bytes());
     }
     Ok(sum.hex())
 }

@@ -9,7 +9,7 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
-use super::{header::ALIGNMENT, parts::Part};
+use super::{header::ALIGNMENT, journal::Record, parts::Part};
 use crate::ModelError;
 
 /// Bytes that are checked at a time.
@@ -59,35 +59,53 @@ impl Output {
         }
     }
 
-    /// Nothing that exists is ever overwritten by a conversion that begins: no result, and no temporary file if none can be its own.
-    pub(super) fn check_free(&self, parts: &[Part], is_first: bool) -> Result<(), ModelError> {
-        let checksums = self.checksums();
-        let temporary = parts.iter().map(temporary).chain([with_suffix(&checksums, ".partial")]);
-        let temporary = temporary.filter(|_| is_first);
-        let mut paths = parts.iter().map(|part| part.path.clone()).chain([checksums]).chain(temporary);
-        match paths.find(|path| std::fs::symlink_metadata(path).is_ok()) {
-            None => Ok(()),
-            Some(path) => Err(ModelError::invalid(path.display().to_string(), "no such file yet", "one")),
+    /// Where a conversion begins there must be none of its files, and none of their temporary names: nothing is ever overwritten.
+    pub(super) fn check_free(&self, parts: &[Part]) -> Result<(), ModelError> {
+        let results = parts.iter().map(|part| part.path.clone()).chain([self.checksums()]);
+        let temporary = parts.iter().map(temporary).chain([with_suffix(&self.checksums(), ".partial")]);
+        results.chain(temporary).try_for_each(|path| check_absent(&path))
+    }
+
+    /// Where a conversion goes on, what stands under a name of its results must be able to be its own: a part only where it has no
+    /// temporary file any more, checksums only beside all parts. And what is written on must be a plain file, no link to another's.
+    pub(super) fn check_own(&self, parts: &[Part]) -> Result<(), ModelError> {
+        for part in parts {
+            match std::fs::symlink_metadata(temporary(part)) {
+                Ok(metadata) if metadata.is_file() => check_absent(&part.path)?,
+                Ok(_) => {
+                    let place = temporary(part).display().to_string();
+                    return Err(ModelError::invalid(place, "a plain file, or none", "something else"));
+                }
+                Err(_) if exists(&part.path) => {}
+                Err(_) => check_absent(&self.checksums())?,
+            }
         }
+        Ok(())
     }
 
     /// Opens the file of a part and confirms what the journal says of it; `progress` is told bytes that were confirmed.
     pub(super) fn resume(
         &self,
         part: &Part,
-        records: &[String],
+        records: &[Record],
         progress: &mut dyn FnMut(u64),
     ) -> Result<Writing, ModelError> {
         let temporary = temporary(part);
         let count = part.tensors.len() + 1;
         // The last run may have ended between the renaming of two parts.
-        if !temporary.exists() && records.len() == count && part.path.is_file() {
+        if !exists(&temporary) && exists(&part.path) {
             let path = part.path.clone();
             let file = File::open(&path).map_err(failed(&path))?;
             let writing = confirmed(part, records, Writing::of(file, path), progress)?;
-            if writing.finished == count {
+            let length = writing.file.metadata().map_err(failed(&writing.path))?.len();
+            if writing.finished == count && length == writing.written {
                 return Ok(writing);
             }
+            return Err(ModelError::invalid(
+                part.path.display().to_string(),
+                "what the interrupted conversion wrote, or no such file yet",
+                "another file",
+            ));
         }
         let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&temporary);
         let file = open.map_err(failed(&temporary))?;
@@ -100,7 +118,8 @@ impl Output {
     pub(super) fn publish(&self, parts: &[Part], files: &[(PathBuf, u64, String)]) -> Result<(), ModelError> {
         for part in parts.iter().rev() {
             let temporary = temporary(part);
-            if temporary.exists() {
+            if exists(&temporary) {
+                check_absent(&part.path)?;
                 std::fs::rename(&temporary, &part.path).map_err(failed(&part.path))?;
             }
         }
@@ -111,6 +130,11 @@ impl Output {
             text.push_str(&format!("{checksum}  {name}\n"));
         }
         let checksums = self.checksums();
+        // Those of a run that ended before it removed its journal.
+        if std::fs::read(&checksums).is_ok_and(|found| found == text.as_bytes()) {
+            return Ok(());
+        }
+        check_absent(&checksums)?;
         let temporary = with_suffix(&checksums, ".partial");
         let written = File::create(&temporary).and_then(|mut file| {
             file.write_all(text.as_bytes())?;
@@ -120,6 +144,17 @@ impl Output {
         sync_folder(&self.out);
         Ok(())
     }
+}
+
+fn exists(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok()
+}
+
+fn check_absent(path: &Path) -> Result<(), ModelError> {
+    if exists(path) {
+        return Err(ModelError::invalid(path.display().to_string(), "no such file yet", "one"));
+    }
+    Ok(())
 }
 
 /// Names are on the disk only once their folder is. Not every system can do that, and all files are whole without it.
@@ -203,7 +238,7 @@ impl Writing {
 /// Reads the file as far as the records agree with it.
 fn confirmed(
     part: &Part,
-    records: &[String],
+    records: &[Record],
     mut writing: Writing,
     progress: &mut dyn FnMut(u64),
 ) -> Result<Writing, ModelError> {
@@ -222,7 +257,7 @@ fn confirmed(
             sum.add(now);
             at += now.len() as u64;
         }
-        if sum.hex() != *record {
+        if sum.hex() != record.checksum {
             break;
         }
         (writing.sum, writing.written, writing.finished) = (sum.clone(), at, index + 1);

@@ -56,6 +56,11 @@ pub enum Reason {
         /// Of how many.
         of: usize,
     },
+    /// Numbers that became zero, since no half is as small as the scale that they would need.
+    TooSmall {
+        /// How many.
+        count: usize,
+    },
 }
 
 impl fmt::Display for Reason {
@@ -70,6 +75,7 @@ impl fmt::Display for Reason {
             Self::ScalesNotHalves { count, of } => {
                 write!(f, "quantised anew where a scale is not exact in F16: {count} of {of}")
             }
+            Self::TooSmall { count } => write!(f, "{count} numbers became zero, too small for a scale in F16"),
         }
     }
 }

@@ -16,16 +16,16 @@ const TILE: usize = 64;
 /// Numbers below which a second thread does not pay.
 const SINGLE: usize = 1 << 16;
 
-/// Hands the bytes of this tensor to `sink`, in order.
+/// Hands the bytes of this tensor to `sink`, in order; how many numbers became zero because they are too small for the format.
 pub(super) fn write(
     model: &Model,
     tensor: &Tensor,
     threads: usize,
     sink: &mut dyn FnMut(&[u8]) -> Result<(), ModelError>,
-) -> Result<(), ModelError> {
+) -> Result<usize, ModelError> {
     if let TensorShape::Vector(_) = tensor.name.shape(model.config()) {
         let bytes: Vec<u8> = model.vector(&tensor.name)?.iter().flat_map(|number| number.to_le_bytes()).collect();
-        return sink(&bytes);
+        return sink(&bytes).map(|()| 0);
     }
     let matrix = model.matrix(&tensor.name)?;
     write_matrix(&*matrix, tensor.format, threads, PIECE, sink)
@@ -37,7 +37,7 @@ fn write_matrix(
     threads: usize,
     piece: usize,
     sink: &mut dyn FnMut(&[u8]) -> Result<(), ModelError>,
-) -> Result<(), ModelError> {
+) -> Result<usize, ModelError> {
     let spec = matrix.spec();
     let lengths = (spec.format.row_bytes(spec.inputs), target.row_bytes(spec.inputs));
     let (Some(row_in), Some(row_out)) = lengths else {
@@ -51,17 +51,18 @@ fn write_matrix(
     let rows_at_once = (piece / row_in.max(row_out).max(1)).clamp(1, spec.outputs.max(1));
     let mut raw = vec![0; rows_at_once * row_in];
     let mut out = vec![0; rows_at_once * row_out];
+    let mut lost = 0;
     for expert in 0..spec.experts {
         for first in (0..spec.outputs).step_by(rows_at_once) {
             let count = rows_at_once.min(spec.outputs - first);
             let (raw, out) = (&mut raw[..count * row_in], &mut out[..count * row_out]);
             read(matrix, expert, first, count, raw)?;
             let rows = Rows { matrix, target, scales: &scales, raw, expert, first, count };
-            rows.encode(threads, row_out, out)?;
+            lost += rows.encode(threads, row_out, out)?;
             sink(out)?;
         }
     }
-    Ok(())
+    Ok(lost)
 }
 
 /// Reads rows as they lie: side by side, or each input's outputs side by side.
@@ -98,17 +99,15 @@ struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    fn encode(&self, threads: usize, row_out: usize, out: &mut [u8]) -> Result<(), ModelError> {
+    /// Numbers that became zero.
+    fn encode(&self, threads: usize, row_out: usize, out: &mut [u8]) -> Result<usize, ModelError> {
         let threads = if self.count * self.matrix.spec().inputs < SINGLE { 1 } else { threads.max(1) };
         // Whole tiles, but for the last.
         let share = self.count.div_ceil(threads).next_multiple_of(TILE);
         let work = |begin: usize, out: &mut [u8]| {
             let mut tile = Tile::default();
-            for (index, out) in out.chunks_mut(TILE * row_out).enumerate() {
-                let begin = begin + index * TILE;
-                tile.encode(self, begin, row_out, out)?;
-            }
-            Ok(())
+            let tiles = out.chunks_mut(TILE * row_out).enumerate();
+            tiles.map(|(index, out)| tile.encode(self, begin + index * TILE, row_out, out)).sum()
         };
         if threads == 1 {
             return work(0, out);
@@ -119,10 +118,11 @@ impl Rows<'_> {
             let failed = |source| ModelError::Io { path: self.matrix.spec().name.as_str().into(), source };
             let running: Vec<_> = shares.map(start).collect::<Result<_, _>>().map_err(failed)?;
             // All are joined by the scope; the first row that failed is the one that is named.
-            running.into_iter().try_for_each(|thread| {
+            let joined = running.into_iter().map(|thread| {
                 let panicked = |_| ModelError::invalid(&*self.matrix.spec().name, "a conversion", "a panic in it");
                 thread.join().map_err(panicked)?
-            })
+            });
+            joined.sum()
         })
     }
 
@@ -149,8 +149,8 @@ struct Tile {
 }
 
 impl Tile {
-    /// Writes the rows from `begin` on that `out` has room for.
-    fn encode(&mut self, rows: &Rows<'_>, begin: usize, row_out: usize, out: &mut [u8]) -> Result<(), ModelError> {
+    /// Writes the rows from `begin` on that `out` has room for; numbers that became zero.
+    fn encode(&mut self, rows: &Rows<'_>, begin: usize, row_out: usize, out: &mut [u8]) -> Result<usize, ModelError> {
         let spec = rows.matrix.spec();
         let (inputs, count) = (spec.inputs, out.len() / row_out);
         self.numbers.resize(count * inputs, 0.0);
@@ -165,22 +165,21 @@ impl Tile {
                 turned(rows, begin, count, &mut self.integers, i8::from_le_bytes);
             }
         }
+        let mut lost = 0;
         for (index, out) in out.chunks_mut(row_out).enumerate() {
             let (row, span) = (begin + index, index * inputs..(index + 1) * inputs);
             let numbers = &mut self.numbers[span.clone()];
             match spec.format {
-                Format::Int8 { groups } => {
-                    int8_row(rows, row, groups, &self.integers[span], numbers, out)?;
-                }
+                Format::Int8 { groups } => lost += int8_row(rows, row, groups, &self.integers[span], numbers, out)?,
                 // Bytes as they are, once their numbers are known to be finite.
                 format if format == rows.target && format != Format::F32 => {
                     check_finite(rows, row, numbers)?;
                     out.copy_from_slice(&rows.raw[row * row_out..(row + 1) * row_out]);
                 }
-                _ => numbers_row(rows, row, numbers, out)?,
+                _ => lost += numbers_row(rows, row, numbers, out)?,
             }
         }
-        Ok(())
+        Ok(lost)
     }
 }
 
@@ -221,17 +220,17 @@ fn check_finite(rows: &Rows<'_>, row: usize, numbers: &[f32]) -> Result<(), Mode
     }
 }
 
-fn numbers_row(rows: &Rows<'_>, row: usize, numbers: &[f32], out: &mut [u8]) -> Result<(), ModelError> {
+fn numbers_row(rows: &Rows<'_>, row: usize, numbers: &[f32], out: &mut [u8]) -> Result<usize, ModelError> {
     let Format::Blocks(kind) = rows.target else {
         check_finite(rows, row, numbers)?;
         let words = out.as_chunks_mut::<4>().0;
         words.iter_mut().zip(numbers).for_each(|(word, number)| *word = number.to_le_bytes());
-        return Ok(());
+        return Ok(0);
     };
     quantized(rows, row, 0, kind, numbers, out)
 }
 
-/// Writes the numbers of a row from `input` on.
+/// Writes the numbers of a row from `input` on; how many became zero.
 fn quantized(
     rows: &Rows<'_>,
     row: usize,
@@ -239,7 +238,7 @@ fn quantized(
     kind: BlockType,
     numbers: &[f32],
     out: &mut [u8],
-) -> Result<(), ModelError> {
+) -> Result<usize, ModelError> {
     kind.quantize(numbers, out).map_err(|error| {
         let index = match error {
             QuantizeError::NotFinite { index, .. } | QuantizeError::TooLarge { index, .. } => input + index,
@@ -256,7 +255,7 @@ fn int8_row(
     integers: &[i8],
     numbers: &mut [f32],
     out: &mut [u8],
-) -> Result<(), ModelError> {
+) -> Result<usize, ModelError> {
     let group = (integers.len() / groups.max(1)).max(1);
     let outputs = rows.matrix.spec().outputs;
     let scale = |input: usize| rows.scales[(rows.expert * groups + input / group) * outputs + rows.first + row];
@@ -268,6 +267,7 @@ fn int8_row(
         return numbers_row(rows, row, numbers, out);
     }
     let blocks = integers.as_chunks::<32>().0.iter().zip(numbers.as_chunks::<32>().0).zip(out.as_chunks_mut::<34>().0);
+    let mut lost = 0;
     for (block, ((integers, numbers), out)) in blocks.enumerate() {
         let (first, last) = (32 * block, 32 * block + 31);
         match exact_half(scale(first)) {
@@ -275,10 +275,10 @@ fn int8_row(
                 out[..2].copy_from_slice(&half.to_le_bytes());
                 out[2..].iter_mut().zip(integers).for_each(|(out, integer)| *out = *integer as u8);
             }
-            _ => quantized(rows, row, first, BlockType::Q8_0, numbers, out)?,
+            _ => lost += quantized(rows, row, first, BlockType::Q8_0, numbers, out)?,
         }
     }
-    Ok(())
+    Ok(lost)
 }
 
 #[cfg(test)]

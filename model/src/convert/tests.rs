@@ -7,13 +7,14 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, SystemTime},
 };
 
 use tempfile::TempDir;
 
 use super::*;
 use crate::{
-    BlockType, Format, LayerTensor, Layout, MatrixSource, ModelConfig,
+    BlockType, Format, LayerTensor, Layout, MatrixSource, ModelConfig, TensorName, TensorShape, WeightSource,
     checkpoint::{
         storage::{Folder, ReadAt, Storage},
         tests::{
@@ -296,6 +297,10 @@ impl Storage for Failing {
         Ok(Box::new(FailingFile { file: self.folder.open(name)?, left: Arc::clone(&self.left) }))
     }
 
+    fn changed(&self, name: &str) -> io::Result<Option<SystemTime>> {
+        self.folder.changed(name)
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path(name)
     }
@@ -486,24 +491,81 @@ fn a_journal_of_another_conversion_is_refused_and_left_alone() {
     let interrupted = Interrupted::new();
     let before = fs::read(interrupted.path("out.gguf.journal")).unwrap();
     let other = Checkpoint { embedding: |i| i as f32 / 1e5, ..Checkpoint::default() }.write();
-    // Another number in one norm is another model, even where all sizes agree.
-    let norm = other.path().join("ckpt-0/tensor00001_000");
-    let mut bytes = fs::read(&norm).unwrap();
-    let at = bytes.len() - 40;
-    bytes[at] ^= 1;
-    fs::write(norm, bytes).unwrap();
     for (source, options) in [
         (interrupted.source.path(), Options { mix: Mix::Q4_0, ..interrupted.options }),
         (interrupted.source.path(), Options { split_max_bytes: None, ..interrupted.options }),
         (other.path(), interrupted.options),
     ] {
         let error = converted(source, &interrupted.out, &options).unwrap_err().to_string();
-        assert!(error.contains("out.gguf.journal") && error.contains("another model, format or file"), "{error}");
+        assert!(
+            error.contains("out.gguf.journal") && error.contains("since changed, another format or file"),
+            "{error}"
+        );
     }
-    assert_eq!(fs::read(interrupted.path("out.gguf.journal")).unwrap(), before);
-    fs::write(interrupted.path("out.gguf.journal"), "a shopping list\n").unwrap();
+    // A tensor that was written anew is another model, even where all sizes agree, or most of it would be the old one's.
+    let tensor =
+        fs::File::options().write(true).open(interrupted.source.path().join("ckpt-0/tensor00003_000")).unwrap();
+    let before_that = tensor.metadata().unwrap().modified().unwrap();
+    tensor.set_modified(before_that + Duration::from_millis(1)).unwrap();
     let error = converted(interrupted.source.path(), &interrupted.out, &interrupted.options).unwrap_err().to_string();
-    assert!(error.contains("out.gguf.journal"), "{error}");
+    assert!(error.contains("since changed"), "{error}");
+    tensor.set_modified(before_that).unwrap();
+    assert_eq!(fs::read(interrupted.path("out.gguf.journal")).unwrap(), before);
+    for list in ["a shopping list\n", "a shopping list"] {
+        fs::write(interrupted.path("out.gguf.journal"), list).unwrap();
+        let error =
+            converted(interrupted.source.path(), &interrupted.out, &interrupted.options).unwrap_err().to_string();
+        assert!(error.contains("out.gguf.journal"), "{error}");
+        assert_eq!(fs::read_to_string(interrupted.path("out.gguf.journal")).unwrap(), list);
+    }
+}
+
+#[test]
+fn what_somebody_put_where_results_go_is_left_alone_when_a_conversion_goes_on() {
+    let interrupted = Interrupted::new();
+    let refused = |name: &str, expected: &str| {
+        let error =
+            converted(interrupted.source.path(), &interrupted.out, &interrupted.options).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains(expected), "{name}: {error}");
+    };
+    // A part that is being written, one that is not begun, and the checksums.
+    for name in ["out-00001-of-00003.gguf", "out-00003-of-00003.gguf", "out.gguf.sha256"] {
+        fs::write(interrupted.path(name), "precious").unwrap();
+        refused(name, "no such file yet");
+        assert_eq!(fs::read_to_string(interrupted.path(name)).unwrap(), "precious");
+        fs::remove_file(interrupted.path(name)).unwrap();
+    }
+    let partial = interrupted.path("out-00001-of-00003.gguf.partial");
+    let (kept, precious) = (interrupted.path("kept"), interrupted.path("precious"));
+    fs::rename(&partial, &kept).unwrap();
+    fs::write(&precious, "precious").unwrap();
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink(&precious, &partial).unwrap();
+        refused("out-00001-of-00003.gguf.partial", "a plain file");
+        fs::remove_file(&partial).unwrap();
+    }
+    assert_eq!(fs::read_to_string(&precious).unwrap(), "precious");
+    fs::remove_file(&precious).unwrap();
+    fs::rename(kept, partial).unwrap();
+    interrupted.resumed();
+}
+
+#[test]
+fn a_run_that_ended_before_it_removed_its_journal_is_completed() {
+    let interrupted = Interrupted::new();
+    let journal = interrupted.path("out.gguf.journal");
+    let (mut saved, model) = (Vec::new(), Model::open(interrupted.source.path()).unwrap());
+    let (out, options) = (&interrupted.out, &interrupted.options);
+    let report = convert(&model, out, options, &mut |_, _| saved = fs::read(&journal).unwrap()).unwrap();
+    // The last record is written after the last progress.
+    let (last, _, checksum) = report.files.last().unwrap();
+    let part = report.files.len() - 1;
+    let count = String::from_utf8_lossy(&saved).lines().filter(|line| line.starts_with(&format!("{part} "))).count();
+    saved.extend(format!("{part} {count} {checksum} 0\n").bytes());
+    fs::write(&journal, saved).unwrap();
+    let (again, _) = interrupted.resumed();
+    assert_eq!(again.files, report.files, "{}", last.display());
 }
 
 #[test]
@@ -596,6 +658,26 @@ fn blocks_that_cannot_be_carried_over_are_quantised_anew_and_their_tensors_liste
 }
 
 #[test]
+fn tensors_whose_numbers_became_zero_are_listed_also_after_an_interruption() {
+    let source = Checkpoint { embedding: |i| i as f32 * 1e-9, ..Checkpoint::default() }.write();
+    let target = tempfile::tempdir().unwrap();
+    let out = |name: &str| target.path().join(name);
+    let options = options(Mix::Q8_0);
+    let report = converted(source.path(), &out("whole.gguf"), &options).unwrap();
+    let Note { tensor, reason: Reason::TooSmall { count } } = &report.notes[0] else { panic!("{:?}", report.notes) };
+    assert_eq!((tensor.as_str(), report.notes.len()), ("token_embd.weight", 1));
+    // The first number is zero itself, and from here on a 127th is more than half of the least half.
+    let kept = (2.0_f32.powi(-25) * 127.0 / 1e-9) as usize;
+    assert!(*count > 0 && count.abs_diff(kept) <= 33, "{count}, {kept}");
+    const MUCH: u64 = 1 << 40;
+    let reads = MUCH - limited(source.path(), &out("other.gguf"), &options, MUCH).unwrap();
+    limited(source.path(), &out("again.gguf"), &options, 3 * reads / 4).unwrap_err();
+    let again = converted(source.path(), &out("again.gguf"), &options).unwrap();
+    assert!(again.resumed_bytes > 0);
+    assert_eq!(again.notes, report.notes);
+}
+
+#[test]
 fn a_number_that_is_not_finite_or_too_large_is_named_by_its_place() {
     let target = tempfile::tempdir().unwrap();
     let nan: fn(usize) -> f32 = |i| if i == 5 * 256 + 77 { f32::NAN } else { 0.1 };
@@ -631,6 +713,10 @@ fn the_copies_on_hugging_face_are_converted_with_their_head() {
         assert!(report.no_tokenizer.is_some_and(|why| why.contains("tokenizer.model")));
         let (from, to) = (Model::open(source.path()).unwrap(), Model::open(&out).unwrap());
         assert!(to.has_own_head());
+        assert_eq!(to.tokenizer_path(), None, "a file without a vocabulary");
+        let beside = target.path().join("tokenizer.model");
+        fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/tokenizer.model"), &beside).unwrap();
+        assert_eq!(to.tokenizer_path(), Some(beside));
         for name in TensorName::in_file_order(1).into_iter().chain([TensorName::Head]) {
             if is_matrix(&from, &name) {
                 assert_eq!(numbers(&from, &name), numbers(&to, &name), "{name}");

@@ -9,6 +9,8 @@ mod q4_0;
 mod q6_k;
 mod q8_0;
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 use thiserror::Error;
 
@@ -44,14 +46,14 @@ pub enum QuantizeError {
 pub(crate) struct OutOfRange;
 
 impl BlockType {
-    /// Writes numbers as whole blocks.
+    /// Writes numbers as whole blocks; how many became zero because a half is zero that they would need, not because they are.
     ///
     /// # Errors
     /// [`QuantizeError`] when a number is not finite or too large, and for formats that are only read; `out` is then undefined.
     ///
     /// # Panics
     /// When `numbers` or `out` are not the same number of whole blocks.
-    pub fn quantize(self, numbers: &[f32], out: &mut [u8]) -> Result<(), QuantizeError> {
+    pub fn quantize(self, numbers: &[f32], out: &mut [u8]) -> Result<usize, QuantizeError> {
         let (weights, bytes) = (self.weights(), self.bytes());
         assert!(
             numbers.len().is_multiple_of(weights) && numbers.len() / weights * bytes == out.len(),
@@ -64,37 +66,44 @@ impl BlockType {
         if let Some(index) = numbers.iter().position(|number| !number.is_finite()) {
             return Err(QuantizeError::NotFinite { index, value: numbers[index] });
         }
-        let failed = match self {
-            Self::F16 => each(numbers, out, f16_bytes),
-            Self::Bf16 => each(numbers, out, bf16_bytes),
-            Self::Q8_0 => each(numbers, out, q8_0::block),
-            Self::Q4_0 => each(numbers, out, q4_0::block),
-            Self::Q4K => each(numbers, out, affine::q4_k),
-            Self::Q5K => each(numbers, out, affine::q5_k),
-            Self::Q6K => each(numbers, out, q6_k::block),
+        let written = match self {
+            Self::F16 => each(numbers, out, 0..2, f16_bytes),
+            Self::Bf16 => each(numbers, out, 0..2, bf16_bytes),
+            Self::Q8_0 => each(numbers, out, 0..2, q8_0::block),
+            Self::Q4_0 => each(numbers, out, 0..2, q4_0::block),
+            Self::Q4K => each(numbers, out, 0..4, affine::q4_k),
+            Self::Q5K => each(numbers, out, 0..4, affine::q5_k),
+            Self::Q6K => each(numbers, out, 208..210, q6_k::block),
             other => return Err(QuantizeError::OnlyRead(other)),
         };
-        match failed {
-            None => Ok(()),
-            Some(block) => {
-                let begin = block * weights;
-                let index =
-                    (begin..begin + weights).reduce(|a, b| if numbers[b].abs() > numbers[a].abs() { b } else { a });
-                let index = index.unwrap_or(begin);
-                Err(QuantizeError::TooLarge { kind: self, index, value: numbers[index] })
-            }
-        }
+        written.map_err(|block| {
+            let begin = block * weights;
+            let index = (begin..begin + weights).reduce(|a, b| if numbers[b].abs() > numbers[a].abs() { b } else { a });
+            let index = index.unwrap_or(begin);
+            QuantizeError::TooLarge { kind: self, index, value: numbers[index] }
+        })
     }
 }
 
-/// Writes block by block; the number of the first one that is out of range.
+/// Writes block by block. How many numbers became zero with the halves of their block, which lie at `halves`; or the number of the
+/// first block that is out of range.
 fn each<const W: usize, const B: usize>(
     numbers: &[f32],
     out: &mut [u8],
+    halves: Range<usize>,
     one: impl Fn(&[f32; W], &mut [u8; B]) -> Result<(), OutOfRange>,
-) -> Option<usize> {
+) -> Result<usize, usize> {
     let (numbers, blocks) = (numbers.as_chunks::<W>().0, out.as_chunks_mut::<B>().0);
-    numbers.iter().zip(blocks).position(|(numbers, block)| one(numbers, block).is_err())
+    let mut lost = 0;
+    for (index, (numbers, block)) in numbers.iter().zip(blocks).enumerate() {
+        one(numbers, block).map_err(|OutOfRange| index)?;
+        // Zero has a sign.
+        let are_zero = block[halves.clone()].as_chunks().0.iter().all(|half| u16::from_le_bytes(*half) & 0x7fff == 0);
+        if are_zero {
+            lost += numbers.iter().filter(|number| **number != 0.0).count();
+        }
+    }
+    Ok(lost)
 }
 
 /// The nearest half, unless that is infinite.

@@ -176,6 +176,18 @@ fn numbers_beyond_a_formats_scales_are_refused_and_not_made_infinite() {
 }
 
 #[test]
+fn numbers_that_become_zero_for_want_of_a_small_half_are_counted() {
+    for kind in WRITTEN {
+        for (number, lost) in [(0.0, 0), (-0.0, 0), (0.5, 0), (-0.5, 0), (1e-30, 512), (-1e-30, 512)] {
+            let mut out = vec![0; 512 / kind.weights() * kind.bytes()];
+            // BF16 has the exponents of f32.
+            let lost = if kind == BlockType::Bf16 { 0 } else { lost };
+            assert_eq!(kind.quantize(&[number; 512], &mut out), Ok(lost), "{} {number}", kind.name());
+        }
+    }
+}
+
+#[test]
 fn formats_that_are_only_read_are_refused() {
     for kind in BlockType::all().filter(|kind| !WRITTEN.contains(kind)) {
         let mut out = vec![0; 256 / kind.weights() * kind.bytes()];

@@ -287,6 +287,8 @@ fn a_head_of_its_own_is_used_and_another_dtype_too() {
     assert_eq!(model.embedding_rows(&[1]).unwrap(), (8..16).map(|value| value as f32).collect::<Vec<_>>());
     assert_eq!(model.stored_bytes(0..0, true), 2 * 128 + 4 * 8);
     assert_eq!(model.inspect().unwrap().len(), 15);
+    let tied = folder_of(&[("m.gguf", with_tensors(metadata(), &tensors(true), &mut 0).done())]);
+    assert_ne!(model.digest(), Model::open(tied.path()).unwrap().digest(), "workers may not mix the two");
 }
 
 #[test]
@@ -330,6 +332,13 @@ fn a_good_file_that_is_another_model_is_refused() {
         ),
         ("half of a head rotated", with_more(("grok.rope.dimension_count", 2)), "grok.rope.dimension_count"),
         ("values of another width", with_more(("grok.attention.value_length", 8)), "grok.attention.value_length"),
+        ("a cap on logits", with_more(("grok.final_logit_softcapping", 30)), "grok.final_logit_softcapping"),
+        ("positions stretched", with_more(("grok.rope.scaling.factor", 16)), "grok.rope.scaling.factor"),
+        (
+            "positions stretched otherwise",
+            with_tensors(metadata().text("grok.rope.scaling.type", "yarn"), &all, &mut 0).done(),
+            "grok.rope.scaling.type",
+        ),
     ];
     for (name, bytes, wanted) in cases {
         let folder = folder_of(&[("m.gguf", bytes)]);
@@ -337,6 +346,9 @@ fn a_good_file_that_is_another_model_is_refused() {
         assert_refused(name, &message, wanted);
         assert!(message.contains("m.gguf"), "{name}: {message}");
     }
+    let none = metadata().number("grok.final_logit_softcapping", 0).number("grok.rope.scaling.factor", 1);
+    let none = with_tensors(none.text("grok.rope.scaling.type", "none"), &all, &mut 0).done();
+    Model::open(folder_of(&[("m.gguf", none)]).path()).expect("what changes nothing is taken");
     let two = folder_of(&[("a.gguf", with(&all)), ("b.gguf", with(&all))]);
     let message = Model::open(two.path()).unwrap_err().to_string();
     assert_refused("two models in a folder", &message, "one GGUF model");
