@@ -179,6 +179,7 @@ fn gguf_files_equal_the_reference(device: &str) {
             let expected = npy(&folder.join(format!("{name}.{prompt}.f64ref.npy")));
             let found = &found.get("logits").1;
             assert_eq!(found.len(), expected.len(), "{name} {prompt}");
+            assert!(found.iter().all(|value| value.is_finite()), "{name} {prompt}");
             largest = found.iter().zip(&expected).map(|(x, y)| (x - y).abs()).fold(largest, f32::max);
         }
         println!("{name} on {device}: logits within {largest:e}");

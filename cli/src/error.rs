@@ -143,8 +143,14 @@ impl From<ModelError> for CliError {
 
 impl From<KernelError> for CliError {
     fn from(error: KernelError) -> Self {
-        let code = if matches!(error, KernelError::OutOfMemory { .. }) { Code::OutOfMemory } else { Code::Failed };
-        Self::new(code, "the device cannot do this").because(error)
+        match error {
+            KernelError::OutOfMemory { .. } => Self::new(Code::OutOfMemory, "the device cannot do this").because(error),
+            KernelError::NotFinite { .. } => Self::failed("the model's results are not finite")
+                .because(error)
+                .advise("`grokpipe convert` names the tensor whose numbers are not"),
+            KernelError::Model(error) => error.into(),
+            _ => Self::failed("the device cannot do this").because(error),
+        }
     }
 }
 
@@ -237,6 +243,16 @@ mod tests {
         let boxed: Box<dyn Error + Send + Sync> = Box::new(CliError::usage("x"));
         assert_eq!(CliError::from(boxed).code(), Code::Usage);
         assert_eq!(CliError::from(Box::<dyn Error + Send + Sync>::from("other")).code(), Code::Failed);
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_model_is_not_said_to_be_the_device() {
+        let model =
+            KernelError::Model(ModelError::Io { path: "m.gguf".into(), source: std::io::ErrorKind::NotFound.into() });
+        let results = KernelError::NotFinite { what: "logits", row: 0 };
+        for (error, says) in [(model, "the model cannot be used"), (results, "the model's results are not finite")] {
+            assert!(CliError::from(error).to_string().starts_with(says));
+        }
     }
 
     #[test]

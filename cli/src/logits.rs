@@ -17,6 +17,7 @@ use grokpipe_model::{Model, ModelConfig};
 use safetensors::{Dtype, tensor::TensorView};
 
 use crate::{
+    common,
     config::{parse_precision, parse_prefill},
     error::CliError,
     machine,
@@ -35,7 +36,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "IDS", value_delimiter = ',', required = true)]
     token_ids: Vec<u32>,
     /// Device: auto, gpu, gpu:NAME or cpu
-    #[arg(long, default_value = "auto")]
+    #[arg(long, value_parser = common::parse_device, default_value = "auto")]
     device: String,
     /// Threads of the CPU backend; all cores if not given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]

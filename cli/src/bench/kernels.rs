@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::spread::median;
 use crate::{
+    common,
     config::{parse_precision, parse_prefill, precision_name, prefill_name},
     machine,
     rates::settled,
@@ -34,7 +35,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=4096), default_value = "1,8,64")]
     rows: Vec<u32>,
     /// Device: auto, gpu, gpu:NAME or cpu
-    #[arg(long, default_value = "auto")]
+    #[arg(long, value_parser = common::parse_device, default_value = "auto")]
     device: String,
     /// Threads of the CPU backend; all cores if not given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]

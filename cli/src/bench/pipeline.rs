@@ -128,8 +128,8 @@ async fn measure(args: &Args, weights: &Weights, layers: Range<u32>) -> Result<R
             let mut tested = Vec::new();
             for &test in &tests {
                 let mut found = bench.test(test, args.tests.repeat).await?;
-                found.alone.predicted = predicted(&facts, &arrangements[0], test)?;
-                found.split.predicted = predicted(&facts, &arrangements[1], test)?;
+                found.alone.predicted = Some(predicted(&facts, &arrangements[0], test)?);
+                found.split.predicted = Some(predicted(&facts, &arrangements[1], test)?);
                 tested.push(found);
             }
             let hello = &arrangements[0].members[0].hello;
@@ -154,11 +154,22 @@ async fn measure(args: &Args, weights: &Weights, layers: Range<u32>) -> Result<R
     outcome
 }
 
-/// Tokens a second of a decode by the planner's word: one step after the other, since only one is under way at a time.
-fn predicted(facts: &ModelFacts, arrangement: &Arrangement, test: Test) -> Result<Option<f64>, CliError> {
-    if !matches!(test, Test::Decode { .. }) {
-        return Ok(None);
+/// Tokens a second by the planner's word: frames that are under way together follow one another through the stages.
+fn predicted(facts: &ModelFacts, arrangement: &Arrangement, test: Test) -> Result<f64, CliError> {
+    let mut free_at = vec![0.0; arrangement.members.len()];
+    for rows in test.step_rows() {
+        let mut arrives_at: f64 = 0.0;
+        for (free_at, seconds) in free_at.iter_mut().zip(step_seconds(facts, arrangement, rows)?) {
+            *free_at = arrives_at.max(*free_at) + seconds;
+            arrives_at = *free_at;
+        }
     }
+    let tokens: u32 = test.step_rows().iter().sum();
+    Ok(f64::from(tokens) / free_at.last().copied().unwrap_or(f64::NAN))
+}
+
+/// Seconds that a frame of so many rows takes in each stage, with the hop to the next.
+fn step_seconds(facts: &ModelFacts, arrangement: &Arrangement, rows: u32) -> Result<Vec<f64>, CliError> {
     let first = arrangement.members.first().map_or(0, |member| member.layers.start);
     let worker = |member: &Member| {
         let told = facts::resources(&member.hello);
@@ -170,12 +181,10 @@ fn predicted(facts: &ModelFacts, arrangement: &Arrangement, test: Test) -> Resul
             ..told
         }
     };
-    let wishes =
-        PlanWishes { kv_tokens: 0, max_batch_tokens: 1, batch_tokens: test.batch(), objective: Objective::Latency };
+    let wishes = PlanWishes { kv_tokens: 0, max_batch_tokens: 1, batch_tokens: rows, objective: Objective::Latency };
     let plan = planner::plan(&facts.problem(&wishes, arrangement.members.iter().map(worker).collect(), None));
     let plan = plan.map_err(|refusal| CliError::failed("no prediction can be made").because(refusal))?;
-    let seconds: f64 = plan.stages.iter().map(|stage| stage.step_seconds).sum();
-    Ok(Some(f64::from(test.batch()) / seconds))
+    Ok(plan.stages.iter().map(|stage| stage.step_seconds).collect())
 }
 
 fn tests(args: &Args) -> Vec<Test> {

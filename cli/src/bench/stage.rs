@@ -18,6 +18,7 @@ use super::{
     CHUNK_ROWS, TestArgs, WARM_UP_STEPS, inputs, open, parse_layers, progress_bar, reads::Reads, spread::median,
 };
 use crate::{
+    common,
     error::CliError,
     machine,
     text::print,
@@ -37,7 +38,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "A..B", value_parser = parse_layers)]
     layers: Option<Range<u32>>,
     /// Device: auto, gpu, gpu:NAME or cpu
-    #[arg(long, default_value = "auto")]
+    #[arg(long, value_parser = common::parse_device, default_value = "auto")]
     device: String,
     /// Threads of the CPU backend; all cores if not given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]

@@ -64,13 +64,13 @@ pub(super) struct Common<'a> {
 }
 
 impl Common<'_> {
-    fn local(&self, subcommand: &str) -> Vec<OsString> {
+    fn local(&self, subcommand: &str, model: &Path) -> Vec<OsString> {
         let mut args: Vec<OsString> = vec![subcommand.into(), "--exit-with-stdin".into()];
         match &self.config.file {
             Some(file) => args.extend(["--config".into(), file.into()]),
             None => args.push("--no-config".into()),
         }
-        args.extend(["--model".into(), self.config.model.path.clone().into()]);
+        args.extend(["--model".into(), model.into()]);
         if self.insecure {
             args.push("--insecure".into());
         }
@@ -79,7 +79,7 @@ impl Common<'_> {
 
     /// The coordinator, listening at these addresses.
     pub(super) fn coordinator(&self, grpc: &str, http: &str, roster: &[WorkerSection]) -> Launch {
-        let mut args = self.local("coordinator");
+        let mut args = self.local("coordinator", &self.config.model.path);
         if let Some(tokenizer) = &self.config.model.tokenizer {
             args.extend(["--tokenizer".into(), tokenizer.into()]);
         }
@@ -103,7 +103,7 @@ impl Common<'_> {
         threads: u32,
         memory_share: Option<u64>,
     ) -> Launch {
-        let mut args = self.local("worker");
+        let mut args = self.local("worker", worker.model.as_deref().unwrap_or(&self.config.model.path));
         args.extend(worker_args(worker, reach).into_iter().map(OsString::from));
         args.extend(["--threads".into(), threads.to_string().into()]);
         if let Some(bytes) = memory_share.filter(|_| worker.memory.is_none()) {
@@ -244,6 +244,23 @@ mod tests {
         }
         assert_eq!(launch.first_line.as_deref(), Some("0123456789abcdef"));
         assert!(!words.iter().any(|word| word.contains("0123456789") || word.contains("StrictHostKey")));
+    }
+
+    #[test]
+    fn a_worker_here_too_reads_the_model_that_it_is_told() {
+        let config = Layers { no_file: true, ..Layers::default() }.load().unwrap();
+        let program = Path::new("grokpipe");
+        let common = Common { config: &config, program, insecure: false, pretty: false, filter: "info" };
+        let mut worker = WorkerSection::named("w1");
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let reach = Reach { coordinator: "127.0.0.1:7070".into(), listen, advertise: None };
+        let model = |worker: &WorkerSection| {
+            let words = words(&common.local_worker(worker, &reach, 1, None));
+            words.iter().position(|word| word == "--model").map(|at| words[at + 1].clone())
+        };
+        assert_eq!(model(&worker), Some(config.model.path.display().to_string()));
+        worker.model = Some("/elsewhere".into());
+        assert_eq!(model(&worker), Some("/elsewhere".to_owned()));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::ops::Range;
 use grokpipe_model::ModelConfig;
 
 use super::StageOptions;
-use crate::KV_BLOCK_TOKENS;
+use crate::{DeviceInfo, KV_BLOCK_TOKENS, KernelError};
 
 /// Scale groups are filled up to a multiple of this many inputs.
 const GROUP_MULTIPLE: u64 = 16;
@@ -34,6 +34,21 @@ impl MemoryNeed {
             kv_bytes: product(&[slots, kv_width(config), 2 * 4, count]),
             scratch_bytes: scratch(config, options, head),
         }
+    }
+
+    /// Refuses what the device has no room for, before hours of loading end in the same. Matrices that take more than in the file
+    /// are found out one by one.
+    pub(super) fn check(self, layers: &Range<u32>, device: &DeviceInfo) -> Result<(), KernelError> {
+        // 0 where it is not known.
+        if (1..self.total_bytes()).contains(&device.memory_bytes) {
+            return Err(KernelError::OutOfMemory {
+                what: format!("a stage of layers {}..{}", layers.start, layers.end),
+                needed_bytes: self.total_bytes(),
+                available_bytes: device.memory_bytes,
+                device: device.name.clone(),
+            });
+        }
+        Ok(())
     }
 
     /// All of it.
@@ -101,6 +116,22 @@ mod tests {
         assert_eq!(need.kv_bytes, 8192 * 1024 * 4 * 2);
         let last = MemoryNeed::new(&config, 4_922_163_200 + 131_072 * 6144 * 4, 63..64, options);
         assert_eq!(last.weights_bytes - need.weights_bytes, 131_072 * 6144 * 4);
+    }
+
+    #[test]
+    fn what_a_device_has_no_room_for_is_refused_before_it_is_loaded() {
+        let device = |memory_bytes| DeviceInfo {
+            name: "d".into(),
+            is_gpu: false,
+            fingerprint: String::new(),
+            memory_bytes,
+            invariant_below: None,
+        };
+        let need = MemoryNeed { weights_bytes: 7, kv_bytes: 2, scratch_bytes: 1 };
+        assert!(need.check(&(3..4), &device(10)).is_ok() && need.check(&(3..4), &device(0)).is_ok());
+        let refused = need.check(&(3..4), &device(9)).unwrap_err();
+        assert!(matches!(refused, KernelError::OutOfMemory { needed_bytes: 10, available_bytes: 9, .. }), "{refused}");
+        assert!(refused.to_string().contains("a stage of layers 3..4"), "{refused}");
     }
 
     #[test]

@@ -36,7 +36,7 @@ pub(super) struct Timed {
     pub(super) runs: Vec<Vec<f64>>,
     /// By worker, in the order of their layers.
     pub(super) stages: Vec<StageTimes>,
-    /// Tokens a second that a plan of these workers predicts; for decodes only.
+    /// Tokens a second that a plan of these workers predicts.
     pub(super) predicted: Option<f64>,
 }
 

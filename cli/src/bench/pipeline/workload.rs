@@ -78,6 +78,16 @@ impl Test {
         }
     }
 
+    /// Rows of the frames that are under way together: of all sequences, or the chunks of a prompt.
+    pub(super) fn step_rows(self) -> Vec<u32> {
+        match self {
+            Self::Decode { batch, .. } => vec![batch],
+            Self::Prefill { prompt } => {
+                (0..prompt).step_by(CHUNK_ROWS as usize).map(|first| CHUNK_ROWS.min(prompt - first)).collect()
+            }
+        }
+    }
+
     /// KV blocks of one sequence.
     fn table(self) -> u32 {
         let positions = match self {
@@ -178,6 +188,9 @@ mod tests {
         let counted = steps.iter().filter(|step| step.counts).flat_map(|step| &step.frames);
         let counted = counted.flat_map(|frame| &frame.sequences).map(|slice| slice.token_ids.len()).sum::<usize>();
         assert_eq!(counted as u32, test.tokens(), "{test}");
+        let rows = |frame: &Frame| frame.sequences.iter().map(|slice| slice.token_ids.len() as u32).sum();
+        let together = steps.last().map(|step| step.frames.iter().map(rows).collect());
+        assert_eq!(together, Some(test.step_rows()), "{test}");
     }
 
     #[test]
