@@ -147,7 +147,7 @@ impl From<KernelError> for CliError {
             KernelError::OutOfMemory { .. } => Self::new(Code::OutOfMemory, "the device cannot do this").because(error),
             KernelError::NotFinite { .. } => Self::failed("the model's results are not finite")
                 .because(error)
-                .advise("`grokpipe convert` names the tensor whose numbers are not"),
+                .advise("look for damaged weights: `grokpipe convert` names a number that is not finite"),
             KernelError::Model(error) => error.into(),
             _ => Self::failed("the device cannot do this").because(error),
         }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use grokpipe_kernels::{
-    CpuBackend, Device, KernelError, Precision, Prefill, Stage, StageModel, StageOptions, select_device,
+    CpuBackend, Device, KernelError, Precision, Prefill, Stage, StageModel, StageOptions, check_room, select_device,
 };
 use grokpipe_model::{MatrixSpec, ModelConfig};
 use grokpipe_proto::transport::Tcp;
@@ -288,14 +288,7 @@ impl StageLoader for DeviceLoader {
         // Which backend counts does not matter here: the need is that of the model.
         let (config, weights) = (&self.weights.config, self.weights.source.as_ref());
         let need = StageModel::<CpuBackend>::memory_needed(config, weights, layers.clone(), options).total_bytes();
-        if need > self.facts.memory_bytes {
-            return Err(KernelError::OutOfMemory {
-                what: format!("a stage of layers {}..{}", layers.start, layers.end),
-                needed_bytes: need,
-                available_bytes: self.facts.memory_bytes,
-                device: self.facts.name.clone(),
-            });
-        }
+        check_room(&layers, need, self.facts.memory_bytes, &self.facts.name)?;
         let weights = Arc::clone(&self.weights.source);
         let device = select_device(&self.device, self.threads, self.precision, self.prefill)?;
         device.load(config, weights, layers, options, progress)

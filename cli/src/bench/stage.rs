@@ -302,6 +302,21 @@ mod tests {
     }
 
     #[test]
+    fn a_stage_without_room_is_refused_before_anything_is_loaded() {
+        let device = select_device("cpu", 1, Precision::Fast, Prefill::Invariant).unwrap();
+        if device.info().memory_bytes == 0 {
+            println!("skipped: this system does not say what memory is free");
+            return;
+        }
+        let options = StageOptions { kv_blocks: u32::MAX, max_rows: 1, head: false, logit_rows: 1 };
+        let model = model();
+        let config = model.config().clone();
+        let loaded = device.load(&config, Arc::new(model), 0..2, options, &mut |_, _| panic!("it was begun"));
+        let refused = loaded.err().unwrap().to_string();
+        assert!(refused.contains("a stage of layers 0..2"), "{refused}");
+    }
+
+    #[test]
     fn sequences_longer_than_the_context_are_refused() {
         assert!(check_context(128, 128).is_ok());
         let refused = check_context(129, 128).unwrap_err();

@@ -24,7 +24,7 @@ const LAYERS_MAX: u32 = 4096;
 pub(crate) struct ModelSection {
     /// Folder or file of the model.
     pub(crate) path: PathBuf,
-    /// `tokenizer.model`; absent: looked for in the model's folder and its parent.
+    /// `tokenizer.model`; absent: a GGUF file's own, or looked for in the model's folder and its parent.
     pub(crate) tokenizer: Option<PathBuf>,
 }
 

@@ -4,7 +4,7 @@ use std::{borrow::Cow, ops::Range};
 
 use grokpipe_model::{LayerTensor, MatrixSource, ModelConfig, TensorName, WeightSource};
 
-use super::{StageOptions, Trace, memory::MemoryNeed, validate};
+use super::{StageOptions, Trace, validate};
 use crate::{AttentionParams, Backend, Batch, KV_BLOCK_TOKENS, KernelError, StepInput, StepOutput};
 
 /// One layer's weights.
@@ -84,7 +84,6 @@ impl<B: Backend> Layers<B> {
         }
         let with_head = options.has_head(config, &range);
         let total = weights.stored_bytes(range.clone(), with_head);
-        MemoryNeed::new(config, total, range.clone(), options).check(&range, backend.info())?;
         progress(0, total);
         let mut loader = Loader { backend, config, weights, done: 0, total, progress };
         let head = if with_head { Some(loader.head(options.logit_rows)?) } else { None };

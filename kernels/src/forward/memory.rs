@@ -5,7 +5,7 @@ use std::ops::Range;
 use grokpipe_model::ModelConfig;
 
 use super::StageOptions;
-use crate::{DeviceInfo, KV_BLOCK_TOKENS, KernelError};
+use crate::{KV_BLOCK_TOKENS, KernelError};
 
 /// Scale groups are filled up to a multiple of this many inputs.
 const GROUP_MULTIPLE: u64 = 16;
@@ -36,25 +36,27 @@ impl MemoryNeed {
         }
     }
 
-    /// Refuses what the device has no room for, before hours of loading end in the same. Matrices that take more than in the file
-    /// are found out one by one.
-    pub(super) fn check(self, layers: &Range<u32>, device: &DeviceInfo) -> Result<(), KernelError> {
-        // 0 where it is not known.
-        if (1..self.total_bytes()).contains(&device.memory_bytes) {
-            return Err(KernelError::OutOfMemory {
-                what: format!("a stage of layers {}..{}", layers.start, layers.end),
-                needed_bytes: self.total_bytes(),
-                available_bytes: device.memory_bytes,
-                device: device.name.clone(),
-            });
-        }
-        Ok(())
-    }
-
     /// All of it.
     pub fn total_bytes(&self) -> u64 {
         self.weights_bytes.saturating_add(self.kv_bytes).saturating_add(self.scratch_bytes)
     }
+}
+
+/// Refuses a stage that needs more than there is, before hours of loading end in the same. 0 available bytes are an unknown number.
+///
+/// # Errors
+/// [`KernelError::OutOfMemory`].
+pub fn check_room(
+    layers: &Range<u32>,
+    needed_bytes: u64,
+    available_bytes: u64,
+    device: &str,
+) -> Result<(), KernelError> {
+    if available_bytes == 0 || needed_bytes <= available_bytes {
+        return Ok(());
+    }
+    let (what, device) = (format!("a stage of layers {}..{}", layers.start, layers.end), device.to_owned());
+    Err(KernelError::OutOfMemory { what, needed_bytes, available_bytes, device })
 }
 
 fn product(factors: &[u64]) -> u64 {
@@ -119,17 +121,10 @@ mod tests {
     }
 
     #[test]
-    fn what_a_device_has_no_room_for_is_refused_before_it_is_loaded() {
-        let device = |memory_bytes| DeviceInfo {
-            name: "d".into(),
-            is_gpu: false,
-            fingerprint: String::new(),
-            memory_bytes,
-            invariant_below: None,
-        };
-        let need = MemoryNeed { weights_bytes: 7, kv_bytes: 2, scratch_bytes: 1 };
-        assert!(need.check(&(3..4), &device(10)).is_ok() && need.check(&(3..4), &device(0)).is_ok());
-        let refused = need.check(&(3..4), &device(9)).unwrap_err();
+    fn a_stage_may_take_all_there_is_and_no_more() {
+        let check = |available_bytes| check_room(&(3..4), 10, available_bytes, "d");
+        assert!(check(10).is_ok() && check(0).is_ok());
+        let refused = check(9).unwrap_err();
         assert!(matches!(refused, KernelError::OutOfMemory { needed_bytes: 10, available_bytes: 9, .. }), "{refused}");
         assert!(refused.to_string().contains("a stage of layers 3..4"), "{refused}");
     }

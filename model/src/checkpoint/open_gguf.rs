@@ -41,11 +41,12 @@ const KEYS: Foreign = Foreign {
 };
 
 /// What would change the arithmetic and Grok-1 does not have, and the numbers that change nothing.
-const NEUTRAL: [(&str, &[f64]); 4] = [
+const NEUTRAL: [(&str, &[f64]); 5] = [
     ("grok.final_logit_softcapping", &[0.0]),
     ("grok.attention.temperature_length", &[0.0]),
     ("grok.rope.scaling.factor", &[0.0, 1.0]),
     ("grok.rope.scale_linear", &[0.0, 1.0]),
+    ("grok.rope.scaling.attn_factor", &[1.0]),
 ];
 
 /// A model of GGUF files, whose headers were read.
@@ -99,7 +100,8 @@ pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<Opened, ModelErr
     let place = path.display().to_string();
     let header = read(storage, &first)?;
     let config = config(&header, &place)?;
-    let has_vocabulary = is_text(&header, "tokenizer.ggml.model", crate::tokenizer::GGUF_KIND);
+    let has_vocabulary = is_text(&header, "tokenizer.ggml.model", crate::tokenizer::GGUF_KIND)
+        && header.metadata.contains_key("tokenizer.ggml.tokens");
     let count = match header.metadata.get("split.count") {
         // llama.cpp leaves a count of 0 in a file that it merged.
         None | Some(Value::Integer(0)) => 1,
@@ -185,7 +187,9 @@ fn config(header: &Header, place: &str) -> Result<ModelConfig, ModelError> {
         }
     }
     let scaling = "grok.rope.scaling.type";
-    if let Some(value) = metadata.get(scaling).filter(|_| !is_text(header, scaling, "none")) {
+    // What "linear" does, the factor says.
+    let is_neutral = ["none", "linear"].iter().any(|kind| is_text(header, scaling, kind));
+    if let Some(value) = metadata.get(scaling).filter(|_| !is_neutral) {
         return Err(ModelError::invalid(format!("{place}: {scaling}"), "none, as Grok-1 has none", value.to_string()));
     }
     let mut values = Map::new();

@@ -24,8 +24,8 @@ const LONGEST: u64 = 128 << 16;
 pub(super) struct Journal {
     path: PathBuf,
     file: File,
-    /// Of each part, of its header and of each tensor.
-    records: Vec<Vec<Record>>,
+    /// What was found when it was opened: of each part, of its header and of each tensor.
+    found: Vec<Vec<Record>>,
 }
 
 /// What is known of a header or a tensor that is whole.
@@ -42,17 +42,20 @@ impl Journal {
     pub(super) fn open(output: &Output, fingerprint: &str, parts: &[Part]) -> Result<Self, ModelError> {
         let path = output.journal();
         let place = path.display().to_string();
+        let mut open = OpenOptions::new();
         match std::fs::symlink_metadata(&path) {
             // Also one that a failing machine left without a line owns the temporary files beside it.
-            Ok(metadata) if metadata.is_file() && metadata.len() <= LONGEST => output.check_own(parts)?,
+            Ok(metadata) if metadata.is_file() && metadata.len() <= LONGEST => {}
             Ok(_) => {
                 let expected = format!("a journal of at most {LONGEST} bytes, or nothing");
                 return Err(ModelError::invalid(place, expected, "something else"));
             }
-            Err(_) => output.check_free(parts)?,
+            Err(_) => {
+                output.check_free(parts)?;
+                open.create_new(true);
+            }
         }
-        let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
-        let mut file = open.map_err(failed(&path))?;
+        let mut file = open.read(true).write(true).open(&path).map_err(failed(&path))?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -85,7 +88,8 @@ impl Journal {
                 ));
             }
         }
-        let mut journal = Self { path, file, records };
+        output.check_own(parts, &records)?;
+        let mut journal = Self { path, file, found: records };
         journal.cut(believed as u64)?;
         if believed == 0 {
             journal.add(&title)?;
@@ -93,9 +97,9 @@ impl Journal {
         Ok(journal)
     }
 
-    /// What is said of a part.
-    pub(super) fn records(&self, part: usize) -> &[Record] {
-        self.records.get(part).map_or(&[], |records| records)
+    /// What it said of a part when it was opened.
+    pub(super) fn found(&self, part: usize) -> &[Record] {
+        self.found.get(part).map_or(&[], |records| records)
     }
 
     /// Adds the record of what was finished last, the `count`th of its part; what was said of it and of what follows is void.

@@ -1,7 +1,7 @@
 //! What the file says about the model: sizes and multipliers with llama.cpp's names, and the vocabulary.
 //!
-//! The vocabulary of a GGUF model that has one is copied; any other's is made from `tokenizer.model`. One that has not as many pieces as the
-//! embedding has rows is left out, since llama.cpp refuses such files.
+//! The vocabulary of a GGUF model that has one is copied; any other's is made from `tokenizer.model`. One that has not as many pieces
+//! as the embedding has rows is left out, since llama.cpp refuses such files.
 
 use std::collections::BTreeMap;
 
@@ -36,6 +36,10 @@ pub(super) fn of(model: &Model, plan: &Plan, mix: Mix) -> Result<(Metadata, Opti
         }
         Err(why) => {
             metadata.add("tokenizer.ggml.model", &Value::Text("none".to_owned()));
+            let config = model.config();
+            for (key, id) in [("eos", config.eos_token_id), ("padding", config.pad_token_id)] {
+                metadata.add(&format!("tokenizer.ggml.{key}_token_id"), &Value::U32(id));
+            }
             Some(why)
         }
     };

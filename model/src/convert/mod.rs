@@ -23,7 +23,7 @@ use std::{
 pub use mix::Mix;
 pub use plan::{Note, Reason};
 
-use crate::{Model, ModelError};
+use crate::{Model, ModelError, TensorName, TensorShape, WeightSource};
 use journal::{Journal, Record};
 use output::{Checksum, Output};
 use parts::Part;
@@ -69,7 +69,7 @@ impl Report {
 /// # Errors
 /// [`ModelError`] when the model is damaged or holds a number that the format cannot, when `out` exists or is no name of a GGUF
 /// file, when a tensor alone is longer than a part may be, and when a file cannot be written. What was finished by then is kept, and
-/// the same call goes on from there.
+/// the same call goes on from there, as long as the model's files are as they were.
 pub fn convert(
     model: &Model,
     out: &Path,
@@ -88,9 +88,9 @@ pub fn convert(
     let mut report =
         Report { files: Vec::new(), checksums: output.checksums(), resumed_bytes: 0, notes: plan.notes, no_tokenizer };
     for (index, part) in parts.iter().enumerate() {
-        let mut file = output.resume(part, journal.records(index), &mut |bytes| progress(done + bytes, total))?;
+        let mut file = output.resume(part, journal.found(index), &mut |bytes| progress(done + bytes, total))?;
         report.resumed_bytes += file.written();
-        for (tensor, record) in part.tensors.iter().zip(journal.records(index).iter().take(file.finished()).skip(1)) {
+        for (tensor, record) in part.tensors.iter().zip(journal.found(index).iter().take(file.finished()).skip(1)) {
             report.note_lost(tensor, record.lost);
         }
         if file.finished() == 0 {
@@ -121,8 +121,9 @@ pub fn is_unfinished(out: &Path) -> bool {
     Output::new(out).journal().is_file()
 }
 
-/// Tells one conversion from another: the model's sizes, its files with the times of their last change, and what the files to be
-/// written begin with. To hash all the weights would mean to read them twice.
+/// Tells one conversion from another: the model's sizes, its files with the times of their last change, the numbers of all norms,
+/// which training moves in every layer, and what the files to be written begin with. Times alone can be carried from one file to
+/// another, and to hash all the weights would mean to read them twice.
 fn fingerprint(model: &Model, parts: &[Part]) -> Result<String, ModelError> {
     let mut sum = Checksum::default();
     sum.add(model.digest().as_bytes());
@@ -134,6 +135,11 @@ fn fingerprint(model: &Model, parts: &[Part]) -> Result<String, ModelError> {
     for (file, changed) in model.files_changed()? {
         let since = changed.map(|time| time.duration_since(UNIX_EPOCH).unwrap_or_else(|before| before.duration()));
         sum.add(format!("|{file}:{since:?}").as_bytes());
+    }
+    for name in TensorName::in_file_order(model.config().num_hidden_layers) {
+        if let TensorShape::Vector(_) = name.shape(model.config()) {
+            model.vector(&name)?.iter().for_each(|number| sum.add(&number.to_le_bytes()));
+        }
     }
     Ok(sum.hex())
 }

@@ -66,18 +66,23 @@ impl Output {
         results.chain(temporary).try_for_each(|path| check_absent(&path))
     }
 
-    /// Where a conversion goes on, what stands under a name of its results must be able to be its own: a part only where it has no
-    /// temporary file any more, checksums only beside all parts. And what is written on must be a plain file, no link to another's.
-    pub(super) fn check_own(&self, parts: &[Part]) -> Result<(), ModelError> {
-        for part in parts {
-            match std::fs::symlink_metadata(temporary(part)) {
-                Ok(metadata) if metadata.is_file() => check_absent(&part.path)?,
-                Ok(_) => {
-                    let place = temporary(part).display().to_string();
-                    return Err(ModelError::invalid(place, "a plain file, or none", "something else"));
-                }
-                Err(_) if exists(&part.path) => {}
-                Err(_) => check_absent(&self.checksums())?,
+    /// Where a conversion goes on, what stands under a name of its results must be able to be its own: a part only when it was whole
+    /// and has no temporary file any more, checksums only beside all parts. And what is read or written on must be a plain file, not
+    /// something that waits or leads to another's.
+    pub(super) fn check_own(&self, parts: &[Part], records: &[Vec<Record>]) -> Result<(), ModelError> {
+        let checksums = self.checksums();
+        check_plain(&with_suffix(&checksums, ".partial"))?;
+        check_plain(&checksums)?;
+        for (part, records) in parts.iter().zip(records) {
+            let temporary = temporary(part);
+            check_plain(&temporary)?;
+            check_plain(&part.path)?;
+            let can_be_published = !exists(&temporary) && records.len() == part.tensors.len() + 1;
+            if !can_be_published {
+                check_absent(&part.path)?;
+            }
+            if !exists(&part.path) {
+                check_absent(&checksums)?;
             }
         }
         Ok(())
@@ -148,6 +153,15 @@ impl Output {
 
 fn exists(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok()
+}
+
+fn check_plain(path: &Path) -> Result<(), ModelError> {
+    match std::fs::symlink_metadata(path) {
+        Ok(metadata) if !metadata.is_file() => {
+            Err(ModelError::invalid(path.display().to_string(), "a plain file, or no such file yet", "something else"))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn check_absent(path: &Path) -> Result<(), ModelError> {

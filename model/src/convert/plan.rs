@@ -75,7 +75,7 @@ impl fmt::Display for Reason {
             Self::ScalesNotHalves { count, of } => {
                 write!(f, "quantised anew where a scale is not exact in F16: {count} of {of}")
             }
-            Self::TooSmall { count } => write!(f, "{count} numbers became zero, too small for a scale in F16"),
+            Self::TooSmall { count } => write!(f, "{count} numbers became zero, too small for the format"),
         }
     }
 }

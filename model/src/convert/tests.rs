@@ -491,10 +491,24 @@ fn a_journal_of_another_conversion_is_refused_and_left_alone() {
     let interrupted = Interrupted::new();
     let before = fs::read(interrupted.path("out.gguf.journal")).unwrap();
     let other = Checkpoint { embedding: |i| i as f32 / 1e5, ..Checkpoint::default() }.write();
+    // Another number in one norm is another model, even where all sizes and times agree.
+    let retrained = Checkpoint::default().write();
+    for name in files_of(&retrained.path().join("ckpt-0")) {
+        let [ours, other] = [interrupted.source.path(), retrained.path()].map(|path| path.join("ckpt-0").join(&name));
+        if name == "tensor00001_000" {
+            let mut bytes = fs::read(&other).unwrap();
+            let at = bytes.len() - 40;
+            bytes[at] ^= 1;
+            fs::write(&other, bytes).unwrap();
+        }
+        let time = fs::metadata(ours).unwrap().modified().unwrap();
+        fs::File::options().write(true).open(other).unwrap().set_modified(time).unwrap();
+    }
     for (source, options) in [
         (interrupted.source.path(), Options { mix: Mix::Q4_0, ..interrupted.options }),
         (interrupted.source.path(), Options { split_max_bytes: None, ..interrupted.options }),
         (other.path(), interrupted.options),
+        (retrained.path(), interrupted.options),
     ] {
         let error = converted(source, &interrupted.out, &options).unwrap_err().to_string();
         assert!(
@@ -523,10 +537,16 @@ fn a_journal_of_another_conversion_is_refused_and_left_alone() {
 #[test]
 fn what_somebody_put_where_results_go_is_left_alone_when_a_conversion_goes_on() {
     let interrupted = Interrupted::new();
+    let written = || -> Vec<u64> {
+        let partial = files_of(interrupted.target.path()).into_iter().filter(|name| name.ends_with(".gguf.partial"));
+        partial.map(|name| fs::metadata(interrupted.path(&name)).unwrap().len()).collect()
+    };
+    let before = written();
     let refused = |name: &str, expected: &str| {
         let error =
             converted(interrupted.source.path(), &interrupted.out, &interrupted.options).unwrap_err().to_string();
         assert!(error.contains(name) && error.contains(expected), "{name}: {error}");
+        assert_eq!(written(), before, "{name}: found before hours of work");
     };
     // A part that is being written, one that is not begun, and the checksums.
     for name in ["out-00001-of-00003.gguf", "out-00003-of-00003.gguf", "out.gguf.sha256"] {
@@ -535,6 +555,9 @@ fn what_somebody_put_where_results_go_is_left_alone_when_a_conversion_goes_on() 
         assert_eq!(fs::read_to_string(interrupted.path(name)).unwrap(), "precious");
         fs::remove_file(interrupted.path(name)).unwrap();
     }
+    fs::create_dir(interrupted.path("out.gguf.sha256.partial")).unwrap();
+    refused("out.gguf.sha256.partial", "a plain file");
+    fs::remove_dir(interrupted.path("out.gguf.sha256.partial")).unwrap();
     let partial = interrupted.path("out-00001-of-00003.gguf.partial");
     let (kept, precious) = (interrupted.path("kept"), interrupted.path("precious"));
     fs::rename(&partial, &kept).unwrap();
@@ -542,7 +565,9 @@ fn what_somebody_put_where_results_go_is_left_alone_when_a_conversion_goes_on() 
     #[cfg(unix)]
     {
         std::os::unix::fs::symlink(&precious, &partial).unwrap();
-        refused("out-00001-of-00003.gguf.partial", "a plain file");
+        let error =
+            converted(interrupted.source.path(), &interrupted.out, &interrupted.options).unwrap_err().to_string();
+        assert!(error.contains("out-00001-of-00003.gguf.partial") && error.contains("a plain file"), "{error}");
         fs::remove_file(&partial).unwrap();
     }
     assert_eq!(fs::read_to_string(&precious).unwrap(), "precious");

@@ -347,8 +347,10 @@ fn a_good_file_that_is_another_model_is_refused() {
         assert!(message.contains("m.gguf"), "{name}: {message}");
     }
     let none = metadata().number("grok.final_logit_softcapping", 0).number("grok.rope.scaling.factor", 1);
-    let none = with_tensors(none.text("grok.rope.scaling.type", "none"), &all, &mut 0).done();
-    Model::open(folder_of(&[("m.gguf", none)]).path()).expect("what changes nothing is taken");
+    for kind in ["none", "linear"] {
+        let none = with_tensors(none.clone().text("grok.rope.scaling.type", kind), &all, &mut 0).done();
+        Model::open(folder_of(&[("m.gguf", none)]).path()).expect("what changes nothing is taken");
+    }
     let two = folder_of(&[("a.gguf", with(&all)), ("b.gguf", with(&all))]);
     let message = Model::open(two.path()).unwrap_err().to_string();
     assert_refused("two models in a folder", &message, "one GGUF model");
