@@ -10,7 +10,7 @@ use std::{
 };
 
 use grokpipe_kernels::{
-    CpuBackend, Device, KernelError, Precision, Prefill, Stage, StageModel, StageOptions, check_room, select_device,
+    CpuBackend, Device, KernelError, Precision, Prefill, Stage, StageModel, StageOptions, select_device,
 };
 use grokpipe_model::{MatrixSpec, ModelConfig};
 use grokpipe_proto::transport::Tcp;
@@ -287,8 +287,8 @@ impl StageLoader for DeviceLoader {
         let layers = request.layers.clone();
         // Which backend counts does not matter here: the need is that of the model.
         let (config, weights) = (&self.weights.config, self.weights.source.as_ref());
-        let need = StageModel::<CpuBackend>::memory_needed(config, weights, layers.clone(), options).total_bytes();
-        check_room(&layers, need, self.facts.memory_bytes, &self.facts.name)?;
+        let need = StageModel::<CpuBackend>::memory_needed(config, weights, layers.clone(), options);
+        need.check(&layers, self.facts.memory_bytes, &self.facts.name)?;
         let weights = Arc::clone(&self.weights.source);
         let device = select_device(&self.device, self.threads, self.precision, self.prefill)?;
         device.load(config, weights, layers, options, progress)

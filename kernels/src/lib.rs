@@ -22,7 +22,7 @@ pub use check::{BatchInvariance, check_batch_invariance};
 pub use cpu::{CpuActivations, CpuBackend, CpuKvPool, CpuMatrix, CpuSelection};
 pub use device::{DeviceInfo, Precision, Prefill};
 pub use error::KernelError;
-pub use forward::{MemoryNeed, StageModel, StageOptions, Trace, TracedStage, check_room};
+pub use forward::{MemoryNeed, StageModel, StageOptions, Trace, TracedStage};
 pub use gpu::{
     GpuActivations, GpuBackend, GpuChoice, GpuKvPool, GpuMatrix, GpuOptions, GpuSelection, GpuVector, SHADERS, Shader,
     gpu_kernels,

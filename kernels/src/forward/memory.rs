@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use grokpipe_model::ModelConfig;
+use grokpipe_model::{Bytes, ModelConfig};
 
 use super::StageOptions;
 use crate::{KV_BLOCK_TOKENS, KernelError};
@@ -36,27 +36,24 @@ impl MemoryNeed {
         }
     }
 
+    /// Refuses a stage that needs more than there is, before hours of loading end in the same. 0 available bytes are an unknown number.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`].
+    pub fn check(self, layers: &Range<u32>, available_bytes: u64, device: &str) -> Result<(), KernelError> {
+        let needed_bytes = self.total_bytes();
+        if available_bytes == 0 || needed_bytes <= available_bytes {
+            return Ok(());
+        }
+        let (Range { start, end }, kv) = (layers, Bytes(self.kv_bytes));
+        let (what, device) = (format!("a stage of layers {start}..{end} with a KV pool of {kv}"), device.to_owned());
+        Err(KernelError::OutOfMemory { what, needed_bytes, available_bytes, device })
+    }
+
     /// All of it.
     pub fn total_bytes(&self) -> u64 {
         self.weights_bytes.saturating_add(self.kv_bytes).saturating_add(self.scratch_bytes)
     }
-}
-
-/// Refuses a stage that needs more than there is, before hours of loading end in the same. 0 available bytes are an unknown number.
-///
-/// # Errors
-/// [`KernelError::OutOfMemory`].
-pub fn check_room(
-    layers: &Range<u32>,
-    needed_bytes: u64,
-    available_bytes: u64,
-    device: &str,
-) -> Result<(), KernelError> {
-    if available_bytes == 0 || needed_bytes <= available_bytes {
-        return Ok(());
-    }
-    let (what, device) = (format!("a stage of layers {}..{}", layers.start, layers.end), device.to_owned());
-    Err(KernelError::OutOfMemory { what, needed_bytes, available_bytes, device })
 }
 
 fn product(factors: &[u64]) -> u64 {
@@ -122,11 +119,15 @@ mod tests {
 
     #[test]
     fn a_stage_may_take_all_there_is_and_no_more() {
-        let check = |available_bytes| check_room(&(3..4), 10, available_bytes, "d");
+        let need = MemoryNeed { weights_bytes: 7, kv_bytes: 2, scratch_bytes: 1 };
+        let check = |available_bytes| need.check(&(3..4), available_bytes, "d");
         assert!(check(10).is_ok() && check(0).is_ok());
         let refused = check(9).unwrap_err();
         assert!(matches!(refused, KernelError::OutOfMemory { needed_bytes: 10, available_bytes: 9, .. }), "{refused}");
-        assert!(refused.to_string().contains("a stage of layers 3..4"), "{refused}");
+        assert!(
+            refused.to_string().contains("a stage of layers 3..4 with a KV pool of 2 B needs 10 B, d has 9 B"),
+            "{refused}"
+        );
     }
 
     #[test]

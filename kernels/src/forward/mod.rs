@@ -16,7 +16,7 @@ use std::{ops::Range, sync::Arc};
 use grokpipe_model::{ModelConfig, WeightSource};
 
 pub(crate) use self::layers::Layers;
-pub use self::memory::{MemoryNeed, check_room};
+pub use self::memory::MemoryNeed;
 use crate::{Backend, Batch, DeviceInfo, KernelError, Stage, StepInput, StepOutput};
 
 /// What a stage is to be able to do; decides its memory beside the weights.
@@ -95,8 +95,8 @@ impl<B: Backend> StageModel<B> {
     ) -> Result<Self, KernelError> {
         let need = Self::memory_needed(config, weights.as_ref(), layers.clone(), options);
         // Steps may take less than is counted for them, and formats more than in the file: those are found out one by one.
-        let (certain, device) = (need.weights_bytes.saturating_add(need.kv_bytes), backend.info());
-        check_room(&layers, certain, device.memory_bytes, &device.name)?;
+        let device = backend.info();
+        MemoryNeed { scratch_bytes: 0, ..need }.check(&layers, device.memory_bytes, &device.name)?;
         let layers = Layers::load(&mut backend, config, weights.as_ref(), layers, options, progress)?;
         Ok(Self { backend, layers, weights, need })
     }
