@@ -1,4 +1,5 @@
-//! How much device memory a stage takes, from the configuration alone: the planner asks before any device has been touched.
+//! How much device memory a stage surely takes, from the configuration alone: its weights and its KV. What steps hold beside them is
+//! small, and counted by the planner.
 
 use std::ops::Range;
 
@@ -17,8 +18,6 @@ pub struct MemoryNeed {
     pub weights_bytes: u64,
     /// Keys and values of all slots.
     pub kv_bytes: u64,
-    /// Activations, and as much again for what operations hold in between.
-    pub scratch_bytes: u64,
 }
 
 impl MemoryNeed {
@@ -32,7 +31,6 @@ impl MemoryNeed {
         Self {
             weights_bytes: stored_bytes.saturating_add(filled),
             kv_bytes: product(&[slots, kv_width(config), 2 * 4, count]),
-            scratch_bytes: scratch(config, options, head),
         }
     }
 
@@ -50,9 +48,8 @@ impl MemoryNeed {
         Err(KernelError::OutOfMemory { what, needed_bytes, available_bytes, device })
     }
 
-    /// All of it.
-    pub fn total_bytes(&self) -> u64 {
-        self.weights_bytes.saturating_add(self.kv_bytes).saturating_add(self.scratch_bytes)
+    fn total_bytes(&self) -> u64 {
+        self.weights_bytes.saturating_add(self.kv_bytes)
     }
 }
 
@@ -92,15 +89,6 @@ fn layer_filling(config: &ModelConfig) -> u64 {
     .fold(0, u64::saturating_add)
 }
 
-fn scratch(config: &ModelConfig, options: StageOptions, head: bool) -> u64 {
-    let (hidden, chosen) = (config.hidden_size as u64, config.num_experts_per_tok as u64);
-    let attention = product(&[config.num_attention_heads as u64, config.head_dim as u64]);
-    let experts = product(&[chosen, (config.intermediate_size as u64).max(hidden)]);
-    let row = [3 * hidden, 2 * attention, 2 * kv_width(config), 2 * experts].into_iter().fold(0, u64::saturating_add);
-    let logits = if head { product(&[2 * 4, options.logit_rows as u64, config.vocab_size as u64]) } else { 0 };
-    product(&[2 * 4, options.max_rows as u64, row]).saturating_add(logits)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,7 +107,7 @@ mod tests {
 
     #[test]
     fn a_stage_may_take_all_there_is_and_no_more() {
-        let need = MemoryNeed { weights_bytes: 7, kv_bytes: 2, scratch_bytes: 1 };
+        let need = MemoryNeed { weights_bytes: 8, kv_bytes: 2 };
         let check = |available_bytes| need.check(&(3..4), available_bytes, "d");
         assert!(check(10).is_ok() && check(0).is_ok());
         let refused = check(9).unwrap_err();

@@ -94,14 +94,13 @@ impl<B: Backend> StageModel<B> {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, KernelError> {
         let need = Self::memory_needed(config, weights.as_ref(), layers.clone(), options);
-        // Steps may take less than is counted for them, and formats more than in the file: those are found out one by one.
-        let device = backend.info();
-        MemoryNeed { scratch_bytes: 0, ..need }.check(&layers, device.memory_bytes, &device.name)?;
+        // Formats that take more than in the file are found out matrix by matrix.
+        need.check(&layers, backend.info().memory_bytes, &backend.info().name)?;
         let layers = Layers::load(&mut backend, config, weights.as_ref(), layers, options, progress)?;
         Ok(Self { backend, layers, weights, need })
     }
 
-    /// Memory of a stage on a device, without a device.
+    /// Memory of a stage's weights and KV on a device, without a device.
     pub fn memory_needed(
         config: &ModelConfig,
         weights: &dyn WeightSource,
