@@ -12,6 +12,8 @@ use super::{
 use crate::{ModelConfig, ModelError, config::Foreign};
 
 pub(crate) const EXTENSION: &str = ".gguf";
+/// The kind of vocabulary that is read, as GGUF names it: SentencePiece's BPE.
+pub(crate) const VOCABULARY: &str = "llama";
 /// Most parts of a split file.
 pub(crate) const MOST_PARTS: u32 = 4096;
 
@@ -100,8 +102,8 @@ pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<Opened, ModelErr
     let place = path.display().to_string();
     let header = read(storage, &first)?;
     let config = config(&header, &place)?;
-    let has_vocabulary = is_text(&header, "tokenizer.ggml.model", crate::tokenizer::GGUF_KIND)
-        && header.metadata.contains_key("tokenizer.ggml.tokens");
+    let has_vocabulary =
+        is_text(&header, "tokenizer.ggml.model", VOCABULARY) && header.metadata.contains_key("tokenizer.ggml.tokens");
     let count = match header.metadata.get("split.count") {
         // llama.cpp leaves a count of 0 in a file that it merged.
         None | Some(Value::Integer(0)) => 1,

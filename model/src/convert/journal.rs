@@ -13,7 +13,7 @@ use std::{
 
 use super::{
     output::{Output, failed},
-    parts::Part,
+    parts::{Part, Record},
 };
 use crate::ModelError;
 
@@ -26,15 +26,6 @@ pub(super) struct Journal {
     file: File,
     /// What was found when it was opened: of each part, of its header and of each tensor.
     found: Vec<Vec<Record>>,
-}
-
-/// What is known of a header or a tensor that is whole.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Record {
-    /// Checksum of the file up to its end.
-    pub(super) checksum: String,
-    /// Numbers that became zero because they are too small.
-    pub(super) lost: usize,
 }
 
 impl Journal {

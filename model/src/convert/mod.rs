@@ -24,9 +24,9 @@ pub use mix::Mix;
 pub use plan::{Note, Reason};
 
 use crate::{Model, ModelError, TensorName, TensorShape, WeightSource};
-use journal::{Journal, Record};
+use journal::Journal;
 use output::{Checksum, Output};
-use parts::Part;
+use parts::{Part, Record};
 use plan::{Plan, Tensor};
 
 /// How to convert.

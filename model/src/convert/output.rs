@@ -9,7 +9,10 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
-use super::{header::ALIGNMENT, journal::Record, parts::Part};
+use super::{
+    header::ALIGNMENT,
+    parts::{Part, Record},
+};
 use crate::ModelError;
 
 /// Bytes that are checked at a time.

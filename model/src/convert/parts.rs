@@ -1,4 +1,5 @@
-//! Cuts a conversion into files: one, or the parts of a split one, none longer than asked for. A tensor is never cut.
+//! Cuts a conversion into files: one, or the parts of a split one, none longer than asked for. A tensor is never cut; of each that is
+//! whole there is a record.
 
 use std::path::{Path, PathBuf};
 
@@ -16,6 +17,15 @@ pub(super) struct Part {
     pub(super) path: PathBuf,
     pub(super) header: Vec<u8>,
     pub(super) tensors: Vec<Tensor>,
+}
+
+/// What is known of a header or a tensor that is whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Record {
+    /// Checksum of the file up to its end.
+    pub(super) checksum: String,
+    /// Numbers that became zero because they are too small.
+    pub(super) lost: usize,
 }
 
 impl Part {

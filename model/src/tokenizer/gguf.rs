@@ -15,9 +15,6 @@ use crate::{
     },
 };
 
-/// The kind of vocabulary that is read, as GGUF names it.
-pub(crate) const KIND: &str = "llama";
-
 /// Reads the vocabulary of this file; of a split one, of its first part.
 pub(super) fn open(path: &Path) -> Result<Tokenizer, ModelError> {
     let folder = Folder(path.parent().unwrap_or(Path::new(".")).to_owned());
@@ -37,7 +34,7 @@ pub(super) fn of(header: &Header, place: &str) -> Result<Tokenizer, ModelError> 
         ModelError::invalid(format!("{place}: {key}"), expected, found)
     };
     match metadata.get("tokenizer.ggml.model") {
-        Some(Value::Text(model)) if model == KIND => {}
+        Some(Value::Text(model)) if model == open_gguf::VOCABULARY => {}
         _ => return Err(refuse("tokenizer.ggml.model", "\"llama\", a SentencePiece BPE model")),
     }
     let Some(Value::Texts(texts)) = metadata.get("tokenizer.ggml.tokens") else {

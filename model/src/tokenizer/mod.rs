@@ -18,7 +18,6 @@ mod proto;
 mod vocabulary;
 
 pub use decode::StreamDecoder;
-pub(crate) use gguf::KIND as GGUF_KIND;
 use proto::Piece;
 pub(crate) use proto::PieceKind;
 use vocabulary::Vocabulary;
