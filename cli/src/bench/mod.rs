@@ -96,6 +96,11 @@ fn parse_layers(text: &str) -> Result<Range<u32>, String> {
         .ok_or_else(|| format!("expected A..B with A below B, found {text:?}"))
 }
 
+/// The positions of a prompt, a step's at a time.
+fn chunks(prompt: u32) -> impl Iterator<Item = Range<u32>> {
+    (0..prompt).step_by(CHUNK_ROWS as usize).map(move |first| first..prompt.min(first + CHUNK_ROWS))
+}
+
 /// How far loading is, on standard error.
 fn progress_bar() -> ProgressBar {
     let bar = ProgressBar::new(0);

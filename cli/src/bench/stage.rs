@@ -15,7 +15,7 @@ use grokpipe_model::ModelConfig;
 
 use self::report::{Bandwidth, Measured, Report, Run};
 use super::{
-    CHUNK_ROWS, TestArgs, WARM_UP_STEPS, inputs, open, parse_layers, progress_bar, reads::Reads, spread::median,
+    CHUNK_ROWS, TestArgs, WARM_UP_STEPS, chunks, inputs, open, parse_layers, progress_bar, reads::Reads, spread::median,
 };
 use crate::{
     common,
@@ -210,8 +210,7 @@ impl Bench<'_> {
     /// Seconds of a prompt of this many tokens; of the last one logits are wanted.
     fn prefill(&mut self, tokens: u32) -> Result<f64, Failure> {
         let started = Instant::now();
-        for first in (0..tokens).step_by(CHUNK_ROWS as usize) {
-            let end = tokens.min(first + CHUNK_ROWS);
+        for Range { start: first, end } in chunks(tokens) {
             let row = |position| Row { position, table_offset: 0, attended: true };
             let batch = Batch {
                 rows: (first..end).map(row).collect(),

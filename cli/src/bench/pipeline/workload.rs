@@ -9,7 +9,7 @@ use grokpipe_proto::{
     v1::{Frame, SequenceOpen, SequenceSlice},
 };
 
-use super::super::{CHUNK_ROWS, WARM_UP_STEPS, inputs};
+use super::super::{CHUNK_ROWS, WARM_UP_STEPS, chunks, inputs};
 
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,9 +82,7 @@ impl Test {
     pub(super) fn step_rows(self) -> Vec<u32> {
         match self {
             Self::Decode { batch, .. } => vec![batch],
-            Self::Prefill { prompt } => {
-                (0..prompt).step_by(CHUNK_ROWS as usize).map(|first| CHUNK_ROWS.min(prompt - first)).collect()
-            }
+            Self::Prefill { prompt } => chunks(prompt).map(|positions| positions.end - positions.start).collect(),
         }
     }
 
@@ -106,10 +104,7 @@ impl Test {
     pub(super) fn run(self, config: &ModelConfig, is_first: bool, sequence: u64, closed: Range<u64>) -> Vec<Step> {
         let chunks: Vec<Range<u32>> = match self {
             Self::Decode { tokens, .. } => (0..WARM_UP_STEPS + tokens).map(|at| at..at + 1).collect(),
-            Self::Prefill { prompt } => {
-                let chunk = |first| first..prompt.min(first + CHUNK_ROWS);
-                (0..prompt).step_by(CHUNK_ROWS as usize).map(chunk).collect()
-            }
+            Self::Prefill { prompt } => chunks(prompt).collect(),
         };
         let mut frames: Vec<Frame> =
             chunks.into_iter().map(|positions| self.frame(config, is_first, sequence, positions)).collect();
