@@ -222,7 +222,6 @@ struct Pipeline {
 }
 
 struct InFlight {
-    sequences: Vec<u64>,
     /// Of all sequences together.
     tokens: usize,
     since: Instant,

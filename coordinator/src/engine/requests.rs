@@ -94,15 +94,14 @@ impl Engine {
         let epoch = pipeline.epoch;
         while let Some(batch) = self.scheduler.next_micro_batch() {
             let now = Instant::now();
-            let sequences: Vec<u64> = batch.slices.iter().map(|slice| slice.sequence).collect();
-            for sequence in &sequences {
-                if let Some(running) = self.running.get_mut(sequence) {
+            for slice in &batch.slices {
+                if let Some(running) = self.running.get_mut(&slice.sequence) {
                     running.first_scheduled.get_or_insert(now);
                 }
             }
             let frame = self.frame(epoch, &batch);
             let tokens = batch.slices.iter().map(|slice| slice.token_ids.len()).sum();
-            self.in_flight.insert(batch.id, InFlight { sequences, tokens, since: now });
+            self.in_flight.insert(batch.id, InFlight { tokens, since: now });
             if pipeline.frames.try_send(frame).is_err() {
                 // A frame that found no room is lost, and its requests would wait for it: the epoch ends here.
                 let now = self.now();
@@ -210,14 +209,9 @@ impl Engine {
 
     /// A stage refused a frame for good: its requests end, the others go on.
     pub(super) fn frame_failed(&mut self, micro_batch: u64, message: &str) {
-        let Some(failed) = self.in_flight.remove(&micro_batch) else { return };
-        for sequence in failed.sequences {
-            self.scheduler.release(sequence);
+        self.in_flight.remove(&micro_batch);
+        for sequence in self.scheduler.fail(micro_batch) {
             self.end_with(sequence, RequestError::StageFailed(message.to_owned()));
-        }
-        // Without tokens: the sequences were released and only their blocks come back.
-        if let Err(error) = self.scheduler.complete(micro_batch, &[]) {
-            debug!(%error, "a failed micro-batch was unknown");
         }
     }
 

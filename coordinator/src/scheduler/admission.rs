@@ -2,6 +2,7 @@
 //! admitted sequence therefore never fails for want of memory.
 
 use super::Scheduler;
+use super::batch::Closed;
 use super::sequence::Sequence;
 use super::types::Rejected;
 
@@ -100,7 +101,7 @@ impl Scheduler {
         let Some(sequence) = self.sequences.remove(&id) else { return };
         self.pool.give_back(&sequence.blocks, sequence.reserved_blocks);
         if sequence.opened {
-            self.closed.push(id);
+            self.closed.push(Closed { sequence: id, blocks: sequence.blocks });
         }
     }
 }

@@ -4,6 +4,9 @@
 //! others are elsewhere; fuller groups would leave stages idle, more and smaller ones would read the weights more often. Chunks of
 //! prefill go one sequence a micro-batch and may use one place more, so that a full pipeline of decoding never shuts them out.
 //! When both could run they take turns.
+//!
+//! A micro-batch also tells the stages which sequences have ended. One that fails may not have reached them all, so what it was to
+//! tell is told again by the next one.
 
 use std::collections::BTreeMap;
 
@@ -22,6 +25,17 @@ pub(super) enum Kind {
 pub(super) struct InFlight {
     pub(super) kind: Kind,
     pub(super) members: Vec<u64>,
+    /// Ended sequences that it tells the stages of.
+    pub(super) closed: Vec<Closed>,
+    /// Their blocks, as far as it does not use them itself: nobody else may until it is back.
+    pub(super) withheld: Vec<u32>,
+}
+
+/// An ended sequence that stages still know of, and the blocks that it owned.
+#[derive(Debug)]
+pub(super) struct Closed {
+    pub(super) sequence: u64,
+    pub(super) blocks: Vec<u32>,
 }
 
 impl Scheduler {
@@ -31,23 +45,51 @@ impl Scheduler {
         if self.in_flight.len() >= self.in_flight_limit() {
             return None;
         }
-        let group = self.decode_group_size();
-        let kind = match (group > 0, !self.prefill_ready.is_empty()) {
+        let (group, chunk) = (self.next_group(), self.next_chunk());
+        let kind = match (!group.is_empty(), chunk.is_some()) {
             (true, true) if self.last_kind == Kind::Decode => Kind::Prefill,
             (true, _) => Kind::Decode,
             (false, true) => Kind::Prefill,
             (false, false) => return None,
         };
         let members: Vec<u64> = match kind {
-            Kind::Decode => self.decode_ready.drain(..group).collect(),
-            Kind::Prefill => self.prefill_ready.pop_first().into_iter().map(|(_, id)| id).collect(),
+            Kind::Decode => {
+                let mut taken = group.iter().peekable();
+                self.decode_ready.retain(|id| taken.next_if_eq(&id).is_none());
+                group
+            }
+            Kind::Prefill => {
+                chunk.filter(|next| self.prefill_ready.remove(next)).into_iter().map(|(_, id)| id).collect()
+            }
         };
         self.last_kind = kind;
         Some(self.issue(kind, members))
     }
 
+    /// The sequences of the next group, longest ready first. One whose next block is still withheld waits.
+    pub(super) fn next_group(&self) -> Vec<u64> {
+        let mut free = self.pool.free();
+        let fits = |id: &u64| {
+            let wanted = self.blocks_wanted(*id);
+            let fits = wanted <= free;
+            free -= if fits { wanted } else { 0 };
+            fits
+        };
+        self.decode_ready.iter().copied().filter(fits).take(self.decode_group_size()).collect()
+    }
+
+    /// The sequence whose chunk of prefill is next, with its place in the order of admission.
+    pub(super) fn next_chunk(&self) -> Option<(u64, u64)> {
+        let free = self.pool.free();
+        self.prefill_ready.iter().copied().find(|(_, id)| self.blocks_wanted(*id) <= free)
+    }
+
+    fn blocks_wanted(&self, id: u64) -> u32 {
+        self.sequences.get(&id).map_or(0, |sequence| sequence.blocks_wanted(&self.config))
+    }
+
     /// How many sequences the next group takes; 0 when there is none or every stage has its group.
-    pub(super) fn decode_group_size(&self) -> usize {
+    fn decode_group_size(&self) -> usize {
         let stages = self.config.stages;
         let groups = self.in_flight.values().filter(|batch| batch.kind == Kind::Decode).count();
         if self.decode_ready.is_empty() || groups >= stages {
@@ -70,8 +112,29 @@ impl Scheduler {
                 sequence.in_flight = Some(id);
             }
         }
-        self.in_flight.insert(id, InFlight { kind, members });
-        MicroBatch { id, slices, closed: std::mem::take(&mut self.closed) }
+        let closed = std::mem::take(&mut self.closed);
+        let withheld = self.pool.withhold(closed.iter().flat_map(|closed| closed.blocks.iter().copied()));
+        let told = closed.iter().map(|closed| closed.sequence).collect();
+        self.in_flight.insert(id, InFlight { kind, members, closed, withheld });
+        MicroBatch { id, slices, closed: told }
+    }
+
+    /// A micro-batch failed somewhere on its way: its sequences end, and what it was to tell the stages is told again. The
+    /// sequences that ended, without those that had been released.
+    pub fn fail(&mut self, micro_batch: u64) -> Vec<u64> {
+        let Some(batch) = self.in_flight.remove(&micro_batch) else { return Vec::new() };
+        self.in_flight_ceiling = self.in_flight_limit().max(self.in_flight.len());
+        self.pool.restore(&batch.withheld);
+        self.closed.extend(batch.closed);
+        let mut ended = Vec::new();
+        for id in batch.members {
+            if self.sequences.get(&id).is_some_and(|sequence| !sequence.released) {
+                ended.push(id);
+            }
+            self.forget(id);
+        }
+        self.admit();
+        ended
     }
 
     /// Takes the result of a micro-batch: the tokens drawn, by sequence. What became of its sequences, in row order, without
@@ -88,7 +151,10 @@ impl Scheduler {
             return Ok(Vec::new());
         }
         let tokens = self.tokens_by_sequence(micro_batch, drawn)?;
-        let members = self.in_flight.remove(&micro_batch).map(|batch| batch.members).unwrap_or_default();
+        let Some(InFlight { members, withheld, .. }) = self.in_flight.remove(&micro_batch) else {
+            return Ok(Vec::new());
+        };
+        self.pool.restore(&withheld);
         self.in_flight_ceiling = self.in_flight_limit().max(self.in_flight.len());
         let mut completions = Vec::new();
         for id in members {

@@ -2,7 +2,10 @@
 //!
 //! Two counts are kept apart. A *reservation* is a promise made at admission, for the longest that a sequence may become; it is
 //! what admission looks at. *Owned* blocks are numbers handed out as positions are written. Owned never exceeds reserved, so
-//! handing out cannot fail.
+//! handing out cannot fail for want of a promise.
+//!
+//! Blocks of an ended sequence are free once every stage has heard of its end. The micro-batch that tells them so may use them
+//! itself; from every other one they are *withheld* until it is back.
 
 use std::collections::BTreeSet;
 
@@ -62,6 +65,16 @@ impl BlockPool {
             let was_out = block < self.unused_from && self.returned.insert(block);
             assert!(was_out, "block {block} came back twice");
         }
+    }
+
+    /// Takes those of these blocks that are free out of circulation, and says which they are.
+    pub(super) fn withhold(&mut self, blocks: impl Iterator<Item = u32>) -> Vec<u32> {
+        blocks.filter(|block| self.returned.remove(block)).collect()
+    }
+
+    /// Puts withheld blocks back.
+    pub(super) fn restore(&mut self, withheld: &[u32]) {
+        self.returned.extend(withheld);
     }
 
     /// Whether this number is free.

@@ -30,7 +30,12 @@ impl Scheduler {
             assert!(owns <= sequence.reserved_blocks, "sequence {id} owns more blocks than it reserved");
             reserved += sequence.reserved_blocks;
         }
-        assert_eq!(owned.len() as u32 + self.pool.free(), self.pool.total(), "a block is lost");
+        let mut withheld = 0;
+        for block in self.in_flight.values().flat_map(|batch| &batch.withheld) {
+            assert!(!self.pool.is_free(*block) && !owned.contains(block), "withheld block {block} is in use");
+            withheld += 1;
+        }
+        assert_eq!(owned.len() as u32 + self.pool.free() + withheld, self.pool.total(), "a block is lost");
         assert_eq!(reserved, self.pool.reserved(), "reservations do not add up");
         assert!(reserved <= self.pool.total(), "more blocks are reserved than there are");
     }

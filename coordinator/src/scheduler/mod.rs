@@ -20,7 +20,7 @@ mod types;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use admission::Waiting;
-use batch::{InFlight, Kind};
+use batch::{Closed, InFlight, Kind};
 use blocks::BlockPool;
 use sequence::Sequence;
 pub use types::{CompleteError, Completion, MicroBatch, Rejected, SchedulerConfig, SchedulerCounts, Slice};
@@ -39,8 +39,8 @@ pub struct Scheduler {
     /// Sequences whose next token may run, longest ready first.
     decode_ready: VecDeque<u64>,
     in_flight: BTreeMap<u64, InFlight>,
-    /// Ended sequences that the stages still know of.
-    closed: Vec<u64>,
+    /// Ended sequences that the stages still know of, and no micro-batch under way tells them.
+    closed: Vec<Closed>,
     next_micro_batch: u64,
     next_admitted: u64,
     /// Whose turn it was.
@@ -94,7 +94,9 @@ impl Scheduler {
         }
         self.prefill_ready.clear();
         self.decode_ready.clear();
-        self.in_flight.clear();
+        for batch in std::mem::take(&mut self.in_flight).into_values() {
+            self.pool.restore(&batch.withheld);
+        }
         self.closed.clear();
         self.in_flight_ceiling = self.in_flight_limit();
         gone.into_iter().collect()

@@ -73,20 +73,33 @@ impl Sequence {
         self.is_decoding() || self.prompt_is_fed()
     }
 
-    /// The next slice: one token when decoding, else the prompt up to the next chunk boundary.
-    pub(super) fn next_slice(&mut self, id: u64, config: &SchedulerConfig, pool: &mut BlockPool) -> Slice {
-        let first_position = self.fed;
-        let token_ids = match self.phase {
-            Phase::Decode { input } => vec![input],
+    /// Where the next slice ends: after one token when decoding, else at the next chunk boundary or the prompt's end.
+    fn next_end(&self, config: &SchedulerConfig) -> u32 {
+        match self.phase {
+            Phase::Decode { .. } => self.fed + 1,
             Phase::Prefill | Phase::Done => {
                 let chunk = config.prefill_chunk_tokens;
-                let boundary = (u64::from(first_position / chunk) + 1) * u64::from(chunk);
-                let end = usize::try_from(boundary).map_or(self.prompt.len(), |end| end.min(self.prompt.len()));
-                self.prompt[first_position as usize..end].to_vec()
+                let boundary = (u64::from(self.fed / chunk) + 1) * u64::from(chunk);
+                let prompt = self.prompt.len() as u32;
+                u32::try_from(boundary).map_or(prompt, |end| end.min(prompt))
             }
+        }
+    }
+
+    /// Blocks that the next slice needs beyond those that the sequence owns.
+    pub(super) fn blocks_wanted(&self, config: &SchedulerConfig) -> u32 {
+        self.next_end(config).div_ceil(config.block_tokens) - self.blocks.len() as u32
+    }
+
+    /// The next slice.
+    pub(super) fn next_slice(&mut self, id: u64, config: &SchedulerConfig, pool: &mut BlockPool) -> Slice {
+        let (first_position, end) = (self.fed, self.next_end(config));
+        let token_ids = match self.phase {
+            Phase::Decode { input } => vec![input],
+            Phase::Prefill | Phase::Done => self.prompt[first_position as usize..end as usize].to_vec(),
         };
-        self.fed += token_ids.len() as u32;
-        let new_blocks = pool.take(self.fed.div_ceil(config.block_tokens) - self.blocks.len() as u32);
+        let new_blocks = pool.take(self.blocks_wanted(config));
+        self.fed = end;
         self.blocks.extend(&new_blocks);
         let opens = !std::mem::replace(&mut self.opened, true);
         let wants_token = self.prompt_is_fed_or_decodes();

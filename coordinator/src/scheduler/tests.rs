@@ -204,6 +204,45 @@ fn a_released_sequence_in_flight_keeps_its_blocks_until_its_micro_batch_is_back(
 }
 
 #[test]
+fn what_a_failed_micro_batch_was_to_tell_is_told_again_and_its_blocks_wait_for_that() {
+    let mut scheduler = decoding(SchedulerConfig { stages: 3, kv_blocks: 5, ..config() }, 2);
+    assert!(scheduler.release(0));
+    let first = scheduler.next_micro_batch().unwrap();
+    scheduler.submit(10, prompt(20), 4).unwrap();
+    assert_eq!((first.closed.as_slice(), first.slices[0].sequence), ([0].as_slice(), 1));
+    // Block 0 was sequence 0's: stages that have not seen the first micro-batch would refuse it to anybody else.
+    let second = scheduler.next_micro_batch().unwrap();
+    assert_eq!((second.slices[0].sequence, &second.slices[0].new_blocks), (10, &vec![2, 3]));
+    scheduler.check_invariants();
+    assert_eq!(scheduler.fail(first.id), [1]);
+    scheduler.check_invariants();
+    assert!(scheduler.fail(first.id).is_empty(), "a second time changes nothing");
+    scheduler.submit(11, prompt(20), 4).unwrap();
+    let third = scheduler.next_micro_batch().unwrap();
+    assert_eq!((third.closed.as_slice(), &third.slices[0].new_blocks), ([0, 1].as_slice(), &vec![0, 1]));
+}
+
+#[test]
+fn whoever_needs_a_withheld_block_waits_for_it() {
+    let mut scheduler = Scheduler::new(SchedulerConfig { stages: 3, kv_blocks: 4, ..config() });
+    scheduler.submit(1, prompt(32), 32).unwrap();
+    let only = scheduler.next_micro_batch().unwrap();
+    complete(&mut scheduler, &only);
+    assert!(scheduler.release(1));
+    scheduler.submit(2, prompt(1), 1).unwrap();
+    scheduler.submit(3, prompt(32), 16).unwrap();
+    let closing = scheduler.next_micro_batch().unwrap();
+    assert_eq!((closing.closed.as_slice(), &closing.slices[0].new_blocks), ([1].as_slice(), &vec![0]));
+    let other = scheduler.next_micro_batch().unwrap();
+    assert_eq!((other.slices[0].sequence, &other.slices[0].new_blocks), (3, &vec![2, 3]));
+    complete(&mut scheduler, &other);
+    assert_eq!(scheduler.next_micro_batch(), None, "block 1 is withheld");
+    complete(&mut scheduler, &closing);
+    let next = scheduler.next_micro_batch().unwrap();
+    assert_eq!((next.slices[0].sequence, &next.slices[0].new_blocks), (3, &vec![1]));
+}
+
+#[test]
 fn results_that_do_not_fit_are_refused_and_change_nothing() {
     let mut scheduler = decoding(SchedulerConfig { stages: 1, ..config() }, 2);
     scheduler.submit(9, prompt(40), 2).unwrap();
@@ -265,20 +304,23 @@ fn fewer_stages_while_batches_are_under_way_are_waited_for() {
     assert_eq!(issue_all(&mut scheduler).iter().map(|batch| batch.slices.len()).collect::<Vec<_>>(), [8]);
 }
 
-/// What every stage knows: the blocks of each sequence and what stands in each KV slot.
-#[derive(Default)]
-struct Stages {
+/// What a stage knows: the blocks of each sequence and what stands in each KV slot.
+#[derive(Clone, Default)]
+struct Stage {
     tables: BTreeMap<u64, Vec<u32>>,
     slots: BTreeMap<(u32, u32), (u64, u32, u32)>,
     /// Tokens of each sequence by position, as fed.
     fed: BTreeMap<u64, Vec<u32>>,
+    /// Sequences of micro-batches that failed before they came here, and those that such a micro-batch closed.
+    failed: BTreeSet<u64>,
 }
 
-impl Stages {
+impl Stage {
     /// Writes a micro-batch as a stage would, and checks that every earlier position is still where it was written.
     fn run(&mut self, batch: &MicroBatch, config: &SchedulerConfig) {
         for closed in &batch.closed {
-            assert!(self.tables.remove(closed).is_some(), "sequence {closed} was closed but never opened");
+            let known = self.tables.remove(closed).is_some();
+            assert!(known || self.failed.contains(closed), "sequence {closed} was closed but never opened");
             self.fed.remove(closed);
         }
         for slice in &batch.slices {
@@ -324,8 +366,10 @@ struct Simulation {
     dice: Dice,
     config: SchedulerConfig,
     scheduler: Scheduler,
-    stages: Stages,
-    under_way: Vec<MicroBatch>,
+    /// The first stage, and the last.
+    stages: [Stage; 2],
+    /// Micro-batches, and whether each failed between the two.
+    under_way: Vec<(MicroBatch, bool)>,
     /// Prompt length, tokens wanted, tokens so far.
     live: BTreeMap<u64, (u32, u32, Vec<u32>)>,
     next_id: u64,
@@ -350,7 +394,7 @@ impl Simulation {
             dice,
             config,
             scheduler: Scheduler::new(config),
-            stages: Stages::default(),
+            stages: Default::default(),
             under_way: Vec::new(),
             live: BTreeMap::new(),
             next_id: 1,
@@ -372,7 +416,7 @@ impl Simulation {
 
     fn issue(&mut self) {
         loop {
-            let could = [!self.scheduler.prefill_ready.is_empty(), self.scheduler.decode_group_size() > 0];
+            let could = [self.scheduler.next_chunk().is_some(), !self.scheduler.next_group().is_empty()];
             let Some(batch) = self.scheduler.next_micro_batch() else { break };
             self.scheduler.check_invariants();
             let was_decode = self.scheduler.in_flight[&batch.id].kind == Kind::Decode;
@@ -381,8 +425,15 @@ impl Simulation {
                 self.passed_over[index] = if could && !taken { self.passed_over[index] + 1 } else { 0 };
                 assert!(self.passed_over[index] <= 1, "somebody is passed over twice");
             }
-            self.stages.run(&batch, &self.config);
-            self.under_way.push(batch);
+            let fails = self.dice.below(20) == 0;
+            self.stages[0].run(&batch, &self.config);
+            if fails {
+                let told = batch.slices.iter().map(|slice| slice.sequence).chain(batch.closed.iter().copied());
+                self.stages.iter_mut().for_each(|stage| stage.failed.extend(told.clone()));
+            } else {
+                self.stages[1].run(&batch, &self.config);
+            }
+            self.under_way.push((batch, fails));
         }
     }
 
@@ -392,7 +443,13 @@ impl Simulation {
             return;
         }
         let index = self.dice.below(self.under_way.len() as u64) as usize;
-        let batch = self.under_way.remove(index);
+        let (batch, failed) = self.under_way.remove(index);
+        if failed {
+            for id in self.scheduler.fail(batch.id) {
+                assert!(self.live.remove(&id).is_some(), "only live ones end");
+            }
+            return;
+        }
         let wanting = batch.slices.iter().filter(|slice| slice.wants_token);
         let last = |slice: &Slice| slice.first_position + slice.token_ids.len() as u32;
         let drawn: Vec<(u64, u32)> =
@@ -427,11 +484,12 @@ impl Simulation {
         let gone: BTreeSet<u64> = self.scheduler.abort_all().into_iter().collect();
         assert_eq!(gone, self.live.keys().copied().collect());
         let late = std::mem::take(&mut self.under_way);
-        (self.live, self.stages) = (BTreeMap::new(), Stages::default());
+        (self.live, self.stages) = (BTreeMap::new(), Default::default());
         self.config.stages = 1 + self.dice.below(5) as usize;
         self.scheduler.reconfigure(self.config.stages);
-        for batch in late {
+        for (batch, _) in late {
             assert_eq!(self.scheduler.complete(batch.id, &[]), Ok(vec![]));
+            assert!(self.scheduler.fail(batch.id).is_empty());
         }
     }
 
