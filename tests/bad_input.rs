@@ -19,7 +19,7 @@ use grokpipe_proto::{
     hidden_states,
     secret::Secret,
     snapshot::ClusterSnapshot,
-    transport::{self, Keepalive, Listening, Net, Tcp},
+    transport::{self, ConnectionLimits, Keepalive, Net, Tcp},
     v1::{
         ActivationDtype, Assignment, DeliverRequest, DetokenizeRequest, DrawnToken, FormatRate, Frame, FrameFailed,
         GenerateRequest, GetStatusRequest, Heartbeat, Hello, JoinRequest, JoinResponse, LoadProgress, MicroBatchResult,
@@ -82,6 +82,7 @@ fn worker_settings(coordinator: &str, index: usize) -> grokpipe_worker::Settings
         name: format!("w{index}"),
         listen: "127.0.0.1:0".into(),
         advertise: None,
+        connections: ConnectionLimits::default(),
         secret: secret(),
         generation: 10 + index as u64,
     }
@@ -803,7 +804,9 @@ async fn assignments(table: &mut Table) {
     let (orders, receiver) = mpsc::channel(16);
     let (said, mut heard) = mpsc::channel(64);
     let fake = FakeCoordinator { orders: Arc::new(Mutex::new(Some(receiver))), said };
-    let Listening { address, incoming } = net().bind("127.0.0.1:0".into()).await.expect("a port of loopback");
+    let listening = net().bind("127.0.0.1:0".into()).await.expect("a port of loopback");
+    let address = listening.address;
+    let incoming = listening.connections(ConnectionLimits::default());
     let service = MembershipServiceServer::new(fake);
     tokio::spawn(transport::server(Keepalive::Cluster).add_service(service).serve_with_incoming(incoming));
     let shutdown = CancellationToken::new();

@@ -14,7 +14,7 @@ use grokpipe_proto::{
     LOST_AFTER,
     link::{Link, LinkEvent, LinkSettings},
     secret::Secret,
-    transport::{self, Keepalive, Net},
+    transport::{self, ConnectionLimits, Keepalive, Net},
     v1::{
         Frame, GenerateRequest, GenerateResponse, GetStatusRequest, SamplingOptions,
         cluster_service_client::ClusterServiceClient, inference_service_client::InferenceServiceClient,
@@ -246,7 +246,7 @@ fn a_link_to_a_stage_that_has_left_the_epoch_is_lost_when_nobody_says_why() {
             };
             let served = transport::server(Keepalive::Cluster)
                 .add_service(PipelineServiceServer::new(pipeline))
-                .serve_with_incoming(listening.incoming);
+                .serve_with_incoming(listening.connections(ConnectionLimits::default()));
             Ok(served.await?)
         });
         sim.client("w1", async {

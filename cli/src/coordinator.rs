@@ -15,6 +15,7 @@ use tracing::info;
 use crate::{
     common::{self, ConfigArgs},
     config::{Config, is_name},
+    descriptors,
     error::CliError,
     machine, plan,
     text::print,
@@ -91,10 +92,13 @@ fn settings(config: &Config, expect: Option<&[String]>, num_layers: u32) -> Resu
     let pins = plan::pins(config, &names, num_layers);
     let expected = names.into_iter().zip(pins).map(|(name, layers)| ExpectedWorker { name, layers }).collect();
     let (coordinator, limits) = (&config.coordinator, &config.limits);
+    let (grpc_connections, http_connections) = descriptors::of_coordinator(descriptors::raise());
     Ok(Settings {
         name: config.cluster.name.clone(),
         grpc: coordinator.grpc.to_string(),
         http: Some(coordinator.http.to_string()),
+        grpc_connections,
+        http_connections,
         secret: config.secret.to_secret(),
         generation: machine::generation(),
         expected,

@@ -10,6 +10,7 @@ mod common;
 mod config;
 mod convert;
 mod coordinator;
+mod descriptors;
 mod error;
 mod generate;
 mod inspect;

@@ -25,6 +25,7 @@ use crate::{
     client,
     common::{self, ConfigArgs, parse_device},
     config::{self, ByteSize, SecretText, WorkerSection, parse_precision, parse_prefill},
+    descriptors,
     error::CliError,
     machine,
     rates::{self, Rates},
@@ -123,6 +124,7 @@ pub(crate) fn run(args: Args) -> Result<(), CliError> {
         name,
         listen: listen.to_string(),
         advertise: args.advertise.or(described.advertise),
+        connections: descriptors::of_worker(descriptors::raise()),
         secret: config.secret.to_secret(),
         generation: machine::generation(),
     };

@@ -10,7 +10,7 @@ use grokpipe_model::tokenizer::Tokenizer;
 use grokpipe_proto::{
     DESCRIPTORS,
     secret::Secret,
-    transport::{self, Keepalive, Net},
+    transport::{self, ConnectionLimits, Keepalive, Net},
     v1::{
         cluster_service_server::ClusterServiceServer, inference_service_server::InferenceServiceServer,
         membership_service_server::MembershipServiceServer, result_service_server::ResultServiceServer,
@@ -54,6 +54,10 @@ pub struct Settings {
     pub grpc: String,
     /// Address for HTTP, none for no HTTP.
     pub http: Option<String>,
+    /// How many connections gRPC takes.
+    pub grpc_connections: ConnectionLimits,
+    /// How many connections HTTP takes.
+    pub http_connections: ConnectionLimits,
     /// The cluster's secret.
     pub secret: Secret,
     /// Larger than that of every earlier coordinator of this cluster: milliseconds since 1970 will do.
@@ -185,7 +189,10 @@ impl Coordinator {
             .add_service(InterceptedService::new(ResultServiceServer::new(results), settings.secret.require()))
             .add_service(inference)
             .add_service(ClusterServiceServer::new(api::cluster::Cluster { engine: handle.clone() }))
-            .serve_with_incoming_shutdown(grpc.incoming, ending.clone().cancelled_owned());
+            .serve_with_incoming_shutdown(
+                grpc.connections(settings.grpc_connections),
+                ending.clone().cancelled_owned(),
+            );
 
         // Streams end with the engine; a client that holds its connection all the same is not waited for.
         let overdue = async {

@@ -2,6 +2,7 @@
 
 use std::{fmt, net::SocketAddr};
 
+use subtle::ConstantTimeEq;
 use tonic::{Request, Status, metadata::MetadataValue, service::Interceptor};
 
 const HEADER: &str = "authorization";
@@ -69,15 +70,15 @@ impl Secret {
             None => {
                 Err(Status::unauthenticated("expected the cluster's secret, found none; set [cluster] secret_file"))
             }
-            Some(found) if equal(expected.as_encoded_bytes(), found.as_encoded_bytes()) => Ok(()),
+            Some(found) if is_equal(expected.as_encoded_bytes(), found.as_encoded_bytes()) => Ok(()),
             Some(_) => Err(Status::unauthenticated("expected the cluster's secret, found another one")),
         }
     }
 }
 
 /// Compares without stopping at the first difference, so that time does not tell how much of a guess was right.
-fn equal(a: &[u8], b: &[u8]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).fold(0, |difference, (x, y)| difference | (x ^ y)) == 0
+pub(crate) fn is_equal(a: &[u8], b: &[u8]) -> bool {
+    a.ct_eq(b).into()
 }
 
 impl fmt::Debug for Secret {

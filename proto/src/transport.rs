@@ -19,7 +19,14 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
 };
-use tonic::transport::{Channel, Endpoint, Server, Uri, server::Connected};
+use tonic::transport::{Channel, Endpoint, Server, Uri};
+
+mod connections;
+mod opening;
+pub mod places;
+
+pub use connections::{Connection, Peer};
+pub use places::ConnectionLimits;
 
 /// A future that owns what it needs.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
@@ -66,19 +73,14 @@ impl AsyncWrite for BoxIo {
     }
 }
 
-impl Connected for BoxIo {
-    type ConnectInfo = ();
-    fn connect_info(&self) {}
-}
-
-/// Connections as they come in. An error of one connection does not end the stream.
-pub type Incoming = Pin<Box<dyn Stream<Item = io::Result<BoxIo>> + Send>>;
+/// Connections as they come in, and from where. An error of one connection does not end the stream.
+pub type Incoming = Pin<Box<dyn Stream<Item = io::Result<(BoxIo, SocketAddr)>> + Send>>;
 
 /// An open port.
 pub struct Listening {
     /// Where it is, with the port that the system chose for port 0.
     pub address: SocketAddr,
-    /// The connections.
+    /// The connections, without any limit; a server takes [`Listening::connections`].
     pub incoming: Incoming,
 }
 
@@ -109,10 +111,12 @@ impl Net for Tcp {
             let address = listener.local_addr()?;
             let incoming = futures_util::stream::unfold(listener, |listener| async move {
                 let accepted = match listener.accept().await {
-                    Ok((stream, _peer)) => stream.set_nodelay(true).map(|()| BoxIo::new(stream)),
+                    Ok((stream, peer)) => stream.set_nodelay(true).map(|()| (BoxIo::new(stream), peer)),
                     Err(error) => {
-                        // Out of file descriptors, mostly: wait for some to close instead of spinning.
-                        tokio::time::sleep(Duration::from_millis(50)).await;
+                        if !is_of_one_connection(&error) {
+                            // Out of file descriptors, mostly: wait for some to close instead of spinning.
+                            tokio::time::sleep(Duration::from_millis(50)).await;
+                        }
                         Err(error)
                     }
                 };
@@ -121,6 +125,12 @@ impl Net for Tcp {
             Ok(Listening { address, incoming: Box::pin(incoming) })
         })
     }
+}
+
+/// Whether accepting failed for the sake of one connection, which is gone, so that the next one may well be accepted.
+pub fn is_of_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
 const STREAM_WINDOW: u32 = 4 << 20;

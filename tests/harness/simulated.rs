@@ -15,7 +15,7 @@ use grokpipe_kernels::{
 use grokpipe_model::{ModelConfig, WeightSource};
 use grokpipe_proto::{
     secret::Secret,
-    transport::{BoxFuture, BoxIo, Listening, Net},
+    transport::{BoxFuture, BoxIo, ConnectionLimits, Listening, Net},
     v1::{
         GenerateRequest, GenerateResponse, SamplingOptions, TokenIds, generate_request::Prompt,
         generate_response::Event,
@@ -43,7 +43,7 @@ impl Net for SimulatedNet {
             let (connections, incoming) = tokio::sync::mpsc::channel(16);
             tokio::spawn(async move {
                 loop {
-                    let accepted = listener.accept().await.map(|(stream, _peer)| BoxIo::new(stream));
+                    let accepted = listener.accept().await.map(|(stream, peer)| (BoxIo::new(stream), peer));
                     if connections.send(accepted).await.is_err() {
                         return;
                     }
@@ -152,6 +152,8 @@ pub fn coordinator_settings(grpc: String, secret: Secret, workers: usize) -> Coo
         name: "test".into(),
         grpc,
         http: None,
+        grpc_connections: ConnectionLimits::default(),
+        http_connections: ConnectionLimits::default(),
         secret,
         generation: 1,
         expected: (1..=workers).map(|index| ExpectedWorker { name: format!("w{index}"), layers: None }).collect(),
@@ -195,6 +197,7 @@ pub async fn run_worker(
         listen: format!("0.0.0.0:{DATA_PORT}"),
         advertise: Some(address(&name, DATA_PORT)),
         name,
+        connections: ConnectionLimits::default(),
         secret,
         generation: 10 * incarnation + index as u64,
     };

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use grokpipe_proto::{
     max_frame_bytes,
     secret::Secret,
-    transport::{self, Keepalive, Net},
+    transport::{self, ConnectionLimits, Keepalive, Net},
     v1::pipeline_service_server::PipelineServiceServer,
 };
 use tokio::sync::{mpsc, watch};
@@ -49,6 +49,8 @@ pub struct Settings {
     pub listen: String,
     /// Address that others reach it by, if not the one it listens on; port 0 stands for the port it listens on.
     pub advertise: Option<String>,
+    /// How many connections its port takes.
+    pub connections: ConnectionLimits,
     /// The cluster's secret.
     pub secret: Secret,
     /// Larger than that of every earlier process of this name: milliseconds since 1970 will do.
@@ -107,6 +109,7 @@ pub async fn run(
         .await
         .map_err(|source| WorkerError::Listen { address: settings.listen.clone(), source })?;
     let data_address = advertised(&settings, listening.address)?;
+    let connections = listening.connections(settings.connections);
     let (device, config) = (loader.device().clone(), loader.config().clone());
     let model_digest = loader.model_digest().to_owned();
     let loader = Arc::new(Mutex::new(loader));
@@ -156,7 +159,7 @@ pub async fn run(
     let ending = shutdown.child_token();
     let serving = transport::server(Keepalive::Cluster)
         .add_service(InterceptedService::new(frames, secret.require()))
-        .serve_with_incoming_shutdown(listening.incoming, ending.clone().cancelled_owned());
+        .serve_with_incoming_shutdown(connections, ending.clone().cancelled_owned());
     let serving = async {
         let served = serving.await.map_err(WorkerError::Serve);
         ending.cancel();

@@ -8,7 +8,7 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 use grokpipe_proto::{
     PROTOCOL_VERSIONS,
     secret::Secret,
-    transport::{self, Keepalive, Net},
+    transport::{self, ConnectionLimits, Keepalive, Net},
     v1::{
         Frame, FrameAck, Hello, JoinRequest, JoinResponse, RunRequest, RunResponse, Welcome, join_request,
         join_response,
@@ -89,7 +89,7 @@ impl Port {
         let serving = transport::server(Keepalive::Cluster)
             .add_service(InterceptedService::new(MembershipServiceServer::new(service), secret.require()))
             .add_service(InterceptedService::new(frames, secret.require()))
-            .serve_with_incoming_shutdown(listening.incoming, stop.cancelled_owned());
+            .serve_with_incoming_shutdown(listening.connections(ConnectionLimits::default()), stop.cancelled_owned());
         // Ends with `stop`; should it fail before, its workers are lost, which is noticed.
         tokio::spawn(serving);
         Ok(Self { address, events })
