@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::{ModelConfig, ModelError, hugging_face};
+use crate::{ModelConfig, ModelError, checkpoint::kind::refuse_pointer, hugging_face};
 
 /// No configuration is near this; a file that is was named by mistake.
 const LONGEST: u64 = 1 << 20;
@@ -25,6 +25,7 @@ pub(crate) fn open(path: &Path) -> Result<ModelConfig, ModelError> {
         return Err(ModelError::invalid(place, format!("at most {LONGEST} bytes"), format!("{length}")));
     }
     let text = std::fs::read_to_string(path).map_err(io)?;
+    refuse_pointer(text.as_bytes(), &place)?;
     match serde_json::from_str::<Map<String, Value>>(&text) {
         Ok(object) if object.contains_key("model_type") => hugging_face::config(&object, &place),
         // What is no object either is refused there.

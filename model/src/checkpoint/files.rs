@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use super::{
     gguf,
+    kind::{self, FileKind},
     names::Family,
     safetensors::{self, Entry},
     storage::Storage,
@@ -19,7 +20,11 @@ use super::{
 use crate::{Format, Layout, ModelConfig, ModelError, TensorName, TensorShape};
 
 const CHECKPOINT: &str = "ckpt-0";
-const INDEX: &str = ".safetensors.index.json";
+/// Where else the tensors of a checkpoint may lie; `""` is the folder itself.
+const CHECKPOINTS: [&str; 3] = ["ckpt", "ckpt/ckpt-0", ""];
+/// Most files of a folder that are looked into.
+const MOST_LOOKED_INTO: usize = 256;
+pub(super) const INDEX: &str = ".safetensors.index.json";
 const SAFETENSORS: [&str; 2] = ["model.safetensors", "weights.safetensors"];
 /// Longest index: 770 names need about 100 KB.
 const LONGEST_INDEX: u64 = 4 << 20;
@@ -78,8 +83,9 @@ impl Files {
     pub(super) fn find(storage: &dyn Storage, folder: &Path, config: &ModelConfig) -> Result<Self, ModelError> {
         let list =
             |name: &str| storage.list(name).map_err(|source| ModelError::Io { path: storage.path(name), source });
-        if let Some(found) = list(CHECKPOINT)? {
-            return pickles(&found, config, &storage.path(CHECKPOINT));
+        if let Some(checkpoint) = checkpoint_in(storage)? {
+            let found = list(checkpoint)?.unwrap_or_default();
+            return pickles(storage, checkpoint, &found, config);
         }
         let found: Vec<String> = list("")?.unwrap_or_default().into_iter().map(|(file, _)| file).collect();
         let indices: Vec<&String> = found.iter().filter(|file| file.ends_with(INDEX)).collect();
@@ -93,10 +99,13 @@ impl Files {
         }
         match SAFETENSORS.into_iter().find(|name| found.iter().any(|file| file == name)) {
             Some(file) => Self::in_safetensors(storage, file, config),
-            None => {
-                let expected = format!("ckpt-0/, *{INDEX}, model.safetensors, weights.safetensors or *.gguf in it");
-                Err(ModelError::invalid(folder.display().to_string(), expected, "none of them"))
-            }
+            None => match &of_kind(storage, &found, FileKind::Safetensors)[..] {
+                [file] => Self::in_safetensors(storage, file, config),
+                _ => {
+                    let expected = format!("ckpt-0/, *{INDEX}, model.safetensors, weights.safetensors or *.gguf in it");
+                    Err(ModelError::invalid(folder.display().to_string(), expected, "none of them"))
+                }
+            },
         }
     }
 
@@ -185,10 +194,44 @@ fn tied<T>(name: &TensorName, get: impl Fn(&TensorName) -> Option<T>) -> Option<
     get(name).or_else(|| if *name == TensorName::Head { get(&TensorName::Embedding) } else { None })
 }
 
+/// Where a checkpoint's tensors lie, relative to the storage: `ckpt-0/` if there is one, else where a tensor is.
+pub(super) fn checkpoint_in(storage: &dyn Storage) -> Result<Option<&'static str>, ModelError> {
+    let list = |name: &str| storage.list(name).map_err(|source| ModelError::Io { path: storage.path(name), source });
+    if list(CHECKPOINT)?.is_some() {
+        return Ok(Some(CHECKPOINT));
+    }
+    for folder in CHECKPOINTS {
+        if list(folder)?.is_some_and(|found| found.iter().any(|(name, _)| is_tensor(name))) {
+            return Ok(Some(folder));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether this is the name of a tensor's file: `tensor00000_000`.
+pub(super) fn is_tensor(name: &str) -> bool {
+    let digits = |text: &str, count| text.len() == count && text.bytes().all(|byte| byte.is_ascii_digit());
+    let number = name.strip_prefix("tensor").and_then(|rest| rest.split_once('_'));
+    number.is_some_and(|(tensor, host)| digits(tensor, 5) && digits(host, 3))
+}
+
+/// Those of these files that are of a kind by their content.
+pub(super) fn of_kind(storage: &dyn Storage, names: &[String], kind: FileKind) -> Vec<String> {
+    let is_one =
+        |name: &&String| storage.open(name).and_then(|file| FileKind::of(&*file)).is_ok_and(|found| found == kind);
+    names.iter().take(MOST_LOOKED_INTO).filter(is_one).cloned().collect()
+}
+
 /// Pairs the files of `ckpt-0/` with tensors, by number.
-fn pickles(found: &[(String, u64)], config: &ModelConfig, folder: &Path) -> Result<Files, ModelError> {
+fn pickles(
+    storage: &dyn Storage,
+    checkpoint: &str,
+    found: &[(String, u64)],
+    config: &ModelConfig,
+) -> Result<Files, ModelError> {
     let names = TensorName::in_file_order(config.num_hidden_layers);
-    let place = || folder.display().to_string();
+    let place = || storage.path(checkpoint).display().to_string();
+    let within = |file: &str| if checkpoint.is_empty() { file.to_owned() } else { format!("{checkpoint}/{file}") };
     let expected: BTreeMap<String, TensorName> =
         names.into_iter().enumerate().map(|(index, name)| (format!("tensor{index:05}_000"), name)).collect();
     let mut files = BTreeMap::new();
@@ -200,20 +243,25 @@ fn pickles(found: &[(String, u64)], config: &ModelConfig, folder: &Path) -> Resu
                 format!("one more: {file:?}"),
             ));
         };
-        files.insert(*name, (format!("{CHECKPOINT}/{file}"), *length));
+        files.insert(*name, (within(file), *length));
     }
     match expected.iter().find(|(_, name)| !files.contains_key(name)) {
         None => Ok(Files::Pickles(files)),
         Some((file, name)) => {
             let expected = format!("{} tensor files with {file} ({name})", expected.len());
-            Err(ModelError::invalid(place(), expected, format!("{} without it", files.len())))
+            let found = match storage.open(&within(file)) {
+                // It is there, and no file.
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => error.to_string(),
+                _ => format!("{} without it", files.len()),
+            };
+            Err(ModelError::invalid(place(), expected, found))
         }
     }
 }
 
 fn header(storage: &dyn Storage, file: &str) -> Result<FoundByName, ModelError> {
     let path = storage.path(file);
-    let open = storage.open(file).map_err(|source| ModelError::Io { path: path.clone(), source })?;
+    let open = kind::open(storage, file)?;
     let entries = safetensors::read(&*open).map_err(|error| {
         ModelError::invalid(format!("{}: {}", path.display(), error.place), error.expected, error.found)
     })?;
@@ -360,7 +408,7 @@ fn indexed(storage: &dyn Storage, file: &str, config: &ModelConfig) -> Result<Fi
 fn read_index(storage: &dyn Storage, file: &str, path: &Path) -> Result<Index, ModelError> {
     let io = |source| ModelError::Io { path: path.to_owned(), source };
     let place = || path.display().to_string();
-    let open = storage.open(file).map_err(io)?;
+    let open = kind::open(storage, file)?;
     if open.length() > LONGEST_INDEX {
         let expected = format!("at most {LONGEST_INDEX} bytes");
         return Err(ModelError::invalid(place(), expected, format!("{} bytes", open.length())));

@@ -119,7 +119,26 @@ pub fn read(file: &dyn ReadAt) -> Result<Header, HeaderError> {
         Some(other) => return refuse("general.alignment", "a power of two up to 1048576", other.to_string()),
     };
     let begin = cursor.at.next_multiple_of(alignment);
-    Ok(Header { metadata, tensors: placed(infos, begin, alignment, file.length())? })
+    let tensors = placed(infos, begin, alignment, file.length())?;
+    let end = tensors.values().map(|entry| entry.offset + entry.length).max().unwrap_or(begin);
+    refuse_joined(file, end, alignment)?;
+    Ok(Header { metadata, tensors })
+}
+
+/// Parts of a split file that were joined with `cat`: a second header where the data ends.
+fn refuse_joined(file: &dyn ReadAt, end: u64, alignment: u64) -> Result<(), HeaderError> {
+    for at in [end, end.next_multiple_of(alignment)] {
+        let mut magic = [0; MAGIC.len()];
+        if at + magic.len() as u64 <= file.length() && file.read_exact_at(&mut magic, at).is_ok() && &magic == MAGIC {
+            let advice = "keep the parts apart, or merge them with `llama-gguf-split --merge`";
+            return refuse(
+                format!("byte {at}"),
+                format!("the end of the file ({advice})"),
+                "another GGUF file joined to it",
+            );
+        }
+    }
+    Ok(())
 }
 
 struct Info {

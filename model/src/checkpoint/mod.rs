@@ -16,9 +16,12 @@ use crate::{
     WeightSource, config_file,
 };
 
+pub(crate) mod digest;
 mod files;
+mod folder;
 pub mod gguf;
 pub mod header;
+pub mod kind;
 mod names;
 pub(crate) mod open_gguf;
 pub mod pickle;
@@ -29,7 +32,8 @@ pub mod storage;
 pub(crate) mod tests;
 
 use files::{Files, Part, Placed};
-use storage::{Folder, ReadAt, Storage};
+use kind::FileKind;
+use storage::{Folder, ReadAt, Storage, open_regular};
 
 /// A model on disk.
 pub struct Model {
@@ -67,27 +71,43 @@ pub struct TensorSummary {
 const SCALES_AT_ONCE: usize = 1 << 16;
 
 impl Model {
-    /// Opens the model at `path`: a folder, one `.safetensors` file with its `config.json` beside it, or a GGUF file (of a split
-    /// one, any part). Reads no weights.
+    /// Opens the model at `path`: a folder with one or above one, one safetensors file with its `config.json` beside it, its index, or a
+    /// GGUF file (of a split one, any part). What a file is, its content tells. Reads no weights.
     ///
     /// # Errors
     /// [`ModelError`] naming the file and what is wrong with it.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
-        let metadata = std::fs::metadata(path).map_err(|source| ModelError::Io { path: path.to_owned(), source })?;
-        if metadata.is_dir() {
-            return Self::open_folder(path, Arc::new(Folder(path.to_owned())));
+        let io = |source| ModelError::Io { path: path.to_owned(), source };
+        if std::fs::metadata(path).is_ok_and(|found| found.is_dir()) {
+            let folder = folder::of_model(path)?;
+            return Self::open_folder(&folder, Arc::new(Folder(folder.clone())));
         }
+        let kind = FileKind::of(&*open_regular(path).map_err(io)?).map_err(io)?;
         let folder = path.parent().unwrap_or(Path::new("."));
-        let place = path.display().to_string();
         let storage: Arc<dyn Storage> = Arc::new(Folder(folder.to_owned()));
-        match path.file_name().and_then(|name| name.to_str()) {
-            Some(file) if file.ends_with(".safetensors") => {
+        // By its text: the storage finds the file again.
+        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        match kind {
+            FileKind::Gguf => Self::open_gguf(folder, storage, &file),
+            FileKind::Safetensors => {
                 let config = config_file::open(&folder.join("config.json"))?;
-                let files = Files::in_safetensors(&*storage, file, &config)?;
+                let files = Files::in_safetensors(&*storage, &file, &config)?;
                 Ok(Self { config, storage, folder: folder.to_owned(), files, gguf: None, embedding: OnceLock::new() })
             }
-            Some(file) if file.ends_with(".gguf") => Self::open_gguf(folder, storage, file),
-            _ => Err(ModelError::invalid(place, "a model's folder, a .safetensors or a .gguf file", "another file")),
+            FileKind::Json if file.ends_with(files::INDEX) => Self::open_folder(folder, storage),
+            FileKind::Pickle if files::is_tensor(&file) => {
+                Err(kind::unfit(path, "the folder with all tensors, of which this is one", kind))
+            }
+            FileKind::Pointer { .. } => Err(kind::unfit(path, "the file itself", kind)),
+            // Its reader says best what is wrong with it.
+            FileKind::Other | FileKind::Empty if open_gguf::is_gguf(&file) => Self::open_gguf(folder, storage, &file),
+            FileKind::Other | FileKind::Empty if file.ends_with(".safetensors") => {
+                let config = config_file::open(&folder.join("config.json"))?;
+                Err(Files::in_safetensors(&*storage, &file, &config)
+                    .err()
+                    .unwrap_or_else(|| kind::unfit(path, "a safetensors file", kind)))
+            }
+            _ => Err(kind::unfit(path, "a model's folder, a safetensors or a GGUF file", kind)),
         }
     }
 
@@ -99,7 +119,13 @@ impl Model {
         if let Some(file) = open_gguf::only_model_of(&*storage, folder)? {
             return Self::open_gguf(folder, storage, &file);
         }
-        let config_path = folder.join("config.json");
+        let is_there = |path: &Path| std::fs::symlink_metadata(path).is_ok();
+        let mut config_path = folder.join("config.json");
+        // Of the folder of the tensors alone it lies above.
+        if !is_there(&config_path) && files::checkpoint_in(&*storage)? == Some("") {
+            let above = folder::above(folder).join("config.json");
+            config_path = if is_there(&above) { above } else { config_path };
+        }
         // A link that leads nowhere is a damaged model, not one without a configuration.
         let config = match std::fs::symlink_metadata(&config_path) {
             Ok(_) => config_file::open(&config_path)?,
@@ -130,29 +156,24 @@ impl Model {
     /// model's folder or its parent.
     pub fn tokenizer_path(&self) -> Option<PathBuf> {
         if let Some(GgufFile { name, has_vocabulary: true }) = &self.gguf {
-            return Some(self.folder.join(name));
+            return Some(self.storage.path(name));
         }
-        let candidates = [Some(self.folder.as_path()), self.folder.parent()];
-        candidates.into_iter().flatten().map(|folder| folder.join("tokenizer.model")).find(|path| path.is_file())
+        let candidates = [self.folder.clone(), folder::above(&self.folder)];
+        candidates.into_iter().map(|folder| folder.join("tokenizer.model")).find(|path| path.is_file())
     }
 
-    /// Hex digest of configuration, tensor names, stored sizes and file format: equal for equal files, whatever the path.
-    /// FNV-1a with 128 bits. Contents are not part of it, since that would mean reading them all.
+    /// SHA-256, in hex, of configuration, tensor names, stored sizes and file format: equal for equal files, whatever the path.
+    /// Contents are not part of it, since that would mean reading them all.
     pub fn digest(&self) -> String {
-        let mut text = format!("{:?}|{}", self.config, self.files.kind());
         // Not of models whose head is their embedding, which is there already.
         let head = self.files.has_head().then_some(TensorName::Head);
-        for name in TensorName::in_file_order(self.config.num_hidden_layers).into_iter().chain(head) {
-            text.push_str(&format!("|{name}:{}", self.tensor_bytes(&name)));
-            if let Some(placed) = self.files.placed(&name) {
-                text.push_str(&format!(":{}", placed.format));
-            }
-        }
-        let mut hash = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128;
-        for byte in text.bytes() {
-            hash = (hash ^ u128::from(byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b);
-        }
-        format!("{hash:032x}")
+        let names = TensorName::in_file_order(self.config.num_hidden_layers).into_iter().chain(head);
+        let lines = names.map(|name| digest::Line {
+            bytes: self.tensor_bytes(&name),
+            format: self.files.placed(&name).map(|placed| placed.format.to_string()),
+            name: name.to_string(),
+        });
+        digest::of(&digest::text(&self.config, self.files.kind(), lines))
     }
 
     /// The files that hold tensors, and when each was last written to, where that is known.
@@ -212,7 +233,7 @@ impl Model {
     }
 
     fn open_file(&self, file: &str) -> Result<Box<dyn ReadAt>, ModelError> {
-        self.storage.open(file).map_err(|source| ModelError::Io { path: self.storage.path(file), source })
+        kind::open(&*self.storage, file)
     }
 
     /// Opens a tensor's files and checks what they hold.

@@ -1,12 +1,13 @@
 //! Opens a GGUF model: finds the parts of a split file, and reads the sizes of Grok-1's architecture from its metadata.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use serde_json::{Map, Number, Value as Json};
 
 use super::{
-    files::Files,
+    files::{self, Files},
     gguf::{self, Header, Value},
+    kind::{self, FileKind},
     storage::Storage,
 };
 use crate::{ModelConfig, ModelError, config::Foreign};
@@ -42,13 +43,41 @@ const KEYS: Foreign = Foreign {
     ],
 };
 
-/// What would change the arithmetic and Grok-1 does not have, and the numbers that change nothing.
-const NEUTRAL: [(&str, &[f64]); 5] = [
+/// What would change the arithmetic and Grok-1 does not have, and the values that change nothing; true counts as 1.
+const NEUTRAL: [(&str, &[f64]); 21] = [
     ("grok.final_logit_softcapping", &[0.0]),
     ("grok.attention.temperature_length", &[0.0]),
+    ("grok.attention.clamp_kqv", &[0.0]),
+    ("grok.attention.max_alibi_bias", &[0.0]),
+    ("grok.attention.sliding_window", &[0.0]),
+    ("grok.attention.scale", &[0.0]),
+    ("grok.attention.causal", &[1.0]),
+    ("grok.residual_scale", &[0.0, 1.0]),
+    ("grok.use_parallel_residual", &[0.0]),
+    ("grok.swin_norm", &[0.0]),
+    ("grok.expert_shared_count", &[0.0]),
+    ("grok.expert_weights_scale", &[0.0, 1.0]),
+    // 1 is a softmax over all experts.
+    ("grok.expert_gating_func", &[0.0, 1.0]),
+    ("grok.expert_group_count", &[0.0, 1.0]),
+    ("grok.leading_dense_block_count", &[0.0]),
+    ("grok.interleave_moe_layer_step", &[0.0, 1.0]),
     ("grok.rope.scaling.factor", &[0.0, 1.0]),
     ("grok.rope.scale_linear", &[0.0, 1.0]),
     ("grok.rope.scaling.attn_factor", &[1.0]),
+    ("tokenizer.ggml.remove_extra_whitespaces", &[0.0]),
+    ("tokenizer.ggml.add_sep_token", &[0.0]),
+];
+
+/// Keys of the architecture that are known and change nothing: llama.cpp reads some and uses none of them for Grok-1, and the factor
+/// of expert weights that add up to 1 is undone by the norm behind them.
+const WITHOUT_EFFECT: [&str; 6] = [
+    "grok.router_logit_softcapping",
+    "grok.expert_weights_norm",
+    "grok.expert_feed_forward_length",
+    "grok.tensor_data_layout",
+    "grok.rope.dimension_count",
+    "grok.attention.value_length",
 ];
 
 /// A model of GGUF files, whose headers were read.
@@ -59,45 +88,108 @@ pub(super) struct Opened {
     pub(super) has_vocabulary: bool,
 }
 
-/// The GGUF file of a folder that holds nothing else to run: its only one, or the first part of its only split one.
+/// The GGUF file of a folder that holds nothing else to run: its only one, or the first part of its only split one. Files without a
+/// name that says so are looked into where no name does.
 pub(super) fn only_model_of(storage: &dyn Storage, folder: &Path) -> Result<Option<String>, ModelError> {
     let io = |source| ModelError::Io { path: folder.to_owned(), source };
     let found: Vec<String> =
         storage.list("").map_err(io)?.unwrap_or_default().into_iter().map(|(name, _)| name).collect();
     let other = |name: &String| name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
-    if found.iter().any(other) || storage.list("ckpt-0").map_err(io)?.is_some() {
+    if found.iter().any(other) || files::checkpoint_in(storage)?.is_some() {
         return Ok(None);
     }
-    let is_first = |name: &&String| name.ends_with(EXTENSION) && part_of(name).is_none_or(|(_, number, _)| number == 1);
-    let mut models = found.iter().filter(is_first);
+    // Of a split one any part stands for all of them, so that a missing first part is missed.
+    let mut models: BTreeSet<String> = found.iter().filter(|name| is_gguf(name)).map(|name| first_part(name)).collect();
+    if models.is_empty() {
+        models = files::of_kind(storage, &found, FileKind::Gguf).into_iter().collect();
+    }
+    let mut models = models.into_iter();
     match (models.next(), models.next()) {
         (Some(one), Some(other)) => {
             let found = format!("{one:?} and {other:?}");
             Err(ModelError::invalid(folder.display().to_string(), "one GGUF model, or the name of one", found))
         }
-        (one, _) => Ok(one.cloned()),
+        (one, _) => Ok(one),
     }
 }
 
-/// Prefix, number and count of a part's name: `PREFIX-00001-of-00009.gguf`.
-pub(crate) fn part_of(name: &str) -> Option<(&str, u32, u32)> {
-    let (rest, count) = name.strip_suffix(EXTENSION)?.rsplit_once("-of-")?;
+/// Whether a name says that it is a GGUF file's.
+pub(crate) fn is_gguf(name: &str) -> bool {
+    split_extension(name).is_some()
+}
+
+/// What stands before the extension, in either case, and the extension.
+fn split_extension(name: &str) -> Option<(&str, &str)> {
+    let (rest, extension) = name.split_at_checked(name.len().checked_sub(EXTENSION.len())?)?;
+    extension.eq_ignore_ascii_case(EXTENSION).then_some((rest, extension))
+}
+
+/// The name of a part: `PREFIX-00001-of-00009.gguf`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PartName<'a> {
+    prefix: &'a str,
+    number: u32,
+    count: u32,
+    extension: &'a str,
+}
+
+impl PartName<'_> {
+    /// The name of the part of this number.
+    fn sibling(&self, number: u32) -> String {
+        let Self { prefix, count, extension, .. } = self;
+        format!("{prefix}{}{extension}", part_suffix(number, *count))
+    }
+}
+
+/// What a part's name is made of; `None` for other names.
+pub(crate) fn part_of(name: &str) -> Option<PartName<'_>> {
+    let (rest, extension) = split_extension(name)?;
+    let (rest, count) = rest.rsplit_once("-of-")?;
     let (prefix, number) = rest.rsplit_once('-')?;
     let digits = |text: &str| if text.len() == 5 { text.parse().ok() } else { None };
-    Some((prefix, digits(number)?, digits(count)?))
+    Some(PartName { prefix, number: digits(number)?, count: digits(count)?, extension })
 }
 
 /// The part that has the metadata: the first of a split file, or the file itself.
 pub(crate) fn first_part(file: &str) -> String {
-    match part_of(file) {
-        Some((prefix, _, count)) => part_name(prefix, 1, count),
-        None => file.to_owned(),
+    part_of(file).map_or_else(|| file.to_owned(), |part| part.sibling(1))
+}
+
+/// What stands between the prefix and the extension of a part's name.
+pub(crate) fn part_suffix(number: u32, count: u32) -> String {
+    format!("-{number:05}-of-{count:05}")
+}
+
+/// Refuses a split file of which parts are not there, and names them.
+fn check_parts(storage: &dyn Storage, part: &PartName<'_>) -> Result<(), ModelError> {
+    if !(1..=MOST_PARTS).contains(&part.count) {
+        return Ok(());
     }
+    let first = part.sibling(1);
+    let io = |source| ModelError::Io { path: storage.path(&first), source };
+    let found: BTreeSet<String> =
+        storage.list("").map_err(io)?.unwrap_or_default().into_iter().map(|(name, _)| name).collect();
+    let missing: Vec<String> =
+        (1..=part.count).map(|number| part.sibling(number)).filter(|name| !found.contains(name)).collect();
+    let Some(one) = missing.first() else { return Ok(()) };
+    // What is there and is no file says itself what it is.
+    if let Err(source) = storage.open(one)
+        && source.kind() != std::io::ErrorKind::NotFound
+    {
+        return Err(ModelError::Io { path: storage.path(one), source });
+    }
+    let others =
+        if missing.len() > 1 { format!(" and {} others missing", missing.len() - 1) } else { " missing".to_owned() };
+    let expected = format!("all {} parts of {}", part.count, part.prefix);
+    Err(ModelError::invalid(storage.path(&first).display().to_string(), expected, format!("{one}{others}")))
 }
 
 /// Opens the model of this file, or of the parts that it is one of.
 pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<Opened, ModelError> {
     let first = first_part(file);
+    if let Some(part) = part_of(&first) {
+        check_parts(storage, &part)?;
+    }
     let path = storage.path(&first);
     let place = path.display().to_string();
     let header = read(storage, &first)?;
@@ -116,18 +208,18 @@ pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<Opened, ModelErr
     let total = header.metadata.get("split.tensors.count").cloned();
     let mut headers = vec![(first.clone(), header.tensors)];
     if count > 1 {
-        let Some((prefix, 1, named)) = part_of(&first) else {
+        let Some(part) = part_of(&first) else {
             let expected = format!("the name of part 1 of {count}, as NAME-00001-of-{count:05}.gguf");
             return Err(ModelError::invalid(place, expected, format!("{first:?}")));
         };
-        if named != count {
-            let expected = format!("{named} parts, as its name says");
+        if part.count != count {
+            let expected = format!("{} parts, as its name says", part.count);
             return Err(ModelError::invalid(format!("{place}: split.count"), expected, count.to_string()));
         }
         for number in 2..=count {
-            let name = part_name(prefix, number, count);
-            let part = read(storage, &name)?;
-            let says = (part.metadata.get("split.no"), part.metadata.get("split.count"));
+            let name = part.sibling(number);
+            let header = read(storage, &name)?;
+            let says = (header.metadata.get("split.no"), header.metadata.get("split.count"));
             let wanted = (Value::Integer(i128::from(number) - 1), Value::Integer(count.into()));
             if says != (Some(&wanted.0), Some(&wanted.1)) {
                 let place = storage.path(&name).display().to_string();
@@ -139,7 +231,7 @@ pub(super) fn open(storage: &dyn Storage, file: &str) -> Result<Opened, ModelErr
                     format!("split.no and split.count {}", says.join(", ")),
                 ));
             }
-            headers.push((name, part.tensors));
+            headers.push((name, header.tensors));
         }
     }
     let found: usize = headers.iter().map(|(_, tensors)| tensors.len()).sum();
@@ -156,15 +248,16 @@ fn is_text(header: &Header, key: &str, expected: &str) -> bool {
     matches!(header.metadata.get(key), Some(Value::Text(text)) if text == expected)
 }
 
-/// The name of a part.
-pub(crate) fn part_name(prefix: &str, number: u32, count: u32) -> String {
-    format!("{prefix}-{number:05}-of-{count:05}{EXTENSION}")
-}
-
 /// The header of one file.
 pub(crate) fn read(storage: &dyn Storage, file: &str) -> Result<Header, ModelError> {
     let path = storage.path(file);
-    let open = storage.open(file).map_err(|source| ModelError::Io { path: path.clone(), source })?;
+    let open = kind::open(storage, file)?;
+    match FileKind::of(&*open) {
+        Ok(FileKind::Gguf) | Err(_) => {}
+        // Too short, or torn: the reader says where.
+        Ok(FileKind::Other) => {}
+        Ok(found) => return Err(kind::unfit(&path, "GGUF", found)),
+    }
     gguf::read(&*open).map_err(|error| {
         ModelError::invalid(format!("{}: {}", path.display(), error.place), error.expected, error.found)
     })
@@ -183,7 +276,7 @@ fn config(header: &Header, place: &str) -> Result<ModelConfig, ModelError> {
         }
     }
     for (key, neutral) in NEUTRAL {
-        let is_neutral = |value: &Value| json(value).as_f64().is_some_and(|number| neutral.contains(&number));
+        let is_neutral = |value: &Value| number_of(value).is_some_and(|number| neutral.contains(&number));
         if let Some(value) = metadata.get(key).filter(|value| !is_neutral(value)) {
             return Err(ModelError::invalid(format!("{place}: {key}"), "none, as Grok-1 has none", value.to_string()));
         }
@@ -193,6 +286,16 @@ fn config(header: &Header, place: &str) -> Result<ModelConfig, ModelError> {
     let is_neutral = ["none", "linear"].iter().any(|kind| is_text(header, scaling, kind));
     if let Some(value) = metadata.get(scaling).filter(|_| !is_neutral) {
         return Err(ModelError::invalid(format!("{place}: {scaling}"), "none, as Grok-1 has none", value.to_string()));
+    }
+    let is_known = |key: &String| {
+        KEYS.names.iter().any(|(_, known)| key == known)
+            || NEUTRAL.iter().any(|(known, _)| key == known)
+            || WITHOUT_EFFECT.contains(&key.as_str())
+            || key == scaling
+    };
+    let unknown: Vec<&String> = metadata.keys().filter(|key| key.starts_with("grok.") && !is_known(key)).collect();
+    if !unknown.is_empty() {
+        tracing::warn!(keys = ?unknown, "{place}: keys of the architecture that are not known are left aside");
     }
     let mut values = Map::new();
     for (ours, theirs) in KEYS.names {
@@ -242,6 +345,13 @@ fn config(header: &Header, place: &str) -> Result<ModelConfig, ModelError> {
         tracing::warn!(found = config.rope_theta, "{place}: grok.rope.freq_base is not Grok-1's 10000");
     }
     Ok(config)
+}
+
+fn number_of(value: &Value) -> Option<f64> {
+    match value {
+        Value::Bool(value) => Some(f64::from(u8::from(*value))),
+        value => json(value).as_f64(),
+    }
 }
 
 fn json(value: &Value) -> Json {

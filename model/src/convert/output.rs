@@ -131,21 +131,22 @@ impl Output {
                 std::fs::rename(&temporary, &part.path).map_err(failed(&part.path))?;
             }
         }
-        let mut text = String::new();
+        // As bytes: a name need not be UTF-8.
+        let mut text = Vec::new();
         for (path, _, checksum) in files {
             // The file lies beside them.
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            text.push_str(&format!("{checksum}  {name}\n"));
+            let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+            text.extend([checksum.as_bytes(), b"  ", name, b"\n"].concat());
         }
         let checksums = self.checksums();
         // Those of a run that ended before it removed its journal.
-        if std::fs::read(&checksums).is_ok_and(|found| found == text.as_bytes()) {
+        if std::fs::read(&checksums).is_ok_and(|found| found == text) {
             return Ok(());
         }
         check_absent(&checksums)?;
         let temporary = with_suffix(&checksums, ".partial");
         let written = File::create(&temporary).and_then(|mut file| {
-            file.write_all(text.as_bytes())?;
+            file.write_all(&text)?;
             file.sync_all()
         });
         written.and_then(|()| std::fs::rename(&temporary, &checksums)).map_err(failed(&checksums))?;

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     ModelError,
-    checkpoint::open_gguf::{EXTENSION, MOST_PARTS, part_name, part_of},
+    checkpoint::open_gguf::{EXTENSION, MOST_PARTS, part_of, part_suffix},
 };
 
 /// One file to be written.
@@ -42,8 +42,8 @@ impl Part {
 
 /// The name must be one under which the file is found again.
 pub(super) fn check_name(out: &Path) -> Result<(), ModelError> {
-    let name = out.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    if name.len() <= EXTENSION.len() || !name.ends_with(EXTENSION) || part_of(name).is_some() {
+    let name = out.file_name().unwrap_or_default().to_string_lossy();
+    if name.len() <= EXTENSION.len() || !name.ends_with(EXTENSION) || part_of(&name).is_some() {
         let expected = "a name that ends in .gguf and is not that of a part";
         return Err(ModelError::invalid(out.display().to_string(), expected, format!("{name:?}")));
     }
@@ -86,15 +86,17 @@ pub(super) fn cut(
         let expected = format!("at most {MOST_PARTS} parts");
         return Err(ModelError::invalid(place(), expected, format!("{} of {most} bytes", counts.len())));
     }
-    let name = out.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    let prefix = name.strip_suffix(EXTENSION).unwrap_or(name);
+    let prefix = out.file_stem().unwrap_or_default();
     let (of, mut left) = (counts.len(), tensors);
     let part = |(index, count): (usize, &usize)| {
         let (own, rest) = left.split_at(*count);
         left = rest;
         let base = if index == 0 { metadata } else { &Metadata::default() };
         let header = with_split(base, index, of, tensors.len()).header(own);
-        let path = out.with_file_name(part_name(prefix, index as u32 + 1, of as u32));
+        let mut name = prefix.to_owned();
+        name.push(part_suffix(index as u32 + 1, of as u32));
+        name.push(EXTENSION);
+        let path = out.with_file_name(name);
         Part { path, header, tensors: own.to_vec() }
     };
     Ok(counts.iter().enumerate().map(part).collect())

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::{
-    Tokenizer,
+    Around, Tokenizer,
     proto::{Piece, PieceKind},
 };
 use crate::{
@@ -15,13 +15,14 @@ use crate::{
     },
 };
 
+/// What begins and ends a text, where a SentencePiece vocabulary does not say it.
+const BEGIN: usize = 1;
+const END: usize = 2;
+
 /// Reads the vocabulary of this file; of a split one, of its first part.
 pub(super) fn open(path: &Path) -> Result<Tokenizer, ModelError> {
     let folder = Folder(path.parent().unwrap_or(Path::new(".")).to_owned());
-    let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
-        return Err(ModelError::invalid(path.display().to_string(), "the name of a GGUF file", "another"));
-    };
-    let first = open_gguf::first_part(name);
+    let first = open_gguf::first_part(&path.file_name().unwrap_or_default().to_string_lossy());
     let header = open_gguf::read(&folder, &first)?;
     of(&header, &folder.path(&first).display().to_string())
 }
@@ -54,10 +55,34 @@ pub(super) fn of(header: &Header, place: &str) -> Result<Tokenizer, ModelError> 
         Ok(Piece { text: text.clone(), score: *score, kind })
     };
     let pieces = texts.iter().zip(scores).zip(kinds).map(piece).collect::<Result<_, ModelError>>()?;
-    let space_in_front = match metadata.get("tokenizer.ggml.add_space_prefix") {
-        None => true,
-        Some(Value::Bool(value)) => *value,
-        Some(_) => return Err(refuse("tokenizer.ggml.add_space_prefix", "true or false")),
+    let flag = |key: &str, default| match metadata.get(key) {
+        None => Ok(default),
+        Some(Value::Bool(value)) => Ok(*value),
+        Some(_) => Err(refuse(key, "true or false")),
     };
-    Tokenizer::of_pieces(pieces, space_in_front, place)
+    let space_in_front = flag("tokenizer.ggml.add_space_prefix", true)?;
+    // The id to add, where the file asks for it.
+    let added = |wanted: &str, id: &str, default: usize| {
+        if !flag(wanted, false)? {
+            return Ok(None);
+        }
+        let place = format!("{place}: {id}");
+        let found = match metadata.get(id) {
+            None => Some(default),
+            Some(Value::Integer(number)) => usize::try_from(*number).ok(),
+            Some(_) => None,
+        };
+        match found.filter(|id| *id < texts.len()) {
+            Some(id) => Ok(Some(id as u32)),
+            None => {
+                let found = metadata.get(id).map_or_else(|| "none".to_owned(), Value::to_string);
+                Err(ModelError::invalid(place, format!("an id below {}, as {wanted} is true", texts.len()), found))
+            }
+        }
+    };
+    let around = Around {
+        begin: added("tokenizer.ggml.add_bos_token", "tokenizer.ggml.bos_token_id", BEGIN)?,
+        end: added("tokenizer.ggml.add_eos_token", "tokenizer.ggml.eos_token_id", END)?,
+    };
+    Tokenizer::of_pieces(pieces, space_in_front, around, place)
 }

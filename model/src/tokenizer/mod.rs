@@ -1,7 +1,8 @@
 //! Grok-1's SentencePiece tokenizer: byte-pair encoding with user-defined pieces and byte fallback.
 //!
 //! Built from the file alone, without SentencePiece itself. Only models of Grok-1's kind are read (BPE, identity normaliser, one
-//! space in front, byte fallback); any other is refused by what differs. Control ids never come from text.
+//! space in front, byte fallback); any other is refused by what differs. Control ids never come from text; a GGUF file may ask for one
+//! in front of it and one behind it.
 
 use std::{
     cmp::Ordering,
@@ -10,7 +11,14 @@ use std::{
     path::Path,
 };
 
-use crate::{ModelError, checkpoint::gguf::Header};
+use crate::{
+    ModelError,
+    checkpoint::{
+        gguf::Header,
+        kind::{FileKind, refuse_pointer},
+        storage::open_regular,
+    },
+};
 
 mod decode;
 mod gguf;
@@ -38,6 +46,17 @@ pub struct Tokenizer {
     bytes: [u32; 256],
     /// A space is put in front of a text, and dropped again.
     space_in_front: bool,
+    /// What is put around the ids of a text, where the file asks for it.
+    around: Around,
+}
+
+/// Control ids around a text. Grok-1 was trained without; a GGUF file may ask for them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Around {
+    /// In front.
+    pub(crate) begin: Option<u32>,
+    /// At the end.
+    pub(crate) end: Option<u32>,
 }
 
 impl fmt::Debug for Tokenizer {
@@ -52,17 +71,19 @@ impl Tokenizer {
     /// # Errors
     /// [`ModelError`] when the file is not a SentencePiece BPE model of Grok-1's kind.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
-        if path.extension().is_some_and(|extension| extension == "gguf") {
+        let io = |source| ModelError::Io { path: path.to_owned(), source };
+        let file = open_regular(path).map_err(io)?;
+        if FileKind::of(&*file).map_err(io)? == FileKind::Gguf {
             return gguf::open(path);
         }
-        let io = |source| ModelError::Io { path: path.to_owned(), source };
-        let metadata = std::fs::metadata(path).map_err(io)?;
         let place = path.display().to_string();
-        if !metadata.is_file() || metadata.len() > LONGEST_FILE {
-            let expected = format!("a regular file of at most {LONGEST_FILE} bytes");
-            return Err(ModelError::invalid(place, expected, "another one"));
+        if file.length() > LONGEST_FILE {
+            let expected = format!("a file of at most {LONGEST_FILE} bytes");
+            return Err(ModelError::invalid(place, expected, format!("{} bytes", file.length())));
         }
-        Self::from_bytes(&std::fs::read(path).map_err(io)?, &place)
+        let mut bytes = vec![0; file.length() as usize];
+        file.read_exact_at(&mut bytes, 0).map_err(io)?;
+        Self::from_bytes(&bytes, &place)
     }
 
     /// Reads the bytes of a `tokenizer.model`; `place` is for messages.
@@ -70,6 +91,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::open`].
     pub fn from_bytes(bytes: &[u8], place: &str) -> Result<Self, ModelError> {
+        refuse_pointer(bytes, place)?;
         let model = proto::read(bytes).map_err(|error| {
             ModelError::invalid(format!("{place}: byte {}", error.offset), error.expected, error.found)
         })?;
@@ -85,7 +107,7 @@ impl Tokenizer {
         if let Some((_, expected)) = flags.iter().find(|(good, _)| !good) {
             return Err(ModelError::invalid(place, *expected, "a model without it"));
         }
-        Self::of_pieces(model.pieces, true, place)
+        Self::of_pieces(model.pieces, true, Around::default(), place)
     }
 
     /// The vocabulary in the metadata of a GGUF file; `place` is for messages.
@@ -96,11 +118,11 @@ impl Tokenizer {
         gguf::of(header, place)
     }
 
-    fn of_pieces(pieces: Vec<Piece>, space_in_front: bool, place: &str) -> Result<Self, ModelError> {
+    fn of_pieces(pieces: Vec<Piece>, space_in_front: bool, around: Around, place: &str) -> Result<Self, ModelError> {
         let vocabulary = Vocabulary::of(&pieces, place)?;
         let bytes = vocabulary.all_bytes(place)?;
         let Vocabulary { learned, user_defined, .. } = vocabulary;
-        Ok(Self { pieces, learned, user_defined, bytes, space_in_front })
+        Ok(Self { pieces, learned, user_defined, bytes, space_in_front, around })
     }
 
     /// Number of pieces.
@@ -118,8 +140,13 @@ impl Tokenizer {
         self.space_in_front
     }
 
-    /// Token ids of a text. No BOS, no EOS.
+    /// Token ids of a text. No BOS and no EOS, unless the file asks for them.
     pub fn encode(&self, text: &str) -> Vec<u32> {
+        let Around { begin, end } = self.around;
+        begin.into_iter().chain(self.encode_alone(text)).chain(end).collect()
+    }
+
+    fn encode_alone(&self, text: &str) -> Vec<u32> {
         if text.is_empty() {
             return Vec::new();
         }

@@ -5,7 +5,7 @@ use crate::{LayerTensor, checkpoint::gguf, tokenizer::Tokenizer};
 
 /// A GGUF file in the making.
 #[derive(Clone, Default)]
-struct Gguf {
+pub(super) struct Gguf {
     metadata: Vec<u8>,
     keys: u64,
     infos: Vec<u8>,
@@ -18,17 +18,17 @@ fn text(text: &str) -> Vec<u8> {
 }
 
 impl Gguf {
-    fn raw(mut self, key: &str, kind: u32, value: &[u8]) -> Self {
+    pub(super) fn raw(mut self, key: &str, kind: u32, value: &[u8]) -> Self {
         self.metadata.extend([text(key), kind.to_le_bytes().to_vec(), value.to_vec()].concat());
         self.keys += 1;
         self
     }
 
-    fn number(self, key: &str, value: u32) -> Self {
+    pub(super) fn number(self, key: &str, value: u32) -> Self {
         self.raw(key, 4, &value.to_le_bytes())
     }
 
-    fn text(self, key: &str, value: &str) -> Self {
+    pub(super) fn text(self, key: &str, value: &str) -> Self {
         self.raw(key, 8, &text(value))
     }
 
@@ -50,7 +50,7 @@ impl Gguf {
         self
     }
 
-    fn done(&self) -> Vec<u8> {
+    pub(super) fn done(&self) -> Vec<u8> {
         let counts = [self.tensors.to_le_bytes(), self.keys.to_le_bytes()].concat();
         let mut file = [b"GGUF".as_slice(), &3_u32.to_le_bytes(), &counts, &self.metadata, &self.infos].concat();
         file.resize(file.len().next_multiple_of(32), 0);
@@ -168,7 +168,7 @@ fn no_flipped_bit_makes_a_reader_panic() {
 }
 
 /// Sizes of the tiny model, without what older files lack.
-fn metadata() -> Gguf {
+pub(super) fn metadata() -> Gguf {
     Gguf::default()
         .text("general.architecture", "grok")
         .number("grok.block_count", tiny::LAYERS)
@@ -183,7 +183,7 @@ fn metadata() -> Gguf {
 }
 
 /// Name, sizes innermost first.
-fn tensors(merged: bool) -> Vec<(String, Vec<u64>)> {
+pub(super) fn tensors(merged: bool) -> Vec<(String, Vec<u64>)> {
     let mut all: Vec<(String, Vec<u64>)> =
         vec![("token_embd.weight".into(), vec![8, 16]), ("output_norm.weight".into(), vec![8])];
     let layer = [
@@ -209,7 +209,7 @@ fn tensors(merged: bool) -> Vec<(String, Vec<u64>)> {
 }
 
 /// Adds tensors of f32 that count on from `first`.
-fn with_tensors(file: Gguf, tensors: &[(String, Vec<u64>)], first: &mut u32) -> Gguf {
+pub(super) fn with_tensors(file: Gguf, tensors: &[(String, Vec<u64>)], first: &mut u32) -> Gguf {
     tensors.iter().fold(file, |file, (name, sizes)| {
         let count = sizes.iter().product::<u64>() as u32;
         let bytes: Vec<u8> = (*first..*first + count).flat_map(|value| (value as f32).to_le_bytes()).collect();
@@ -225,7 +225,7 @@ fn numbers(model: &Model, name: &TensorName) -> Vec<f32> {
     bytes.as_chunks::<4>().0.iter().map(|word| f32::from_le_bytes(*word)).collect()
 }
 
-fn folder_of(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
+pub(super) fn folder_of(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     files.iter().for_each(|(name, bytes)| std::fs::write(folder.path().join(name), bytes).unwrap());
     folder
@@ -313,6 +313,7 @@ fn a_good_file_that_is_another_model_is_refused() {
         let metadata = metadata().number("grok.attention.key_length", 4).number(key, number);
         with_tensors(metadata, &all, &mut 0).done()
     };
+    let with_true = |key| with_tensors(metadata().raw(key, 7, &[1]), &all, &mut 0).done();
     let transposed: Vec<_> =
         all.iter().map(|(name, sizes)| (name.clone(), sizes.iter().rev().copied().collect())).collect();
     let cases: Vec<(&str, Vec<u8>, &str)> = vec![
@@ -333,6 +334,15 @@ fn a_good_file_that_is_another_model_is_refused() {
         ("half of a head rotated", with_more(("grok.rope.dimension_count", 2)), "grok.rope.dimension_count"),
         ("values of another width", with_more(("grok.attention.value_length", 8)), "grok.attention.value_length"),
         ("a cap on logits", with_more(("grok.final_logit_softcapping", 30)), "grok.final_logit_softcapping"),
+        ("an expert for all tokens", with_more(("grok.expert_shared_count", 1)), "grok.expert_shared_count"),
+        ("gates by sigmoid", with_more(("grok.expert_gating_func", 2)), "grok.expert_gating_func"),
+        ("a window", with_more(("grok.attention.sliding_window", 64)), "grok.attention.sliding_window"),
+        ("blocks side by side", with_true("grok.use_parallel_residual"), "grok.use_parallel_residual"),
+        (
+            "texts without double spaces",
+            with_true("tokenizer.ggml.remove_extra_whitespaces"),
+            "remove_extra_whitespaces",
+        ),
         ("positions stretched", with_more(("grok.rope.scaling.factor", 16)), "grok.rope.scaling.factor"),
         (
             "positions stretched otherwise",
@@ -347,6 +357,7 @@ fn a_good_file_that_is_another_model_is_refused() {
         assert!(message.contains("m.gguf"), "{name}: {message}");
     }
     let none = metadata().number("grok.final_logit_softcapping", 0).number("grok.rope.scaling.factor", 1);
+    let none = none.raw("grok.attention.causal", 7, &[1]).number("grok.router_logit_softcapping", 30);
     for kind in ["none", "linear"] {
         let none = with_tensors(none.clone().text("grok.rope.scaling.type", kind), &all, &mut 0).done();
         Model::open(folder_of(&[("m.gguf", none)]).path()).expect("what changes nothing is taken");
@@ -354,6 +365,19 @@ fn a_good_file_that_is_another_model_is_refused() {
     let two = folder_of(&[("a.gguf", with(&all)), ("b.gguf", with(&all))]);
     let message = Model::open(two.path()).unwrap_err().to_string();
     assert_refused("two models in a folder", &message, "one GGUF model");
+}
+
+/// A vocabulary of the bytes, behind three control pieces and the unknown one.
+fn vocabulary() -> Gguf {
+    let named = ["[PAD]", "[BOS]", "[EOS]", "[UNK]"].map(str::to_owned);
+    let pieces: Vec<String> = named.into_iter().chain((0..=255).map(|byte| format!("<0x{byte:02X}>"))).collect();
+    let kinds = (0..pieces.len()).map(|id| [3_i32, 3, 3, 2].get(id).copied().unwrap_or(6));
+    let list = |kind, elements: Vec<u8>| array(kind, pieces.len() as u64, &elements);
+    Gguf::default()
+        .text("tokenizer.ggml.model", "llama")
+        .raw("tokenizer.ggml.tokens", 9, &list(8, pieces.iter().flat_map(|piece| text(piece)).collect()))
+        .raw("tokenizer.ggml.scores", 9, &list(6, vec![0; 4 * pieces.len()]))
+        .raw("tokenizer.ggml.token_type", 9, &list(5, kinds.flat_map(i32::to_le_bytes).collect()))
 }
 
 #[test]
@@ -370,6 +394,25 @@ fn the_vocabulary_of_a_gguf_file_is_the_tokenizers() {
     let whole = Tokenizer::open(&demo().join("tokenizer.model")).unwrap();
     let bytes: Vec<u32> = whole.encode("\u{1}");
     assert_eq!(tokenizer.encode("\u{1}"), bytes[bytes.len() - 1..], "byte fallback");
+    let around = |keys: &[&str]| {
+        let header = keys.iter().fold(vocabulary(), |file, key| file.raw(&format!("tokenizer.ggml.{key}"), 7, &[1]));
+        let header = gguf::read(&Memory(&header.number("tokenizer.ggml.eos_token_id", 9).done())).unwrap();
+        Tokenizer::from_gguf(&header, "t.gguf")
+    };
+    let ids = |keys: &[&str], text: &str| around(keys).unwrap().encode(text);
+    let bare = ids(&[], "x");
+    for (keys, expected) in [
+        (&["add_bos_token"][..], [vec![1], bare.clone()].concat()),
+        (&["add_eos_token"], [bare.clone(), vec![9]].concat()),
+        (&["add_bos_token", "add_eos_token"], [vec![1], bare.clone(), vec![9]].concat()),
+    ] {
+        assert_eq!(ids(keys, "x"), expected, "{keys:?}");
+    }
+    assert_eq!(ids(&["add_bos_token"], ""), [1]);
+    let header = vocabulary().raw("tokenizer.ggml.add_bos_token", 7, &[1]).number("tokenizer.ggml.bos_token_id", 9999);
+    let message =
+        Tokenizer::from_gguf(&gguf::read(&Memory(&header.done())).unwrap(), "t.gguf").unwrap_err().to_string();
+    assert_refused("an id that is no piece", &message, "tokenizer.ggml.bos_token_id");
     let scoreless =
         Gguf::default().text("tokenizer.ggml.model", "llama").raw("tokenizer.ggml.tokens", 9, &array(8, 1, &text("a")));
     let damaged = folder_of(&[

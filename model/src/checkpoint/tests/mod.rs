@@ -8,6 +8,7 @@ use std::{
 use super::*;
 
 pub(crate) mod build;
+mod downloads;
 mod goldens;
 mod hostile_files;
 mod hostile_gguf;
