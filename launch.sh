@@ -71,7 +71,7 @@ if [ -z "${GROKPIPE_CONFIG:-}" ] && [ ! -f cluster.toml ]; then
 fi
 
 case ${1:-} in
-  up | coordinator | worker | generate | plan | status | inspect | convert | tokenize | logits | bench | --help | -h | --version | -V)
+  up | coordinator | worker | generate | plan | status | inspect | verify | convert | tokenize | logits | bench | --help | -h | --version | -V)
     exec "$grokpipe" "$@"
     ;;
   *)

@@ -430,7 +430,7 @@ async fn first_messages(live: &Live, table: &mut Table) {
         ("nothing at all", vec![]),
         ("a message that is empty", vec![JoinRequest { message: None }]),
         ("a heartbeat", vec![saying(Message::Heartbeat(Heartbeat::default()))]),
-        ("a report", vec![saying(Message::StageReady(StageReady { plan_epoch: 1 }))]),
+        ("a report", vec![saying(Message::StageReady(StageReady { plan_epoch: 1, ..StageReady::default() }))]),
         ("a failure", vec![saying(Message::StageFailed(StageFailed::default()))]),
     ];
     for (name, messages) in cases {
@@ -459,8 +459,14 @@ async fn reports(live: &Live, table: &mut Table) {
         ("a heartbeat of wild numbers", Message::Heartbeat(wild)),
         ("a second hello", Message::Hello(hello(|_| ()))),
         ("progress beyond the total", Message::LoadProgress(progress)),
-        ("ready for a stage that it has not", Message::StageReady(StageReady { plan_epoch: epoch })),
-        ("ready for an epoch of tomorrow", Message::StageReady(StageReady { plan_epoch: u64::MAX })),
+        (
+            "ready for a stage that it has not",
+            Message::StageReady(StageReady { plan_epoch: epoch, ..StageReady::default() }),
+        ),
+        (
+            "ready for an epoch of tomorrow",
+            Message::StageReady(StageReady { plan_epoch: u64::MAX, ..StageReady::default() }),
+        ),
         ("failure of a stage that it has not", Message::StageFailed(failed(epoch))),
         ("failure of an epoch of tomorrow", Message::StageFailed(failed(u64::MAX))),
         ("blame for a live worker", Message::StageFailed(lost)),

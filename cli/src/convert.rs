@@ -3,21 +3,15 @@
 
 use std::{
     fmt::Write as _,
-    io::{self, IsTerminal, Write},
     path::{Path, PathBuf},
-    time::{Duration, Instant},
 };
 
 use grokpipe_model::{
     Model, ModelError,
     convert::{self, Mix, Options, Report},
 };
-use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::{config::ByteSize, error::CliError, machine, text::print};
-
-/// Time between two lines where there is no terminal.
-const LINE_INTERVAL: Duration = Duration::from_secs(10);
+use crate::{config::ByteSize, error::CliError, machine, progress::Screen, text::print};
 
 /// Arguments of `convert`.
 #[derive(Debug, clap::Args)]
@@ -70,47 +64,6 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         }
     })?;
     print(&render(&report))
-}
-
-/// A bar on a terminal, a line every ten seconds otherwise, on standard error.
-struct Screen {
-    bar: Option<ProgressBar>,
-    last_line: Instant,
-}
-
-impl Screen {
-    fn new() -> Self {
-        let bar = || {
-            let bar = ProgressBar::no_length();
-            let template = "{bar:30} {bytes}/{total_bytes} {binary_bytes_per_sec}, {eta} left";
-            match ProgressStyle::with_template(template) {
-                Ok(style) => bar.with_style(style),
-                Err(_) => bar,
-            }
-        };
-        Self { bar: io::stderr().is_terminal().then(bar), last_line: Instant::now() }
-    }
-
-    fn show(&mut self, done: u64, total: u64) {
-        match &self.bar {
-            Some(bar) => {
-                bar.set_length(total);
-                bar.set_position(done);
-            }
-            None if self.last_line.elapsed() >= LINE_INTERVAL => {
-                self.last_line = Instant::now();
-                // Nobody may read standard error any more; that is no reason to end.
-                let _ = writeln!(io::stderr(), "{} of {}", ByteSize(done), ByteSize(total));
-            }
-            None => {}
-        }
-    }
-
-    fn clear(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
 }
 
 fn render(report: &Report) -> String {

@@ -18,11 +18,13 @@ mod logging;
 mod logits;
 mod machine;
 mod plan;
+mod progress;
 mod rates;
 mod status;
 mod text;
 mod tokenizer;
 mod up;
+mod verify;
 mod weights;
 mod worker;
 
@@ -59,6 +61,8 @@ enum Command {
     Status(status::Args),
     /// Show what a model's files hold
     Inspect(inspect::Args),
+    /// Check a model's files: lengths, checksums, holes; exit code 1 when something is wrong
+    Verify(verify::Args),
     /// Write a model as GGUF, in another format
     Convert(convert::Args),
     /// Turn lines of text into token ids, or back
@@ -95,6 +99,10 @@ fn run(command: Command) -> Result<ExitCode, CliError> {
             return Ok(if serving { ExitCode::SUCCESS } else { ExitCode::from(error::Code::Failed as u8) });
         }
         Command::Inspect(args) => inspect::run(&args)?,
+        Command::Verify(args) => {
+            let good = verify::run(&args)?;
+            return Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(error::Code::Failed as u8) });
+        }
         Command::Convert(args) => convert::run(&args)?,
         Command::Tokenize(args) => tokenizer::run(&args)?,
         Command::Logits(args) => logits::run(args)?,
@@ -127,6 +135,7 @@ mod tests {
             "plan --config c.toml --json",
             "plan --server node:7070",
             "inspect m --json",
+            "verify m --write --json",
             "convert m out.gguf --type q8_0",
             "convert m out.gguf --type mixed --split-max-size 40GB",
             "tokenize --tokenizer t --json --decode",

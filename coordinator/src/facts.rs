@@ -2,7 +2,7 @@
 
 use std::{ops::Range, time::Duration};
 
-use grokpipe_model::{Model, ModelConfig, ModelError, TensorName, WeightSource, layer_matrices};
+use grokpipe_model::{Model, ModelConfig, ModelError, TensorName, WeightSource, contents::PartSum, layer_matrices};
 use grokpipe_proto::v1::{FormatRate, Hello};
 
 use crate::planner::{
@@ -17,6 +17,8 @@ pub struct ModelFacts {
     pub config: ModelConfig,
     /// Equal on every node that has the same model.
     pub digest: String,
+    /// Sums of the contents that a manifest beside the coordinator's files has.
+    pub contents: Vec<PartSum>,
     layers: Vec<LayerCost>,
     head: HeadCost,
 }
@@ -68,7 +70,7 @@ impl ModelFacts {
         };
         let head_bytes = (config.vocab_size as u64) * hidden * 4;
         let layers = layer_bytes.into_iter().map(layer).collect();
-        Self { head: head(&config, head_bytes, HEAD_FORMAT.to_owned()), config, digest, layers }
+        Self { head: head(&config, head_bytes, HEAD_FORMAT.to_owned()), config, digest, contents: Vec::new(), layers }
     }
 
     /// Facts of a model's files; opens tensors for their formats, reads no weights.
@@ -104,7 +106,8 @@ impl ModelFacts {
             layers.push(LayerCost { weight_bytes, products });
         }
         let format = weights.matrix(&TensorName::Head)?.spec().format.name();
-        Ok(Self { head: head(&config, weights.stored_bytes(0..0, true), format), config, digest, layers })
+        let contents = weights.record().map(|record| record.sums().collect()).unwrap_or_default();
+        Ok(Self { head: head(&config, weights.stored_bytes(0..0, true), format), config, digest, contents, layers })
     }
 
     /// The model without its other layers and without its head, for measurements of a part.

@@ -1,5 +1,7 @@
 //! A stage as its worker sees it: some layers on some device, behind one call.
 
+use grokpipe_model::contents::PartSum;
+
 use crate::{Batch, DeviceInfo, KernelError};
 
 /// What enters a step.
@@ -38,6 +40,11 @@ pub trait Stage: Send {
 
     /// Bytes of the KV pool on the device.
     fn kv_bytes(&self) -> u64;
+
+    /// Sums of the numbers that were loaded, a layer each; none of weights that are not stored anywhere.
+    fn contents(&self) -> &[PartSum] {
+        &[]
+    }
 
     /// See [`Backend::measure_read_bandwidth`](crate::Backend::measure_read_bandwidth).
     ///

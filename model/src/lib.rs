@@ -14,8 +14,11 @@ mod source;
 mod tensors;
 
 pub mod checkpoint;
+pub mod contents;
 pub mod convert;
+pub mod manifest;
 pub mod tokenizer;
+pub mod verify;
 
 pub use blocks::{BlockType, Codes, IQ4_VALUES, NotUnpacked, UnpackedScales};
 pub use bytes::Bytes;

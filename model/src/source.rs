@@ -5,7 +5,7 @@
 
 use std::{fmt, ops::Range};
 
-use crate::{BlockType, LayerTensor, ModelError, TensorName};
+use crate::{BlockType, LayerTensor, ModelError, TensorName, contents::Record};
 
 /// How the numbers of a matrix are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,6 +124,11 @@ pub trait MatrixSource: Send + Sync {
     /// # Errors
     /// [`ModelError::Io`] when the bytes cannot be read; [`ModelError`] naming the tensor when a scale is not finite.
     fn scales(&self) -> Result<Vec<f32>, ModelError>;
+
+    /// Where the stored byte at this offset is, for messages.
+    fn place(&self, offset: u64) -> String {
+        format!("{}: byte {offset}", self.spec().name)
+    }
 }
 
 /// All tensors of one model, each opened when asked for and not before.
@@ -148,6 +153,11 @@ pub trait WeightSource: Send + Sync {
 
     /// Stored bytes of these layers, and of the head if `with_head`, without opening them: for plans and progress.
     fn stored_bytes(&self, layers: Range<u32>, with_head: bool) -> u64;
+
+    /// What is known of the contents beforehand. `None` of weights that are not stored anywhere: these are not summed.
+    fn record(&self) -> Option<&Record> {
+        None
+    }
 }
 
 /// Shapes and formats of a layer's matrices.

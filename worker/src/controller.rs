@@ -6,15 +6,15 @@
 use std::{ops::Range, sync::Arc, time::Duration};
 
 use grokpipe_kernels::KernelError;
-use grokpipe_model::ModelConfig;
+use grokpipe_model::{ModelConfig, contents::PartSum};
 use grokpipe_proto::{
     link::{Link, LinkEvent, LinkSettings},
     max_frame_bytes,
     secret::Secret,
     transport::{self, Keepalive, Net},
     v1::{
-        ActivationDtype, Assignment, DeliverRequest, FrameFailed, LoadProgress, MicroBatchResult, StageFailed,
-        StageReady, join_request::Message, result_service_client::ResultServiceClient,
+        ActivationDtype, Assignment, ContentSum, DeliverRequest, FrameFailed, LoadProgress, MicroBatchResult,
+        StageFailed, StageReady, join_request::Message, result_service_client::ResultServiceClient,
     },
 };
 use tokio::sync::{Mutex, mpsc, watch};
@@ -53,6 +53,12 @@ struct Held {
     stored_bytes: u64,
     weights_bytes: u64,
     kv_bytes: u64,
+    /// Sums of what was loaded.
+    contents: Vec<ContentSum>,
+}
+
+fn content_sum(PartSum { part, sum, confirmed }: &PartSum, layers: u32) -> ContentSum {
+    ContentSum { part: part.index(layers), sum: sum.as_bytes().to_vec().into(), confirmed: *confirmed }
 }
 
 /// What [`Controller`] works with.
@@ -184,7 +190,11 @@ impl Controller {
         };
         self.active.set(assignment.plan_epoch, queue);
         info!(layers = ?request.layers, "stage ready");
-        self.report(Message::StageReady(StageReady { plan_epoch: assignment.plan_epoch })).await;
+        self.report(Message::StageReady(StageReady {
+            plan_epoch: assignment.plan_epoch,
+            contents: held.contents.clone(),
+        }))
+        .await;
         tokio::select! {
             ended = runner.run(jobs, stop.clone()) => ended.map_err(|failed| {
                 let lost_peer = if failed.outlet { assignment.next_worker.clone() } else { String::new() };
@@ -283,6 +293,7 @@ impl Controller {
             ..Failure::fatal(error.to_string())
         })?;
         let (weights_bytes, kv_bytes) = (stage.weights_bytes(), stage.kv_bytes());
+        let contents = stage.contents().iter().map(|sum| content_sum(sum, self.config.num_hidden_layers)).collect();
         let (_, stored_bytes) = *seen.borrow();
         self.report_loaded(assignment.plan_epoch, stored_bytes).await;
         *held = Some(Held {
@@ -291,6 +302,7 @@ impl Controller {
             stored_bytes,
             weights_bytes,
             kv_bytes,
+            contents,
         });
         self.held_layers.send_replace(Some(request.layers.clone()));
         Ok(())

@@ -18,12 +18,13 @@ use grokpipe_proto::{
     v1::{Heartbeat, Hello, LoadProgress, StageFailed, StageTiming, Welcome, join_response::Message},
 };
 
-use self::measured::Measured;
+use self::{contents::Contents, measured::Measured};
 use crate::{
     facts::{ModelFacts, PlanWishes},
     planner::Plan,
 };
 
+mod contents;
 mod hello;
 mod measured;
 mod planning;
@@ -181,6 +182,8 @@ pub struct Cluster {
     next_event: u64,
     commands: Vec<Command>,
     planned_for: Option<u64>,
+    /// What the model's numbers are, by those who loaded them.
+    contents: Contents,
     /// Counts what may change a plan, so that a refused plan is not tried again for nothing.
     changes: u64,
 }
@@ -188,9 +191,11 @@ pub struct Cluster {
 impl Cluster {
     /// A cluster without workers.
     pub fn new(settings: ClusterSettings, facts: ModelFacts) -> Self {
+        let contents = Contents::new(&facts);
         Self {
             settings,
             facts,
+            contents,
             nodes: BTreeMap::new(),
             epoch: 0,
             active: None,

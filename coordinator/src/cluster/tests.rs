@@ -1,9 +1,9 @@
 //! The cluster's life, step by step, without clocks and sockets.
 
-use grokpipe_model::ModelConfig;
+use grokpipe_model::{ModelConfig, contents::Sum};
 use grokpipe_proto::snapshot::{NodeState, SnapshotRequests, VerdictPhase};
 
-use grokpipe_proto::v1::{Assignment, FormatRate, StepOverhead};
+use grokpipe_proto::v1::{Assignment, ContentSum, FormatRate, StageReady, StepOverhead};
 
 use super::*;
 use crate::planner::Objective;
@@ -402,5 +402,38 @@ fn what_a_prediction_came_to_is_told_after_enough_steps_of_its_size() {
     let known = plan(&cluster);
     for measured in [known.measured_tokens_per_second, known.measured_stream_tokens_per_second] {
         assert!((measured.unwrap() - 500.0).abs() < 1e-6, "{known:?}");
+    }
+}
+
+#[test]
+fn a_worker_with_another_copy_of_a_layer_is_named_and_left_out() {
+    let loaded = |epoch, number: f32| {
+        let sum =
+            |part| ContentSum { part, sum: Sum::of_vector(&[number]).as_bytes().to_vec().into(), confirmed: false };
+        StageReady { plan_epoch: epoch, contents: (4..8).map(sum).collect() }
+    };
+    // w2 has loaded the upper half, and is lost; w3 takes over with its own copy.
+    for (number, is_trusted) in [(1.0, true), (2.0, false)] {
+        let mut cluster = serving();
+        let second = cluster.active.as_ref().unwrap().stages[1].node.clone();
+        let generation = cluster.nodes[&second].hello.generation;
+        assert!(cluster.check_contents(at(0.3), &second, generation, &loaded(cluster.epoch(), 1.0)));
+        join(&mut cluster, at(1.0), "w3", 3);
+        cluster.leave(at(1.1), &second, generation, "unplugged");
+        assert!(cluster.runs_stage("w3"));
+        assert_eq!(cluster.check_contents(at(1.2), "w3", 3, &loaded(cluster.epoch(), number)), is_trusted);
+        let seen = snapshot(&cluster, at(1.3));
+        let differ = seen.events.iter().find(|event| event.code == "contents_differ");
+        let error = seen.nodes.iter().find(|node| node.name == "w3").unwrap().last_error.clone();
+        if is_trusted {
+            assert_eq!((differ, error), (None, None));
+            continue;
+        }
+        let text = &differ.unwrap().text;
+        assert!(text.contains(&format!("w3 has other numbers than {second} has in layers 4..8")), "{text}");
+        assert!(error.unwrap().contains(&second));
+        assert!(cluster.nodes["w3"].unfit && !cluster.is_serving());
+        // A report of an epoch that is over says nothing.
+        assert!(cluster.check_contents(at(1.4), "w3", 3, &loaded(cluster.epoch() + 1, 3.0)));
     }
 }

@@ -368,7 +368,11 @@ impl Engine {
         match message {
             Message::Heartbeat(heartbeat) => self.cluster.heartbeat(now, name, generation, heartbeat),
             Message::LoadProgress(progress) => self.cluster.load_progress(now, name, generation, &progress),
-            Message::StageReady(ready) => self.cluster.stage_ready(now, name, generation, ready.plan_epoch),
+            Message::StageReady(ready) => {
+                if self.cluster.check_contents(now, name, generation, &ready) {
+                    self.cluster.stage_ready(now, name, generation, ready.plan_epoch);
+                }
+            }
             Message::StageFailed(failed) => self.cluster.stage_failed(now, name, generation, &failed),
             Message::FrameFailed(FrameFailed { plan_epoch, micro_batch_id, message }) => {
                 if plan_epoch == self.cluster.epoch() && self.cluster.runs_stage(name) {

@@ -2,7 +2,10 @@
 
 use std::{borrow::Cow, ops::Range};
 
-use grokpipe_model::{LayerTensor, MatrixSource, ModelConfig, TensorName, WeightSource};
+use grokpipe_model::{
+    LayerTensor, MatrixSource, ModelConfig, ModelError, TensorName, WeightSource,
+    contents::{self, Part, PartSum, Sum, Summed},
+};
 
 use super::{StageOptions, Trace, validate};
 use crate::{AttentionParams, Backend, Batch, KV_BLOCK_TOKENS, KernelError, StepInput, StepOutput};
@@ -63,6 +66,7 @@ pub(crate) struct Layers<B: Backend> {
     head: Option<Head<B>>,
     buffers: Buffers<B>,
     kv: B::KvPool,
+    contents: Vec<PartSum>,
 }
 
 impl<B: Backend> Layers<B> {
@@ -85,10 +89,15 @@ impl<B: Backend> Layers<B> {
         let with_head = options.has_head(config, &range);
         let total = weights.stored_bytes(range.clone(), with_head);
         progress(0, total);
-        let mut loader = Loader { backend, config, weights, done: 0, total, progress };
+        let (tensors, contents) = (Vec::new(), Vec::new());
+        let mut loader = Loader { backend, config, weights, done: 0, total, progress, tensors, hole: None, contents };
         let head = if with_head { Some(loader.head(options.logit_rows)?) } else { None };
         let layers = range.clone().map(|layer| loader.layer(layer)).collect::<Result<Vec<_>, _>>()?;
+        if range.start == 0 {
+            loader.embedding()?;
+        }
         let buffers = loader.buffers(options)?;
+        let contents = loader.contents;
         let slots = options.kv_blocks as usize * KV_BLOCK_TOKENS;
         let kv = backend.kv_pool(layers.len(), slots, config.num_key_value_heads * config.head_dim)?;
         // Scales and padding of the files are not counted piece by piece.
@@ -102,7 +111,12 @@ impl<B: Backend> Layers<B> {
             rope_theta: config.rope_theta,
         };
         let config = config.clone();
-        Ok(Self { config, options, attention, first: range.start == 0, layers, head, buffers, kv })
+        Ok(Self { config, options, attention, first: range.start == 0, layers, head, buffers, kv, contents })
+    }
+
+    /// Sums of what was loaded.
+    pub(crate) fn contents(&self) -> &[PartSum] {
+        &self.contents
     }
 
     /// One step. See [`crate::Stage::run`].
@@ -248,7 +262,7 @@ impl<B: Backend> Layers<B> {
     }
 }
 
-/// Loads tensors one after the other and counts the bytes.
+/// Loads tensors one after the other, counts the bytes and sums them.
 struct Loader<'a, B: Backend> {
     backend: &'a mut B,
     config: &'a ModelConfig,
@@ -256,6 +270,12 @@ struct Loader<'a, B: Backend> {
     done: u64,
     total: u64,
     progress: &'a mut dyn FnMut(u64, u64),
+    /// Sums of the tensors since the last part was whole.
+    tensors: Vec<(TensorName, Sum)>,
+    /// Zeros in one of them that are no numbers.
+    hole: Option<ModelError>,
+    /// Sums of the parts.
+    contents: Vec<PartSum>,
 }
 
 impl<B: Backend> Loader<'_, B> {
@@ -280,16 +300,57 @@ impl<B: Backend> Loader<'_, B> {
             *done += bytes;
             progress((*done).min(*total), *total);
         };
-        match name {
-            TensorName::Layer(_, LayerTensor::Router) => backend.load_router(source.as_ref(), &mut progress),
-            _ => backend.load_matrix(source.as_ref(), &mut progress),
+        let mut load = |source: &dyn MatrixSource| match name {
+            TensorName::Layer(_, LayerTensor::Router) => backend.load_router(source, &mut progress),
+            _ => backend.load_matrix(source, &mut progress),
+        };
+        if self.weights.record().is_none() {
+            return load(&*source);
         }
+        let source = Summed::new(source);
+        let matrix = load(&source)?;
+        let (sum, hole) = source.finish()?;
+        self.note(name, sum, hole);
+        Ok(matrix)
+    }
+
+    fn note(&mut self, name: TensorName, sum: Sum, hole: Option<ModelError>) {
+        self.tensors.push((name, sum));
+        self.hole = self.hole.take().or(hole);
+    }
+
+    /// A part is whole: its sum is held to what is known of it. Zeros that a manifest confirms are the model's own.
+    fn whole(&mut self, part: Part, sum: impl Fn(&[(TensorName, Sum)]) -> Option<Sum>) -> Result<(), KernelError> {
+        let (tensors, hole) = (std::mem::take(&mut self.tensors), self.hole.take());
+        let (Some(record), Some(sum)) = (self.weights.record(), sum(&tensors)) else { return Ok(()) };
+        let sum = record.confirm(part, sum)?;
+        match hole.filter(|_| !sum.confirmed) {
+            Some(hole) => Err(hole.into()),
+            None => {
+                self.contents.push(sum);
+                Ok(())
+            }
+        }
+    }
+
+    /// The first stage gathers rows of the embedding as tokens come; once it is read as a whole, so that another one is noticed.
+    fn embedding(&mut self) -> Result<(), KernelError> {
+        let is_summed = self.contents.iter().any(|sum| sum.part == Part::Embedding);
+        if self.weights.record().is_none() || is_summed {
+            return Ok(());
+        }
+        let (sum, hole) = contents::sum_of(&TensorName::Embedding, self.weights)?;
+        self.note(TensorName::Embedding, sum, hole);
+        self.whole(Part::Embedding, only)
     }
 
     fn vector(&mut self, name: TensorName) -> Result<B::Vector, KernelError> {
         let values = self.weights.vector(&name)?;
         validate::length(&name.to_string(), self.config.hidden_size, values.len())?;
         self.done += 4 * values.len() as u64;
+        if self.weights.record().is_some() {
+            self.note(name, Sum::of_vector(&values), None);
+        }
         self.backend.load_vector(&values)
     }
 
@@ -303,7 +364,7 @@ impl<B: Backend> Loader<'_, B> {
         let down = self.matrix(name(LayerTensor::MoeDown), experts, ffn, hidden)?;
         let up = self.matrix(name(LayerTensor::MoeUp), experts, hidden, ffn)?;
         self.backend.pair_experts(&gate, &up)?;
-        Ok(Layer {
+        let layer = Layer {
             gate,
             down,
             up,
@@ -316,14 +377,28 @@ impl<B: Backend> Loader<'_, B> {
             pre_moe_norm: self.vector(name(LayerTensor::PreMoeNorm))?,
             post_moe_norm: self.vector(name(LayerTensor::PostMoeNorm))?,
             router: self.matrix(name(LayerTensor::Router), 1, hidden, experts)?,
-        })
+        };
+        self.whole(Part::Layer(index), |tensors| {
+            let of_layer = tensors.iter().filter_map(|(name, sum)| match name {
+                TensorName::Layer(_, tensor) => Some((*tensor, *sum)),
+                _ => None,
+            });
+            Some(Sum::of_layer(&of_layer.collect::<Vec<_>>()))
+        })?;
+        Ok(layer)
     }
 
     fn head(&mut self, logit_rows: usize) -> Result<Head<B>, KernelError> {
         let (hidden, vocab, rows) = (self.config.hidden_size, self.config.vocab_size, logit_rows.max(1));
+        let norm = self.vector(TensorName::FinalNorm)?;
+        self.whole(Part::FinalNorm, only)?;
+        let embedding = self.matrix(TensorName::Head, 1, hidden, vocab)?;
+        if let Some(part) = self.weights.record().map(contents::Record::head) {
+            self.whole(part, only)?;
+        }
         Ok(Head {
-            norm: self.vector(TensorName::FinalNorm)?,
-            embedding: self.matrix(TensorName::Head, 1, hidden, vocab)?,
+            norm,
+            embedding,
             picked: self.backend.activations(rows, hidden)?,
             normed: self.backend.activations(rows, hidden)?,
             logits: self.backend.activations(rows, vocab)?,
@@ -346,4 +421,9 @@ impl<B: Backend> Loader<'_, B> {
             selection: self.backend.selection(rows, c.num_experts_per_tok)?,
         })
     }
+}
+
+/// The sum of a part of one tensor.
+fn only(tensors: &[(TensorName, Sum)]) -> Option<Sum> {
+    tensors.first().map(|(_, sum)| *sum)
 }

@@ -13,7 +13,7 @@ mod validate;
 
 use std::{ops::Range, sync::Arc};
 
-use grokpipe_model::{ModelConfig, WeightSource};
+use grokpipe_model::{ModelConfig, WeightSource, contents::PartSum};
 
 pub(crate) use self::layers::Layers;
 pub use self::memory::MemoryNeed;
@@ -139,6 +139,10 @@ impl<B: Backend> Stage for StageModel<B> {
         self.need.kv_bytes
     }
 
+    fn contents(&self) -> &[PartSum] {
+        self.layers.contents()
+    }
+
     fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {
         self.backend.measure_read_bandwidth()
     }
@@ -156,3 +160,6 @@ impl<B: Backend> TracedStage for StageModel<B> {
         Ok((output, trace))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -154,6 +154,17 @@ impl Files {
         }
     }
 
+    /// All files of a tensor, each once, relative to the model.
+    pub(super) fn of(&self, name: &TensorName) -> BTreeSet<&str> {
+        match self {
+            Self::Pickles(_) => self.file(name).into_iter().collect(),
+            Self::Placed { .. } => {
+                let parts = self.placed(name).map_or(&[][..], |placed| &placed.parts);
+                parts.iter().map(|part| part.file.as_str()).collect()
+            }
+        }
+    }
+
     /// All files that hold tensors, each once, relative to the model.
     pub(super) fn names(&self) -> BTreeSet<&str> {
         match self {
@@ -195,7 +206,7 @@ fn tied<T>(name: &TensorName, get: impl Fn(&TensorName) -> Option<T>) -> Option<
 }
 
 /// Where a checkpoint's tensors lie, relative to the storage: `ckpt-0/` if there is one, else where a tensor is.
-pub(super) fn checkpoint_in(storage: &dyn Storage) -> Result<Option<&'static str>, ModelError> {
+pub(crate) fn checkpoint_in(storage: &dyn Storage) -> Result<Option<&'static str>, ModelError> {
     let list = |name: &str| storage.list(name).map_err(|source| ModelError::Io { path: storage.path(name), source });
     if list(CHECKPOINT)?.is_some() {
         return Ok(Some(CHECKPOINT));
@@ -209,7 +220,7 @@ pub(super) fn checkpoint_in(storage: &dyn Storage) -> Result<Option<&'static str
 }
 
 /// Whether this is the name of a tensor's file: `tensor00000_000`.
-pub(super) fn is_tensor(name: &str) -> bool {
+pub(crate) fn is_tensor(name: &str) -> bool {
     let digits = |text: &str, count| text.len() == count && text.bytes().all(|byte| byte.is_ascii_digit());
     let number = name.strip_prefix("tensor").and_then(|rest| rest.split_once('_'));
     number.is_some_and(|(tensor, host)| digits(tensor, 5) && digits(host, 3))

@@ -23,7 +23,7 @@ const REVISION: &str = "refs/main";
 
 /// The folder with the model's files: `path`, or the only folder within it that holds a model. `path` itself where there is none, for
 /// its readers to refuse.
-pub(super) fn of_model(path: &Path) -> Result<PathBuf, ModelError> {
+pub(crate) fn of_model(path: &Path) -> Result<PathBuf, ModelError> {
     if holds_model(path) {
         return Ok(path.to_owned());
     }
@@ -47,7 +47,7 @@ pub(super) fn of_model(path: &Path) -> Result<PathBuf, ModelError> {
 }
 
 /// The folder above, by name where the path has one.
-pub(super) fn above(folder: &Path) -> PathBuf {
+pub(crate) fn above(folder: &Path) -> PathBuf {
     match folder.components().next_back() {
         Some(Component::Normal(_)) => match folder.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),

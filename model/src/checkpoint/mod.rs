@@ -4,6 +4,7 @@
 //! reads its own layers' bytes and no others. Shapes and formats are checked against the configuration at that moment.
 
 use std::{
+    collections::BTreeMap,
     fmt, io,
     ops::Range,
     path::{Path, PathBuf},
@@ -14,24 +15,27 @@ use std::{
 use crate::{
     BlockType, Format, Layout, MatrixSource, MatrixSpec, ModelConfig, ModelError, TensorName, TensorShape,
     WeightSource, config_file,
+    contents::{Part, Record},
+    manifest,
 };
 
 pub(crate) mod digest;
-mod files;
-mod folder;
+pub(crate) mod files;
+pub(crate) mod folder;
 pub mod gguf;
 pub mod header;
 pub mod kind;
 mod names;
 pub(crate) mod open_gguf;
 pub mod pickle;
+pub(crate) mod published;
 pub mod safetensors;
 pub mod storage;
 
 #[cfg(test)]
 pub(crate) mod tests;
 
-use files::{Files, Part, Placed};
+use files::{Files, Placed};
 use kind::FileKind;
 use storage::{Folder, ReadAt, Storage, open_regular};
 
@@ -43,6 +47,7 @@ pub struct Model {
     files: Files,
     gguf: Option<GgufFile>,
     embedding: OnceLock<StoredMatrix>,
+    record: OnceLock<Record>,
 }
 
 /// The GGUF file with the metadata.
@@ -92,7 +97,15 @@ impl Model {
             FileKind::Safetensors => {
                 let config = config_file::open(&folder.join("config.json"))?;
                 let files = Files::in_safetensors(&*storage, &file, &config)?;
-                Ok(Self { config, storage, folder: folder.to_owned(), files, gguf: None, embedding: OnceLock::new() })
+                Ok(Self {
+                    config,
+                    storage,
+                    folder: folder.to_owned(),
+                    files,
+                    gguf: None,
+                    embedding: OnceLock::new(),
+                    record: OnceLock::new(),
+                })
             }
             FileKind::Json if file.ends_with(files::INDEX) => Self::open_folder(folder, storage),
             FileKind::Pickle if files::is_tensor(&file) => {
@@ -133,13 +146,29 @@ impl Model {
             Err(source) => return Err(ModelError::Io { path: config_path, source }),
         };
         let files = Files::find(&*storage, folder, &config)?;
-        Ok(Self { config, storage, folder: folder.to_owned(), files, gguf: None, embedding: OnceLock::new() })
+        Ok(Self {
+            config,
+            storage,
+            folder: folder.to_owned(),
+            files,
+            gguf: None,
+            embedding: OnceLock::new(),
+            record: OnceLock::new(),
+        })
     }
 
     fn open_gguf(folder: &Path, storage: Arc<dyn Storage>, file: &str) -> Result<Self, ModelError> {
         let open_gguf::Opened { config, files, has_vocabulary } = open_gguf::open(&*storage, file)?;
         let gguf = Some(GgufFile { name: open_gguf::first_part(file), has_vocabulary });
-        Ok(Self { config, storage, folder: folder.to_owned(), files, gguf, embedding: OnceLock::new() })
+        Ok(Self {
+            config,
+            storage,
+            folder: folder.to_owned(),
+            files,
+            gguf,
+            embedding: OnceLock::new(),
+            record: OnceLock::new(),
+        })
     }
 
     /// The model's sizes.
@@ -160,6 +189,31 @@ impl Model {
         }
         let candidates = [self.folder.clone(), folder::above(&self.folder)];
         candidates.into_iter().map(|folder| folder.join("tokenizer.model")).find(|path| path.is_file())
+    }
+
+    /// Where the manifest of this model's files is, if it has one: in its folder, or beside its GGUF file under that one's name.
+    pub fn manifest_path(&self) -> PathBuf {
+        match &self.gguf {
+            None => self.folder.join(manifest::NAME),
+            Some(file) => {
+                // Of a split file the name without number and count, as conversions have it.
+                let mut path = open_gguf::unsplit(&self.storage.path(&file.name)).into_os_string();
+                path.push(manifest::EXTENSION);
+                path.into()
+            }
+        }
+    }
+
+    /// The files that hold a tensor.
+    pub(crate) fn files_of(&self, name: &TensorName) -> Vec<PathBuf> {
+        self.files.of(name).into_iter().map(|name| self.storage.path(name)).collect()
+    }
+
+    /// All parts that can be summed.
+    pub fn parts(&self) -> Vec<Part> {
+        let layers = (0..self.config.num_hidden_layers).map(Part::Layer);
+        let head = self.has_own_head().then_some(Part::Head);
+        layers.chain([Part::Embedding]).chain(head).chain([Part::FinalNorm]).collect()
     }
 
     /// SHA-256, in hex, of configuration, tensor names, stored sizes and file format: equal for equal files, whatever the path.
@@ -239,10 +293,15 @@ impl Model {
     /// Opens a tensor's files and checks what they hold.
     fn located(&self, name: &TensorName) -> Result<Located, ModelError> {
         if let Some(Placed { format, layout, parts }) = self.files.placed(name) {
-            let opened =
-                parts.iter().map(|part| Ok(Stretch { file: self.open_file(&part.file)?, offset: part.offset }));
+            let opened = parts.iter().map(|part| {
+                Ok(Stretch {
+                    file: self.open_file(&part.file)?,
+                    path: self.storage.path(&part.file),
+                    offset: part.offset,
+                })
+            });
             let part_bytes = parts.first().map_or(0, |part| part.length);
-            let file = parts.first().map_or("", |part: &Part| &part.file);
+            let file = parts.first().map_or("", |part| &part.file);
             return Ok(Located {
                 parts: opened.collect::<Result<_, ModelError>>()?,
                 part_bytes,
@@ -258,7 +317,7 @@ impl Model {
         let tensor = pickle::read(&*file).map_err(|error| {
             ModelError::invalid(format!("{place}: byte {}", error.offset), error.expected, error.found)
         })?;
-        located_pickle(file, tensor, &name.shape(&self.config), place)
+        located_pickle(file, self.storage.path(file_name), tensor, &name.shape(&self.config), place)
     }
 
     fn stored(&self, name: &TensorName) -> Result<StoredMatrix, ModelError> {
@@ -318,6 +377,17 @@ impl WeightSource for Model {
         Ok(rows)
     }
 
+    fn record(&self) -> Option<&Record> {
+        Some(self.record.get_or_init(|| {
+            let path = self.manifest_path();
+            let sums = manifest::sums_in(&path).unwrap_or_else(|error| {
+                tracing::warn!(%error, "the manifest beside the model is left aside");
+                BTreeMap::new()
+            });
+            Record::new(self.has_own_head(), sums, path.display().to_string())
+        }))
+    }
+
     fn stored_bytes(&self, layers: Range<u32>, with_head: bool) -> u64 {
         let names = layers.flat_map(|layer| crate::LayerTensor::ALL.map(|tensor| TensorName::Layer(layer, tensor)));
         let head = with_head.then_some([TensorName::Head, TensorName::FinalNorm]);
@@ -341,6 +411,7 @@ struct Located {
 /// A part of a tensor.
 struct Stretch {
     file: Box<dyn ReadAt>,
+    path: PathBuf,
     offset: u64,
 }
 
@@ -427,6 +498,17 @@ impl MatrixSource for StoredMatrix {
         finite(&scales, &self.located.place)?;
         Ok(scales)
     }
+
+    fn place(&self, offset: u64) -> String {
+        let Located { parts, part_bytes, .. } = &self.located;
+        let part_bytes = (*part_bytes).max(1);
+        match parts.get((offset / part_bytes) as usize) {
+            Some(part) => {
+                format!("{} ({}): byte {}", part.path.display(), self.spec.name, part.offset + offset % part_bytes)
+            }
+            None => self.located.place.clone(),
+        }
+    }
 }
 
 /// What a GGUF file of today calls this tensor, all experts in one.
@@ -447,6 +529,7 @@ fn missing(name: &TensorName, folder: &Path) -> ModelError {
 
 fn located_pickle(
     file: Box<dyn ReadAt>,
+    path: PathBuf,
     tensor: pickle::Tensor,
     shape: &TensorShape,
     place: String,
@@ -483,6 +566,6 @@ fn located_pickle(
         TensorShape::Matrix { groups: None, layout, .. } => (Format::F32, layout),
         TensorShape::Vector(_) => (Format::F32, Layout::OutIn),
     };
-    let part = Stretch { file, offset: tensor.weight.offset };
+    let part = Stretch { file, path, offset: tensor.weight.offset };
     Ok(Located { parts: vec![part], part_bytes, format, layout, scales, place })
 }

@@ -1,6 +1,9 @@
 //! Opens a GGUF model: finds the parts of a split file, and reads the sizes of Grok-1's architecture from its metadata.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use serde_json::{Map, Number, Value as Json};
 
@@ -134,6 +137,12 @@ pub(crate) struct PartName<'a> {
 }
 
 impl PartName<'_> {
+    /// The names of all parts; of a count that cannot be, this one's alone.
+    pub(crate) fn all(&self) -> impl Iterator<Item = String> {
+        let numbers = if self.count <= MOST_PARTS { 1..=self.count } else { self.number..=self.number };
+        numbers.map(|number| self.sibling(number))
+    }
+
     /// The name of the part of this number.
     fn sibling(&self, number: u32) -> String {
         let Self { prefix, count, extension, .. } = self;
@@ -153,6 +162,24 @@ pub(crate) fn part_of(name: &str) -> Option<PartName<'_>> {
 /// The part that has the metadata: the first of a split file, or the file itself.
 pub(crate) fn first_part(file: &str) -> String {
     part_of(file).map_or_else(|| file.to_owned(), |part| part.sibling(1))
+}
+
+/// The path of a file without the number and the count of a part.
+pub(crate) fn unsplit(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default();
+    match part_of(&name.to_string_lossy()) {
+        None => path.to_owned(),
+        Some(PartName { number, count, extension, .. }) => {
+            let bytes = name.as_encoded_bytes();
+            let prefix = &bytes[..bytes.len() - part_suffix(number, count).len() - extension.len()];
+            #[cfg(unix)]
+            let mut unsplit = <std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(prefix).to_owned();
+            #[cfg(not(unix))]
+            let mut unsplit = std::ffi::OsString::from(String::from_utf8_lossy(prefix).into_owned());
+            unsplit.push(extension);
+            path.with_file_name(unsplit)
+        }
+    }
 }
 
 /// What stands between the prefix and the extension of a part's name.

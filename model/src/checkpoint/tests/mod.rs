@@ -19,7 +19,7 @@ pub(crate) mod hugging_face;
 mod mutations;
 mod published;
 mod reads;
-mod tiny;
+pub(crate) mod tiny;
 
 /// A golden model's folder; `None`, said on stderr, where the goldens are not at hand.
 fn golden(name: &str) -> Option<PathBuf> {

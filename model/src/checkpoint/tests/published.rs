@@ -247,6 +247,9 @@ fn the_published_checkpoint_opens_as_grok_1_without_a_configuration() {
     let names = TensorName::in_file_order(64);
     let files = names.iter().enumerate().map(|(index, name)| (format!("ckpt-0/tensor{index:05}_000"), published(name)));
     let storage = Checkpoint(files.collect());
+    for (name, length) in crate::checkpoint::published::lengths() {
+        assert_eq!(storage.0[&format!("ckpt-0/{name}")].length(), length, "{name}");
+    }
     let folder = tempfile::tempdir().unwrap();
     let model = Model::open_folder(folder.path(), Arc::new(storage)).unwrap();
     assert_eq!(model.config(), &ModelConfig::grok_1());

@@ -10,9 +10,9 @@ use super::{
     build::{ArraySpec, Pickle},
 };
 
-pub(super) const LAYERS: u32 = 1;
+pub(crate) const LAYERS: u32 = 1;
 
-pub(super) fn config_json() -> serde_json::Value {
+pub(crate) fn config_json() -> serde_json::Value {
     serde_json::json!({
         "name": "tiny", "vocab_size": 16, "d_model": 8, "num_layers": LAYERS, "num_q_heads": 2, "num_kv_heads": 1,
         "key_size": 4, "widening_factor": 2, "ffn_size": 16, "num_experts": 2, "num_selected_experts": 2,
@@ -22,7 +22,7 @@ pub(super) fn config_json() -> serde_json::Value {
     })
 }
 
-pub(super) fn config() -> ModelConfig {
+pub(crate) fn config() -> ModelConfig {
     ModelConfig::from_json(&config_json().to_string(), "config.json").unwrap()
 }
 
@@ -31,7 +31,7 @@ fn sizes(dimensions: &[u64]) -> Vec<i32> {
 }
 
 /// Weight and scales of a tensor, with numbers that differ from place to place.
-pub(super) fn arrays(name: &TensorName) -> (ArraySpec, Option<ArraySpec>) {
+pub(crate) fn arrays(name: &TensorName) -> (ArraySpec, Option<ArraySpec>) {
     let shape = name.shape(&config());
     let weight = sizes(&shape.dimensions());
     let count: usize = shape.dimensions().iter().product::<u64>() as usize;
@@ -46,20 +46,20 @@ pub(super) fn arrays(name: &TensorName) -> (ArraySpec, Option<ArraySpec>) {
 }
 
 /// The pickle of these arrays.
-pub(super) fn pickle(weight: &ArraySpec, scales: Option<&ArraySpec>) -> Vec<u8> {
+pub(crate) fn pickle(weight: &ArraySpec, scales: Option<&ArraySpec>) -> Vec<u8> {
     match scales {
         None => Pickle::new().array(weight).done(),
         Some(scales) => Pickle::new().quantised(&[("weight", weight), ("scales", scales)]).done(),
     }
 }
 
-pub(super) fn file_of(name: &TensorName) -> String {
+pub(crate) fn file_of(name: &TensorName) -> String {
     let index = TensorName::in_file_order(LAYERS).iter().position(|other| other == name).unwrap();
     format!("ckpt-0/tensor{index:05}_000")
 }
 
 /// The model as pickles, in a folder that goes with the value.
-pub(super) fn write() -> TempDir {
+pub(crate) fn write() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("config.json"), config_json().to_string()).unwrap();
     std::fs::create_dir(folder.path().join("ckpt-0")).unwrap();
@@ -71,7 +71,7 @@ pub(super) fn write() -> TempDir {
 }
 
 /// These tensors as one safetensors file, written by the format's own library.
-pub(super) fn safetensors(names: &[TensorName]) -> Vec<u8> {
+pub(crate) fn safetensors(names: &[TensorName]) -> Vec<u8> {
     let config = config();
     let data: BTreeMap<String, (Vec<usize>, Vec<u8>)> = names
         .iter()
@@ -88,7 +88,7 @@ pub(super) fn safetensors(names: &[TensorName]) -> Vec<u8> {
 }
 
 /// A folder with `config.json` and these files.
-pub(super) fn folder_with(files: &[(&str, &[u8])]) -> TempDir {
+pub(crate) fn folder_with(files: &[(&str, &[u8])]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("config.json"), config_json().to_string()).unwrap();
     for (name, bytes) in files {
@@ -98,7 +98,7 @@ pub(super) fn folder_with(files: &[(&str, &[u8])]) -> TempDir {
 }
 
 /// Opens the model and reads everything in it.
-pub(super) fn load(folder: &Path) -> Result<(), ModelError> {
+pub(crate) fn load(folder: &Path) -> Result<(), ModelError> {
     let model = Model::open(folder)?;
     model.inspect()?;
     for name in TensorName::in_file_order(model.config().num_hidden_layers) {
