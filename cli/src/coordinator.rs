@@ -17,7 +17,7 @@ use crate::{
     config::{Config, is_name},
     descriptors,
     error::CliError,
-    machine, plan,
+    host_names, machine, plan,
     text::print,
     tokenizer,
 };
@@ -97,6 +97,7 @@ fn settings(config: &Config, expect: Option<&[String]>, num_layers: u32) -> Resu
         name: config.cluster.name.clone(),
         grpc: coordinator.grpc.to_string(),
         http: Some(coordinator.http.to_string()),
+        http_names: http_names(config),
         grpc_connections,
         http_connections,
         secret: config.secret.to_secret(),
@@ -115,6 +116,17 @@ fn settings(config: &Config, expect: Option<&[String]>, num_layers: u32) -> Resu
             max_prompt_bytes: usize::try_from(limits.max_prompt_bytes.0).unwrap_or(usize::MAX),
         },
     })
+}
+
+/// Names by which the page may be called: the machine's own, that of `advertise`, and those of the configuration.
+fn http_names(config: &Config) -> Vec<String> {
+    let coordinator = &config.coordinator;
+    let advertised =
+        coordinator.advertise.as_deref().and_then(|address| address.rsplit_once(':')).map(|(host, _)| host);
+    let mut names = host_names::of_this_machine();
+    names.extend(advertised.map(str::to_owned));
+    names.extend(coordinator.http_names.iter().cloned());
+    names
 }
 
 /// Says where it listens, for people and for programs.
@@ -155,6 +167,15 @@ mod tests {
         assert_eq!(of(None), [("w1".to_owned(), Some(0..9))]);
         assert_eq!(of(Some(&["w1".into(), "w2".into()])), [("w1".to_owned(), Some(0..9)), ("w2".to_owned(), None)]);
         assert!(settings(&config, Some(&["W 2".to_owned()]), 64).is_err());
+    }
+
+    #[test]
+    fn the_page_is_called_by_the_names_of_the_configuration() {
+        let mut config = Layers { no_file: true, ..Layers::default() }.load().unwrap();
+        config.coordinator.advertise = Some("[fd00::7]:7070".into());
+        config.coordinator.http_names = vec!["grok.example".into()];
+        let names = http_names(&config);
+        assert!(names.ends_with(&["[fd00::7]".to_owned(), "grok.example".to_owned()]), "{names:?}");
     }
 
     #[test]

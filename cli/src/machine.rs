@@ -36,8 +36,12 @@ fn cgroup_memory_left() -> Option<u64> {
 
 /// A worker's name for this machine: its host name, with everything replaced that a name may not have.
 pub(crate) fn worker_name() -> String {
-    let host = fs::read_to_string("/proc/sys/kernel/hostname").ok().or_else(|| std::env::var("HOSTNAME").ok());
-    as_name(host.as_deref().unwrap_or_default())
+    as_name(host_name().as_deref().unwrap_or_default())
+}
+
+/// What the system calls this machine.
+pub(crate) fn host_name() -> Option<String> {
+    fs::read_to_string("/proc/sys/kernel/hostname").ok().or_else(|| std::env::var("HOSTNAME").ok())
 }
 
 fn as_name(host: &str) -> String {

@@ -13,6 +13,7 @@ mod coordinator;
 mod descriptors;
 mod error;
 mod generate;
+mod host_names;
 mod inspect;
 mod logging;
 mod logits;

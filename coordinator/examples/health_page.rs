@@ -11,6 +11,7 @@ use grokpipe_proto::snapshot::{
     ClusterSnapshot, LayerSpan, NodeState, SnapshotEvent, SnapshotLoad, SnapshotMemory, SnapshotModel, SnapshotNode,
     SnapshotPlan, SnapshotRequests, SnapshotStage, VerdictInput, verdict,
 };
+use grokpipe_proto::transport::ConnectionLimits;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
@@ -143,8 +144,12 @@ async fn main() -> std::io::Result<()> {
     let first = scene(fixed.as_deref(), 0);
     let (publish, snapshots) = watch::channel(Arc::new(snapshot(first.0, first.1)));
     let shutdown = CancellationToken::new();
-    let server =
-        tokio::spawn(serve(listener, HttpState::new(snapshots, AllowedHosts::bound_to(address)), shutdown.clone()));
+    let server = tokio::spawn(serve(
+        listener,
+        HttpState::new(snapshots, AllowedHosts::bound_to(address)),
+        ConnectionLimits::default(),
+        shutdown.clone(),
+    ));
     println!("http://{address}/");
 
     let play = async {

@@ -4,13 +4,15 @@
 //! |---|---|
 //! | `GET /health`, `GET /readyz` | 200 while all layers are covered and loaded, else 503 that names the missing layers |
 //! | `GET /livez` | 200 as long as the process answers |
+//! | `OPTIONS /` | 204: HAProxy's check unless told otherwise |
 //! | `GET /api/v1/cluster` | the snapshot; `ETag`, 304 on `If-None-Match` |
 //! | `GET /api/v1/events` | the snapshot as server-sent events: now, at each change, and once a second |
 //! | `GET /`, `/app.js`, `/view.js`, `/format.js`, `/style.css`, `/favicon.svg` | the health page, see `dashboard/` |
 //! | `/v1/*`, `/tokenize`, `/detokenize`, `/metrics` | 501: not built yet |
 //!
-//! Decided here: what a browser may do with the page (headers in `guard`), whose requests are answered (`hosts`), how many
-//! streams and connections there may be, and when a slow client is let go (`serve`). Not known here: how the snapshot is made.
+//! Decided here: what a browser may do with the page (headers in `guard`), whose requests are answered (`hosts`, `origin`), how many
+//! streams and connections there may be, and when a slow client is let go (`serve`). Health is answered whoever asks, and when all
+//! places are taken. Not known here: how the snapshot is made.
 //! Errors have the shape of OpenAI's (`error`). Reading needs no token, hence the loopback rule for the port.
 
 mod assets;
@@ -20,8 +22,10 @@ mod events;
 mod guard;
 mod health;
 mod hosts;
+mod origin;
 mod serve;
 mod view;
+mod visitor;
 
 use std::sync::Arc;
 
@@ -29,10 +33,13 @@ use axum::{
     Router,
     extract::DefaultBodyLimit,
     middleware,
-    routing::{get, post},
+    routing::{get, options, post},
 };
-use grokpipe_proto::snapshot::ClusterSnapshot;
-use tokio::sync::{Semaphore, watch};
+use grokpipe_proto::{
+    snapshot::ClusterSnapshot,
+    transport::{ConnectionLimits, places::Places},
+};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use error::ApiError;
@@ -41,7 +48,7 @@ pub use serve::serve;
 use view::SnapshotView;
 
 /// Most event streams at once. A browser tab holds one; 64 tabs at 8 KB/s are half a megabyte a second.
-const STREAMS_MAX: usize = 64;
+const STREAMS: ConnectionLimits = ConnectionLimits { total: 64, per_address: 16 };
 
 /// Largest request body. A prompt of 8,192 tokens is about 40 KB of text, so 1 MiB leaves room for lists of prompts.
 const BODY_BYTES_MAX: usize = 1024 * 1024;
@@ -51,7 +58,7 @@ const BODY_BYTES_MAX: usize = 1024 * 1024;
 pub struct HttpState {
     view: SnapshotView,
     hosts: Arc<AllowedHosts>,
-    streams: Arc<Semaphore>,
+    streams: Places,
     shutdown: CancellationToken,
 }
 
@@ -64,7 +71,7 @@ impl HttpState {
         Self {
             view: SnapshotView::new(snapshots),
             hosts: Arc::new(hosts),
-            streams: Arc::new(Semaphore::new(STREAMS_MAX)),
+            streams: Places::new(STREAMS),
             shutdown: CancellationToken::new(),
         }
     }
@@ -74,9 +81,10 @@ impl HttpState {
 pub fn router(state: HttpState) -> Router {
     let not_built = || post(error::not_built);
     Router::new()
-        .route("/health", get(health::ready))
-        .route("/readyz", get(health::ready))
-        .route("/livez", get(health::live))
+        .route("/health", get(health::ready).options(health::ready))
+        .route("/readyz", get(health::ready).options(health::ready))
+        .route("/livez", get(health::live).options(health::live))
+        .route("/", options(health::options))
         .route("/api/v1/cluster", get(cluster::snapshot))
         .route("/api/v1/events", get(events::stream))
         .route("/v1/completions", not_built())

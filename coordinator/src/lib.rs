@@ -54,6 +54,8 @@ pub struct Settings {
     pub grpc: String,
     /// Address for HTTP, none for no HTTP.
     pub http: Option<String>,
+    /// Names by which HTTP may be called, beside loopback and the address that it is bound to.
+    pub http_names: Vec<String>,
     /// How many connections gRPC takes.
     pub grpc_connections: ConnectionLimits,
     /// How many connections HTTP takes.
@@ -206,7 +208,8 @@ impl Coordinator {
             }
         };
         let serving = ends(serving, &ending);
-        let http = ends(serve_http(http, &handle, ending.clone()), &ending);
+        let http =
+            ends(serve_http(http, &settings.http_names, settings.http_connections, &handle, ending.clone()), &ending);
         let health = report_health(handle.clone(), health_reporter, ending.clone());
         let (served, http, (), ()) = tokio::join!(serving, http, health, engine.run(inbox, ending.clone()));
         served.and(http)
@@ -267,6 +270,8 @@ fn engine(
 
 async fn serve_http(
     listener: Option<tokio::net::TcpListener>,
+    names: &[String],
+    limits: ConnectionLimits,
     engine: &Handle,
     ending: CancellationToken,
 ) -> Result<(), CoordinatorError> {
@@ -275,8 +280,9 @@ async fn serve_http(
         return Ok(());
     };
     let bound = listener.local_addr().map_err(CoordinatorError::Http)?;
-    let state = http::HttpState::new(engine.snapshot(), http::AllowedHosts::bound_to(bound));
-    http::serve(listener, state, ending).await.map_err(CoordinatorError::Http)
+    let hosts = http::AllowedHosts::bound_to(bound).and(names);
+    let state = http::HttpState::new(engine.snapshot(), hosts);
+    http::serve(listener, state, limits, ending).await.map_err(CoordinatorError::Http)
 }
 
 /// gRPC health: serving only while all layers are covered and loaded, for the service and for the empty name that

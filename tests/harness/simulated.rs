@@ -152,6 +152,7 @@ pub fn coordinator_settings(grpc: String, secret: Secret, workers: usize) -> Coo
         name: "test".into(),
         grpc,
         http: None,
+        http_names: Vec::new(),
         grpc_connections: ConnectionLimits::default(),
         http_connections: ConnectionLimits::default(),
         secret,

@@ -2,7 +2,7 @@
 //! `read`.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     ops::Range,
     path::PathBuf,
     time::Duration,
@@ -89,6 +89,8 @@ pub(crate) struct CoordinatorSection {
     pub(crate) http: SocketAddr,
     /// Where workers on other hosts reach `grpc`; absent: `grpc` itself.
     pub(crate) advertise: Option<String>,
+    /// Further names by which `http` may be called.
+    pub(crate) http_names: Vec<String>,
     /// How long a lost worker may take to return before its layers are planned anew.
     pub(crate) replan_after: Duration,
 }
@@ -99,6 +101,7 @@ impl Default for CoordinatorSection {
             grpc: SocketAddr::from((Ipv4Addr::LOCALHOST, 7070)),
             http: SocketAddr::from((Ipv4Addr::LOCALHOST, 8080)),
             advertise: None,
+            http_names: Vec::new(),
             replan_after: Duration::from_secs(30),
         }
     }
@@ -111,6 +114,7 @@ impl CoordinatorSection {
             grpc: address(&mut table, "grpc")?.unwrap_or(default.grpc),
             http: address(&mut table, "http")?.unwrap_or(default.http),
             advertise: reachable(&mut table, "advertise")?,
+            http_names: http_names(&mut table)?.unwrap_or(default.http_names),
             replan_after: table
                 .get("replan_after", r#"a time from "1s" to "24h""#, |v| {
                     units::duration(v.any()).filter(|time| (1..=86_400).contains(&time.as_secs()))
@@ -425,6 +429,23 @@ fn address(table: &mut Table<'_>, key: &'static str) -> Result<Option<SocketAddr
 
 fn reachable(table: &mut Table<'_>, key: &'static str) -> Result<Option<String>, CliError> {
     table.get(key, r#"a host and a port, as "node1:7070""#, |v| units::host_port(v.text()?))
+}
+
+/// Names or addresses as a `Host` header has them, without the port.
+fn http_names(table: &mut Table<'_>) -> Result<Option<Vec<String>>, CliError> {
+    let place = table.place("http_names");
+    let names = table.texts("http_names")?;
+    let is_name = |name: &str| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        let bracketed = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+        bracketed.parse::<IpAddr>().is_ok() || (!name.is_empty() && name.len() <= 253 && name.chars().all(plain))
+    };
+    match names.iter().flatten().find(|name| !is_name(name)) {
+        Some(bad) => Err(CliError::usage(format!("coordinator.http_names has {bad:?}"))
+            .at(place)
+            .because(r#"expected names or addresses without scheme and port, as ["node0", "grok.example.com"]"#)),
+        None => Ok(names),
+    }
 }
 
 fn path(

@@ -68,6 +68,8 @@ fn bad_values_name_key_value_place_and_what_is_allowed() {
         ("[coordinator]\nhttp = \"127.0.0.1:99999\"", &["coordinator.http is \"127.0.0.1:99999\""]),
         ("[coordinator]\nhttp = 8080", &["coordinator.http is 8080", "127.0.0.1:7070"]),
         ("[coordinator]\nadvertise = \"http://node:1\"", &["coordinator.advertise", "a host and a port"]),
+        ("[coordinator]\nhttp_names = [\"node0:8080\"]", &["coordinator.http_names", "node0:8080", "without scheme"]),
+        ("[coordinator]\nhttp_names = \"node0\"", &["coordinator.http_names", "a list"]),
         ("[coordinator]\nreplan_after = \"soon\"", &["coordinator.replan_after is \"soon\"", "from \"1s\""]),
         ("[coordinator]\nreplan_after = 30", &["coordinator.replan_after is 30"]),
         ("[limits]\nrequest_timeout = \"25h\"", &["limits.request_timeout is \"25h\"", "\"24h\""]),

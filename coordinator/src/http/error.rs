@@ -10,7 +10,10 @@ use axum::{
     http::{HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use grokpipe_proto::snapshot::{Verdict, VerdictPhase};
+use grokpipe_proto::{
+    snapshot::{Verdict, VerdictPhase},
+    transport::places::NoPlace,
+};
 use serde_json::{Value, json};
 
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
@@ -57,16 +60,38 @@ impl ApiError {
 
     /// The client meant another server, or a foreign page has pointed its own name at this one (DNS rebinding).
     pub(super) fn foreign_host() -> Self {
-        let message = "expected a loopback name or the address this server is bound to in the Host header, found another; \
-                       further names can be allowed in the configuration";
+        let message = "expected a name of this machine or an address that this server is bound to in the Host header, found another; \
+                       add the name to http_names under [coordinator] in the configuration";
         Self::client(StatusCode::MISDIRECTED_REQUEST, "foreign_host", message)
     }
 
-    pub(super) fn too_many_streams(limit: usize) -> Self {
-        let message =
-            format!("expected fewer than {limit} open event streams, found {limit}; poll /api/v1/cluster instead");
+    /// A page of another site asks in the background.
+    pub(super) fn foreign_origin() -> Self {
+        let message = "expected a request of this server's own page or of a program, found one of another site's page";
+        Self::client(StatusCode::FORBIDDEN, "foreign_origin", message)
+    }
+
+    pub(super) fn too_many_streams(refusal: NoPlace) -> Self {
+        let what = match refusal {
+            NoPlace::Total(limit) => format!("expected fewer than {limit} open event streams, found {limit}"),
+            NoPlace::Address(limit) => {
+                format!("expected fewer than {limit} open event streams from one address, found {limit}")
+            }
+        };
+        Self::busy("too_many_streams", format!("{what}; poll /api/v1/cluster instead"))
+    }
+
+    /// Beyond the ordinary places only health is answered.
+    pub(super) fn too_many_connections() -> Self {
+        Self::busy(
+            "too_many_connections",
+            "expected fewer connections, found all places taken; only health is answered",
+        )
+    }
+
+    fn busy(code: &'static str, message: impl Into<String>) -> Self {
         let retry_after = Some(Duration::from_secs(5));
-        Self { retry_after, ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", "too_many_streams", message) }
+        Self { retry_after, ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", code, message) }
     }
 
     /// The cluster does not serve; `verdict` says which layers are missing.

@@ -7,22 +7,22 @@
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use axum::{
-    extract::State,
-    http::{HeaderMap, HeaderName},
+    extract::{Request, State},
+    http::HeaderName,
     response::{
         IntoResponse, Response, Sse,
         sse::{Event, KeepAlive},
     },
 };
 use futures_util::stream;
-use grokpipe_proto::snapshot::{ClusterSnapshot, NodeState};
-use tokio::{
-    sync::{OwnedSemaphorePermit, watch},
-    time::Instant,
+use grokpipe_proto::{
+    snapshot::{ClusterSnapshot, NodeState},
+    transport::places::Place,
 };
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use super::{HttpState, STREAMS_MAX, error::ApiError, view::SnapshotView};
+use super::{HttpState, error::ApiError, view::SnapshotView, visitor::Visitor};
 
 /// Between snapshots that only tick.
 const TICK: Duration = Duration::from_secs(1);
@@ -34,11 +34,10 @@ const GAP_MIN: Duration = Duration::from_millis(100);
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// Opens a stream, or 503 when there are too many.
-pub(super) async fn stream(State(state): State<HttpState>, headers: HeaderMap) -> Result<Response, ApiError> {
-    let Ok(place) = Arc::clone(&state.streams).try_acquire_owned() else {
-        return Err(ApiError::too_many_streams(STREAMS_MAX));
-    };
-    let last_id = headers.get("last-event-id").and_then(|id| id.to_str().ok()).and_then(|id| id.parse().ok());
+pub(super) async fn stream(State(state): State<HttpState>, request: Request) -> Result<Response, ApiError> {
+    let place = state.streams.enter(Visitor::of(&request).address()).map_err(ApiError::too_many_streams)?;
+    place.spoke();
+    let last_id = request.headers().get("last-event-id").and_then(|id| id.to_str().ok()).and_then(|id| id.parse().ok());
     let feed = Feed {
         snapshots: state.view.subscribe(),
         view: state.view,
@@ -59,7 +58,7 @@ struct Feed {
     sent: Option<(Arc<ClusterSnapshot>, Instant)>,
     last_id: u64,
     shutdown: CancellationToken,
-    _place: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 impl Feed {
@@ -115,12 +114,14 @@ fn news(sent: &ClusterSnapshot, next: &ClusterSnapshot) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use grokpipe_proto::transport::places::Places;
+
     use super::*;
-    use crate::http::tests::serving;
+    use crate::http::{STREAMS, tests::serving};
 
     /// A stream over `snapshots` that has sent its first event.
     async fn feed(snapshots: watch::Receiver<Arc<ClusterSnapshot>>) -> Feed {
-        let place = Arc::new(tokio::sync::Semaphore::new(1)).try_acquire_owned().expect("free");
+        let place = Places::new(STREAMS).enter([127, 0, 0, 1].into()).expect("free");
         let view = SnapshotView::new(snapshots.clone());
         tokio::spawn(view.clone().follow());
         let mut feed =

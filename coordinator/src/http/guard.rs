@@ -1,7 +1,8 @@
 //! What every request passes and every answer carries.
 //!
-//! In: a known `Host` and a body that is not too large. Out: the headers that keep browsers from doing more with the page than it
-//! needs, and a request id to look for in the log.
+//! In: a known `Host`, no page of another site, and a body that is not too large. Health is answered whoever asks: probes name
+//! whatever host they were given, or none. Out: the headers that keep browsers from doing more with the page than it needs, and a
+//! request id to look for in the log.
 
 use axum::{
     extract::{Request, State},
@@ -11,7 +12,7 @@ use axum::{
 };
 use tracing::debug;
 
-use super::{BODY_BYTES_MAX, HttpState, error::ApiError};
+use super::{BODY_BYTES_MAX, HttpState, error::ApiError, health, origin, visitor::Visitor};
 
 /// The page loads only its own files and talks only to its own server; nobody may frame it.
 pub(super) const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
@@ -48,15 +49,24 @@ pub(super) async fn guard(State(state): State<HttpState>, request: Request, next
 }
 
 fn refusal(state: &HttpState, request: &Request) -> Option<ApiError> {
-    let mut hosts = request.headers().get_all(header::HOST).iter();
-    let host = match (hosts.next(), hosts.next()) {
-        (Some(host), None) => host.to_str().ok(),
-        _ => None,
-    };
-    match host.and_then(|host| state.hosts.allows(host)) {
-        None => return Some(ApiError::no_host()),
-        Some(false) => return Some(ApiError::foreign_host()),
-        Some(true) => {}
+    if !health::is_probe(request.method(), request.uri().path()) {
+        if Visitor::of(request).only_health {
+            return Some(ApiError::too_many_connections());
+        }
+        let mut hosts = request.headers().get_all(header::HOST).iter();
+        let host = match (hosts.next(), hosts.next()) {
+            (Some(host), None) => host.to_str().ok(),
+            _ => None,
+        };
+        let Some((host, allowed)) = host.and_then(|host| Some((host, state.hosts.allows(host)?))) else {
+            return Some(ApiError::no_host());
+        };
+        if !allowed {
+            return Some(ApiError::foreign_host());
+        }
+        if origin::is_foreign(request.headers(), host, &state.hosts) {
+            return Some(ApiError::foreign_origin());
+        }
     }
     let length = request.headers().get(header::CONTENT_LENGTH)?.to_str().ok()?.parse::<u64>();
     // An unreadable length is the HTTP library's to refuse; one that does not fit u64 is certainly too large.

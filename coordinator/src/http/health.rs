@@ -1,14 +1,27 @@
 //! `/health`, `/readyz`, `/livez`: for load balancers, init systems and people with curl.
+//!
+//! Also what HAProxy asks unless told otherwise, `OPTIONS / HTTP/1.0` without a host: that this runs is the answer. It takes any status
+//! of 2xx and 3xx for good.
 
 use axum::{
     Json,
     extract::State,
-    http::header,
+    http::{Method, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use serde_json::json;
 
 use super::{HttpState, error::ApiError};
+
+/// Whether this asks for health, which is answered whoever asks.
+pub(super) fn is_probe(method: &Method, path: &str) -> bool {
+    matches!(path, "/health" | "/readyz" | "/livez") || (method == Method::OPTIONS && path == "/")
+}
+
+/// The methods that a resource has, for those who ask nothing more.
+pub(super) async fn options() -> impl IntoResponse {
+    (StatusCode::NO_CONTENT, [(header::ALLOW, "GET,HEAD,OPTIONS"), (header::CACHE_CONTROL, "no-store")])
+}
 
 /// 200 only while every layer is covered and loaded.
 pub(super) async fn ready(State(state): State<HttpState>) -> Result<Response, ApiError> {

@@ -28,6 +28,11 @@ impl AllowedHosts {
         self
     }
 
+    /// Whether this name or address was given to [`AllowedHosts::and`].
+    pub(super) fn is_configured(&self, name: &str) -> bool {
+        self.names.contains(&plain(name))
+    }
+
     /// Whether a request with this `Host` is answered. `None` when `host` is not of the form `name[:port]`.
     pub fn allows(&self, host: &str) -> Option<bool> {
         let authority: Authority = host.parse().ok()?;

@@ -66,12 +66,16 @@ struct Server {
 
 impl Server {
     async fn start(first: ClusterSnapshot) -> Self {
+        Self::start_within(ConnectionLimits::default(), first).await
+    }
+
+    async fn start_within(limits: ConnectionLimits, first: ClusterSnapshot) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let (publish, snapshots) = watch::channel(Arc::new(first));
         let shutdown = CancellationToken::new();
         let state = HttpState::new(snapshots, AllowedHosts::bound_to(address).and(["head.example"]));
-        let running = tokio::spawn(serve(listener, state, shutdown.clone()));
+        let running = tokio::spawn(serve(listener, state, limits, shutdown.clone()));
         Self { address, publish, shutdown, running }
     }
 
@@ -85,8 +89,12 @@ impl Server {
     async fn ask(&self, method: &str, path: &str, lines: &[&str]) -> Answer {
         let host = if lines.iter().any(|line| line.starts_with("Host")) { "" } else { "Host: localhost\r\n" };
         let lines: String = lines.iter().map(|line| format!("{line}\r\n")).collect();
-        let request = format!("{method} {path} HTTP/1.1\r\n{host}{lines}Connection: close\r\n\r\n");
-        let mut socket = self.send(&request).await;
+        self.answer(&format!("{method} {path} HTTP/1.1\r\n{host}{lines}Connection: close\r\n\r\n")).await
+    }
+
+    /// The whole answer to a request that ends its connection.
+    async fn answer(&self, request: &str) -> Answer {
+        let mut socket = self.send(request).await;
         let mut bytes = Vec::new();
         timeout(SOON, socket.read_to_end(&mut bytes)).await.expect("in time").expect("read");
         Answer::parse(&String::from_utf8(bytes).expect("text"))
@@ -290,7 +298,7 @@ async fn stream_goes_on_from_the_last_id() {
 async fn streams_are_counted_and_their_places_return() {
     let server = Server::start(serving()).await;
     let mut open = Vec::new();
-    for _ in 0..STREAMS_MAX {
+    for _ in 0..STREAMS.total {
         let mut socket = server.events("").await;
         read_until(&mut socket, |text| text.contains("id: 1\n")).await;
         open.push(socket);
@@ -335,4 +343,86 @@ async fn client_that_sends_no_head_is_let_go() {
         let ended = timeout(Duration::from_secs(60), socket.read_to_end(&mut rest)).await;
         assert!(ended.is_ok(), "a client that sent {sent:?} is still connected");
     }
+}
+
+#[tokio::test]
+async fn health_answers_any_host_or_none_and_old_protocols() {
+    let server = Server::start(serving()).await;
+    let hosts = [
+        "",
+        "Host: localhost\r\n",
+        "Host: node0:8080\r\n",
+        "Host: grok.default.svc.cluster.local\r\n",
+        "Host: 10.1.2.3\r\n",
+        "Host: a\r\nHost: b\r\n",
+    ];
+    for version in ["1.0", "1.1"] {
+        for host in hosts {
+            for path in ["/health", "/livez", "/readyz"] {
+                for method in ["GET", "HEAD", "OPTIONS"] {
+                    let request = format!("{method} {path} HTTP/{version}\r\n{host}Connection: close\r\n\r\n");
+                    assert_eq!(server.answer(&request).await.status, 200, "{request:?}");
+                }
+            }
+        }
+    }
+    for (request, status) in [
+        ("OPTIONS / HTTP/1.0\r\n\r\n", 204),
+        ("OPTIONS / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 204),
+        ("GET / HTTP/1.0\r\n\r\n", 400),
+        ("GET /api/v1/cluster HTTP/1.0\r\n\r\n", 400),
+    ] {
+        assert_eq!(server.answer(request).await.status, status, "{request:?}");
+    }
+    server.publish.send_replace(Arc::new(one_down()));
+    assert_eq!(server.answer("OPTIONS /readyz HTTP/1.0\r\n\r\n").await.status, 503, "a probe that asks so is told too");
+    let refused = server.ask("GET", "/", &["Host: node0"]).await;
+    assert!(refused.body.contains("http_names under [coordinator]"), "{}", refused.body);
+}
+
+#[tokio::test]
+async fn pages_of_other_sites_get_health_alone() {
+    let server = Server::start(serving()).await;
+    for (path, lines, status) in [
+        ("/api/v1/events", vec!["Sec-Fetch-Site: cross-site"], 403),
+        ("/api/v1/events", vec!["Host: grok.localhost", "Origin: https://evil.example"], 403),
+        ("/api/v1/cluster", vec!["Origin: https://evil.example"], 403),
+        ("/", vec!["Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document"], 200),
+        ("/api/v1/cluster", vec!["Sec-Fetch-Site: same-origin"], 200),
+        ("/api/v1/cluster", vec!["Origin: http://head.example"], 200),
+        ("/readyz", vec!["Sec-Fetch-Site: cross-site", "Origin: https://evil.example"], 200),
+    ] {
+        let answer = server.ask("GET", path, &lines).await;
+        assert_eq!(answer.status, status, "{path} {lines:?}");
+        assert!(status != 403 || answer.json()["error"]["code"] == "foreign_origin", "{path} {lines:?}");
+    }
+}
+
+#[tokio::test]
+async fn no_crowd_keeps_a_probe_out() {
+    let limits = ConnectionLimits { total: 8, per_address: 8 };
+    let server = Server::start_within(limits, serving()).await;
+    // Silent ones make room for anything else.
+    let mut crowd = Vec::new();
+    for sent in ["", "GET / HT"].repeat(50) {
+        crowd.push(server.send(sent).await);
+    }
+    assert_eq!(server.get("/readyz").await.status, 200, "among silent connections");
+    assert_eq!(server.get("/").await.status, 200, "among silent connections");
+    // Streams hold every ordinary place.
+    let mut streams = Vec::new();
+    for _ in 0..limits.total {
+        let mut stream = server.events("").await;
+        read_until(&mut stream, |text| text.contains("id: 1\n")).await;
+        streams.push(stream);
+    }
+    for _ in 0..50 {
+        crowd.push(server.send("").await);
+    }
+    for path in ["/health", "/livez", "/readyz"] {
+        assert_eq!(server.get(path).await.status, 200, "{path} among streams and silent connections");
+    }
+    let refused = server.get("/api/v1/cluster").await;
+    assert_eq!((refused.status, refused.header("retry-after")), (503, "5"));
+    assert_eq!(refused.json()["error"]["code"], "too_many_connections");
 }
