@@ -212,15 +212,18 @@ fn beside() -> GenerateRequest {
 
 async fn run_beside(coordinator: String, expected: Vec<u32>, ends: CancellationToken) -> Result<usize, String> {
     let mut requests = 0;
-    while !ends.is_cancelled() {
+    // At least one, however fast the cases were.
+    loop {
         match soon(generate(&coordinator, beside())).await {
             Ok(ids) if ids == expected => requests += 1,
             other => {
                 return Err(format!("request {requests} beside the cases: expected {expected:?}, found {other:?}"));
             }
         }
+        if ends.is_cancelled() {
+            return Ok(requests);
+        }
     }
-    Ok(requests)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -241,7 +244,6 @@ async fn bad_input_gets_a_typed_error_and_harms_no_other_request() {
     let serving = snapshot(&live.coordinator).await.verdict;
     assert!(serving.serving, "{}", serving.text);
     let beside = live.end().await.expect("requests beside the cases");
-    assert!(beside > 0, "no request ran beside the cases");
     println!("{} cases of bad input refused, {beside} requests beside them unharmed", table.names.len());
     assert!(table.wrong.is_empty(), "{} cases went wrong:\n{}", table.wrong.len(), table.wrong.join("\n"));
     assert!(table.names.len() >= 100, "{} cases", table.names.len());

@@ -96,15 +96,28 @@ fn a_worker_that_gives_up_ends_the_benchmark_with_its_reason() {
     assert!(said.contains("worker alone ended") && said.contains("no such adapter"), "{said}");
 }
 
+/// Bytes in all.
+fn memory_of_this_machine() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").expect("Linux");
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:")).expect("Linux says how much there is");
+    total.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
+}
+
 #[test]
 fn a_worker_without_room_ends_the_benchmark_with_the_code_for_memory() {
     // Half of this machine's memory is offered; 63 layers of Grok-1 in bfloat16 need 619 GB.
+    if memory_of_this_machine() > 1 << 40 {
+        return println!("skipped: this machine may have room for it");
+    }
     let _alone = alone();
     let run = grokpipe(["bench", "pipeline", "--type", "bf16", "--layers", "0..63", "--device", "cpu"]);
     let output = { run }.output().expect("grokpipe runs");
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(5), "{said}");
-    assert!(said.contains("a stage of layers 0..") && said.contains("needs"), "{said}");
+    // All three workers are short of it, and any of them may be the first to say so.
+    let stages = [("alone", "0..63"), ("w1", "0..32"), ("w2", "32..63")];
+    let named = |(worker, layers)| said.contains(&format!("worker {worker}: a stage of layers {layers} needs"));
+    assert!(stages.into_iter().any(named), "{said}");
 }
 
 /// Processes of this machine with these words on their command lines.
@@ -124,8 +137,9 @@ fn wait_until(what: &str, holds: impl Fn() -> bool) {
 
 #[test]
 fn no_worker_outlives_the_benchmark() {
-    // `stop` ends it in its own way; the seed tells its workers from those of other tests.
-    let check = |seed: &str, stop: &dyn Fn(&mut Child)| {
+    // `stop` ends it in its own way; the seed tells its workers from others on this machine, those of another run of this test too.
+    let check = |number: u32, stop: &dyn Fn(&mut Child)| {
+        let seed = &(u64::from(std::process::id()) * 10 + u64::from(number)).to_string();
         let _alone = alone();
         let mut running = grokpipe(["bench", "pipeline", "--synthetic", "tiny", "--device", "cpu", "--gen", "4096"])
             .args(["--repeat", "100", "--seed", seed])
@@ -143,8 +157,8 @@ fn no_worker_outlives_the_benchmark() {
         let sent = std::process::Command::new("kill").args(["-INT", &running.id().to_string()]).status();
         assert!(sent.expect("kill runs").success());
     };
-    assert_eq!(check("9001", &interrupt), Some(1), "Ctrl-C");
-    assert_eq!(check("9002", &|running| running.kill().expect("a process of ours")), None, "a power failure");
+    assert_eq!(check(1, &interrupt), Some(1), "Ctrl-C");
+    assert_eq!(check(2, &|running| running.kill().expect("a process of ours")), None, "a power failure");
 }
 
 #[cfg(target_os = "linux")]

@@ -2,15 +2,13 @@
 
 use std::{
     fs,
+    os::unix::process::ExitStatusExt,
     path::Path,
-    process::{Output, Stdio},
-    time::{Duration, Instant},
+    process::{Command, ExitStatus, Output, Stdio},
 };
 
-use grokpipe_tests::{
-    demo_model,
-    processes::{PATIENCE, grokpipe, wait},
-};
+use grokpipe_tests::{demo_model, processes::grokpipe};
+use libc::SIGXFSZ;
 use safetensors::SafeTensors;
 
 fn convert(model: &Path, out: &Path, more: &[&str]) -> Output {
@@ -19,8 +17,19 @@ fn convert(model: &Path, out: &Path, more: &[&str]) -> Output {
     output
 }
 
-fn lines_of(path: &Path) -> usize {
-    fs::read_to_string(path).map_or(0, |text| text.lines().count())
+/// A conversion that the system kills when a file of it grows beyond so many units of 512 bytes: in the middle on any machine.
+fn convert_until_killed(model: &Path, out: &Path, units: u64) -> ExitStatus {
+    let convert = grokpipe(["convert"]);
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -c 0; ulimit -f \"$0\"; exec \"$@\"", &units.to_string()]);
+    limited.arg(convert.get_program()).args(convert.get_args()).arg(model).arg(out).args(["--type", "q4_0"]);
+    for (key, value) in convert.get_envs() {
+        match value {
+            Some(value) => limited.env(key, value),
+            None => limited.env_remove(key),
+        };
+    }
+    limited.stdout(Stdio::null()).stderr(Stdio::null()).status().expect("sh runs")
 }
 
 #[test]
@@ -29,37 +38,18 @@ fn a_conversion_killed_in_the_middle_goes_on_and_comes_to_the_same_bytes() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = |name: &str| folder.path().join(name);
     convert(&model, &path("whole.gguf"), &["--type", "q4_0"]);
+    let whole = fs::read(path("whole.gguf")).expect("a file");
     let journal = path("killed.gguf.journal");
-    let mut continued = false;
-    // It takes a moment only, and on a machine that is fast enough it ends before it is killed.
-    for _ in 0..10 {
-        let mut child = grokpipe(["convert"])
-            .arg(&model)
-            .arg(path("killed.gguf"))
-            .args(["--type", "q4_0"])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("grokpipe runs");
-        let begun = Instant::now();
-        while lines_of(&journal) < 20 && !path("killed.gguf").exists() {
-            assert!(begun.elapsed() < PATIENCE, "nothing was written");
-            wait(Duration::from_millis(1));
-        }
-        child.kill().expect("a process that is killed or over");
-        child.wait().expect("its end");
-        if journal.exists() {
-            assert!(!path("killed.gguf").exists(), "no file before everything is in it");
-            let output = convert(&model, &path("killed.gguf"), &["--type", "q4_0"]);
-            continued = String::from_utf8_lossy(&output.stdout).contains("continued an interrupted conversion");
-            break;
-        }
-        fs::remove_file(path("killed.gguf")).expect("a file");
-        fs::remove_file(path("killed.gguf.sha256")).expect("a file");
-    }
-    assert!(continued, "it was killed and went on");
+    // The vocabulary alone is half of this model.
+    let killed = convert_until_killed(&model, &path("killed.gguf"), whole.len() as u64 * 4 / 5 / 512);
+    assert_eq!(killed.signal(), Some(SIGXFSZ), "{killed}");
+    assert!(fs::read_to_string(&journal).expect("a journal").lines().count() > 20, "much of it was written");
+    assert!(!path("killed.gguf").exists(), "no file before everything is in it");
+    let output = convert(&model, &path("killed.gguf"), &["--type", "q4_0"]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("continued an interrupted conversion"), "{said}");
     assert!(!journal.exists() && !path("killed.gguf.partial").exists());
-    assert!(fs::read(path("killed.gguf")).expect("a file") == fs::read(path("whole.gguf")).expect("a file"));
+    assert!(fs::read(path("killed.gguf")).expect("a file") == whole);
 }
 
 /// Logits of the first ids of the quiz.

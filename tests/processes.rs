@@ -9,7 +9,7 @@ use std::{
 
 use grokpipe_tests::{
     demo_model, gpu_required,
-    processes::{Cluster, ClusterOptions, grokpipe, read_json, token_ids, wait},
+    processes::{Cluster, ClusterOptions, grokpipe, read_json, token_ids},
     shared,
 };
 use serde_json::Value;
@@ -290,8 +290,10 @@ fn processes_take_little_more_memory_than_weights_and_kv() {
     const ROOM: u64 = 300 << 20;
     let cluster = Cluster::start(ClusterOptions::demo());
     cluster.generated(["The capital of France is", "--max-tokens", "32", "--ignore-eos"]);
-    // The next heartbeat brings the figures.
-    wait(Duration::from_secs(2));
+    // Heartbeats bring the figures.
+    cluster.wait_until("told what weights and KV take", |snapshot| {
+        snapshot.nodes.iter().all(|node| node.memory.weights_bytes.is_some() && node.memory.kv_bytes.is_some())
+    });
     for (index, node) in cluster.snapshot().nodes.iter().enumerate() {
         let pid = node.pid.expect("a process");
         let held = node.memory.weights_bytes.expect("weights") + node.memory.kv_bytes.expect("KV");

@@ -33,9 +33,10 @@ pub fn binary() -> &'static Path {
             .status()
             .expect("cargo runs");
         assert!(built.success(), "grokpipe does not build");
-        // This test is target/<profile>/deps/<name>.
-        let test = std::env::current_exe().expect("a test has a path");
-        let folder = test.parent().and_then(Path::parent).expect("a test lies in target/<profile>/deps");
+        // A test is target/<profile>/deps/<name>, a program target/<profile>/<name>.
+        let own = std::env::current_exe().expect("a test has a path");
+        let folder =
+            own.ancestors().skip(1).find(|folder| !folder.ends_with("deps")).expect("it lies in target/<profile>");
         folder.join("grokpipe")
     })
 }

@@ -181,6 +181,20 @@ pub async fn run_coordinator(config: ModelConfig, workers: usize, secret: Secret
     Ok(())
 }
 
+/// Settings of the worker w1, w2, … on its simulated host. `incarnation` counts its restarts.
+pub fn worker_settings(index: usize, incarnation: u64, secret: Secret) -> grokpipe_worker::Settings {
+    let name = format!("w{index}");
+    grokpipe_worker::Settings {
+        coordinator: address("coordinator", GRPC_PORT),
+        listen: format!("0.0.0.0:{DATA_PORT}"),
+        advertise: Some(address(&name, DATA_PORT)),
+        name,
+        connections: ConnectionLimits::default(),
+        secret,
+        generation: 10 * incarnation + index as u64,
+    }
+}
+
 /// Runs a worker on its simulated host, for ever. `incarnation` counts its restarts.
 ///
 /// # Errors
@@ -192,16 +206,7 @@ pub async fn run_worker(
     incarnation: u64,
     secret: Secret,
 ) -> turmoil::Result {
-    let name = format!("w{index}");
-    let settings = grokpipe_worker::Settings {
-        coordinator: address("coordinator", GRPC_PORT),
-        listen: format!("0.0.0.0:{DATA_PORT}"),
-        advertise: Some(address(&name, DATA_PORT)),
-        name,
-        connections: ConnectionLimits::default(),
-        secret,
-        generation: 10 * incarnation + index as u64,
-    };
+    let settings = worker_settings(index, incarnation, secret);
     let loader = Box::new(SmallLoader::new(config, seed));
     let (net, executor) = (Arc::new(SimulatedNet), Arc::new(InlineExecutor));
     grokpipe_worker::run(settings, net, executor, loader, CancellationToken::new()).await?;

