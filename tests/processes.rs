@@ -217,6 +217,77 @@ fn a_log_of_frames_proves_that_every_stage_ran_its_layers() {
     assert!(micro_batches.iter().all(|seen| *seen == micro_batches[0]), "{micro_batches:?}");
 }
 
+/// A copy of the demo model in which one bit of one tensor is another.
+fn copy_with_another_bit(tensor: &str) -> tempfile::TempDir {
+    let (demo, copy) = (demo_model(), tempfile::tempdir().expect("a temporary folder"));
+    std::fs::create_dir(copy.path().join("ckpt-0")).expect("a folder");
+    std::fs::copy(demo.join("config.json"), copy.path().join("config.json")).expect("a configuration");
+    for entry in std::fs::read_dir(demo.join("ckpt-0")).expect("tensors") {
+        let (path, target) =
+            entry.map(|entry| (entry.path(), copy.path().join("ckpt-0").join(entry.file_name()))).expect("a tensor");
+        std::fs::copy(path, target).expect("a copy");
+    }
+    let path = copy.path().join("ckpt-0").join(tensor);
+    let mut bytes = std::fs::read(&path).expect("a tensor");
+    bytes[9000] ^= 1;
+    std::fs::write(path, bytes).expect("a tensor");
+    copy
+}
+
+#[test]
+fn a_spare_whose_copy_of_a_layer_differs_by_a_bit_is_named_and_computes_nothing() {
+    // The gate of layer 9, the last of the files.
+    let copy = copy_with_another_bit("tensor00758_000");
+    let mut cluster = Cluster::start(ClusterOptions { workers: 1, ..ClusterOptions::demo() });
+    cluster.start_worker_of(1, copy.path());
+    cluster.wait_until("joined", |snapshot| snapshot.nodes.iter().any(|node| node.name == "w2"));
+    cluster.kill_worker(0);
+    let named = |snapshot: &grokpipe_proto::snapshot::ClusterSnapshot| {
+        let is_it = |event: &grokpipe_proto::snapshot::SnapshotEvent| {
+            event.code == "contents_differ" && event.text.contains("w2 has other numbers than w1 has in layer 9:")
+        };
+        snapshot.events.iter().any(is_it)
+    };
+    cluster.wait_until("named", named);
+    assert!(!cluster.snapshot().verdict.serving);
+    cluster.start_worker(0);
+    cluster.wait_until("serving", |snapshot| snapshot.verdict.serving);
+    let question = &quiz()[0];
+    let count = question.answer_ids.len().to_string();
+    let generated = cluster.generated([&question.prompt, "--max-tokens", &count, "--ignore-eos"]);
+    assert_eq!(token_ids(&generated, "output_token_ids"), question.answer_ids);
+}
+
+#[test]
+fn a_model_with_holes_is_refused_and_verified_as_damaged() {
+    let copy = copy_with_another_bit("tensor00002_000");
+    let path = copy.path().join("ckpt-0/tensor00002_000");
+    let mut bytes = std::fs::read(&path).expect("a tensor");
+    bytes[8192..40_960].fill(0);
+    std::fs::write(&path, bytes).expect("a tensor");
+    let logits = grokpipe(["logits", "--device", "cpu", "--token-ids", "422", "--model"])
+        .arg(copy.path())
+        .arg("--out")
+        .arg(copy.path().join("logits.safetensors"))
+        .output()
+        .expect("grokpipe runs");
+    let verify = |flags: &[&str]| grokpipe(["verify"]).args(flags).arg(copy.path()).output().expect("grokpipe runs");
+    let written = verify(&["--write"]);
+    let said = String::from_utf8_lossy(&written.stdout).into_owned();
+    assert_eq!((logits.status.code(), written.status.code()), (Some(1), Some(1)), "{said}");
+    assert!(!copy.path().join("grokpipe.sha256").exists() && said.contains("no manifest was written"), "{said}");
+    for said in [String::from_utf8_lossy(&logits.stderr).into_owned(), said] {
+        assert!(said.contains("tensor00002_000") && said.contains("32768 zeros"), "{said}");
+    }
+    // Once the files are said to be as they should be, the zeros are the model's own.
+    let sums =
+        std::process::Command::new("sha256sum").arg("tensor00002_000").current_dir(copy.path().join("ckpt-0")).output();
+    let Ok(sums) = sums else { return };
+    std::fs::write(copy.path().join("ckpt-0/all.sha256"), sums.stdout).expect("a checksum");
+    assert_eq!(verify(&["--write"]).status.code(), Some(0));
+    assert_eq!(verify(&[]).status.code(), Some(0));
+}
+
 #[test]
 fn a_worker_killed_in_mid_generation_is_a_typed_error_and_its_return_serves_again() {
     let mut cluster = Cluster::start(ClusterOptions::demo());

@@ -75,15 +75,38 @@ pub(crate) struct Layers {
     pub(crate) environment: HashMap<String, String>,
     /// Values that flags set: `model.path` and the like.
     pub(crate) flags: Vec<(&'static str, String)>,
+    /// Paths of flags and of the environment that are not UTF-8, by the text that stands for them among the values.
+    pub(crate) exact: HashMap<String, PathBuf>,
 }
 
 impl Layers {
     /// The layers of this process.
     pub(crate) fn of_process(file: Option<PathBuf>) -> Self {
-        let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
-            Some((name.into_string().ok()?, value.to_string_lossy().into_owned()))
-        };
-        Self { file, environment: env::vars_os().filter_map(text).collect(), ..Self::default() }
+        let mut layers = Self { file, ..Self::default() };
+        for (name, value) in env::vars_os() {
+            let Ok(name) = name.into_string() else { continue };
+            let value = layers.text_of(Path::new(&value));
+            layers.environment.insert(name, value);
+        }
+        layers
+    }
+
+    /// Sets a key to a path if the flag was given.
+    pub(crate) fn path_flag(mut self, key: &'static str, path: Option<&Path>) -> Self {
+        if let Some(path) = path {
+            let text = self.text_of(path);
+            self.flags.push((key, text));
+        }
+        self
+    }
+
+    /// The text that stands for a path.
+    fn text_of(&mut self, path: &Path) -> String {
+        let text = path.to_string_lossy().into_owned();
+        if path.to_str().is_none() {
+            self.exact.insert(text.clone(), path.to_owned());
+        }
+        text
     }
 
     /// Sets a key if the flag was given.
@@ -101,7 +124,8 @@ impl Layers {
         let places = read_places(file)?;
         let merged = merge(&places, &self.environment, &self.flags)?;
         let folder = places.path.as_deref().and_then(Path::parent).map(Path::to_path_buf).unwrap_or_default();
-        let resolve = |outside: bool, path: PathBuf| if outside { path } else { folder.join(path) };
+        let exact = |path: PathBuf| path.to_str().and_then(|text| self.exact.get(text)).cloned().unwrap_or(path);
+        let resolve = |outside: bool, path: PathBuf| if outside { exact(path) } else { folder.join(path) };
 
         let mut root = Table::root(merged, &places)?;
         let model = ModelSection::read(root.section("model")?, &resolve)?;

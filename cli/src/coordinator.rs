@@ -61,8 +61,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let config = args
         .config
         .layers()
-        .flag("model.path", args.model.as_ref().map(|path| path.display()))
-        .flag("model.tokenizer", args.tokenizer.as_ref().map(|path| path.display()))
+        .path_flag("model.path", args.model.as_deref())
+        .path_flag("model.tokenizer", args.tokenizer.as_deref())
         .flag("coordinator.grpc", args.grpc.as_ref())
         .flag("coordinator.http", args.http.as_ref())
         .load()?;

@@ -106,7 +106,7 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
 /// # Errors
 /// [`CliError`] with the exit code of what failed.
 pub(crate) fn run(args: Args) -> Result<(), CliError> {
-    let mut config = args.config.layers().flag("model.path", args.model.as_ref().map(|path| path.display())).load()?;
+    let mut config = args.config.layers().path_flag("model.path", args.model.as_deref()).load()?;
     if args.secret_stdin {
         config.secret = secret_from_stdin()?;
     }

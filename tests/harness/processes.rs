@@ -142,6 +142,12 @@ impl Cluster {
 
     /// Starts worker `w{index + 1}`.
     pub fn start_worker(&mut self, index: usize) {
+        let model = self.options.model.clone();
+        self.start_worker_of(index, &model);
+    }
+
+    /// Starts worker `w{index + 1}`, which reads this copy of the model; one more than there are is a spare.
+    pub fn start_worker_of(&mut self, index: usize, model: &Path) {
         let name = format!("w{}", index + 1);
         let log = File::options()
             .create(true)
@@ -151,7 +157,7 @@ impl Cluster {
         let child =
             grokpipe(["worker", "--coordinator", &self.grpc, "--name", &name, "--device", &self.options.device])
                 .arg("--model")
-                .arg(&self.options.model)
+                .arg(model)
                 .args(["--threads", &self.options.threads.to_string(), "--precision", &self.options.precision])
                 .env("GROKPIPE_LOG", &self.options.log)
                 .stdin(Stdio::null())
@@ -159,6 +165,9 @@ impl Cluster {
                 .stderr(log)
                 .spawn()
                 .expect("a worker starts");
+        if index == self.workers.len() {
+            self.workers.push(None);
+        }
         self.workers[index] = Some(child);
     }
 

@@ -27,6 +27,7 @@ fn layers(file: Option<PathBuf>, environment: &[(&str, &str)], flags: &[(&'stati
         file,
         environment: environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
         flags: flags.iter().map(|(k, v)| (*k, (*v).to_owned())).collect(),
+        ..Layers::default()
     }
 }
 

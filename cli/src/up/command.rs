@@ -1,6 +1,11 @@
 //! The command lines of a cluster's processes: the same program again, here or over SSH. Pure.
 
-use std::{ffi::OsString, path::Path, process::Stdio};
+use std::{
+    ffi::{OsStr, OsString},
+    os::unix::ffi::{OsStrExt, OsStringExt},
+    path::Path,
+    process::Stdio,
+};
 
 use tokio::process::Command;
 
@@ -121,31 +126,27 @@ impl Common<'_> {
     /// A worker on another host, started by OpenSSH as the user has set it up. Nothing here weakens the check of host keys.
     ///
     /// # Errors
-    /// When the model's path cannot be told to the other host.
+    /// When the model's path cannot be made absolute.
     pub(super) fn remote_worker(&self, worker: &WorkerSection, host: &str, reach: &Reach) -> Result<Launch, CliError> {
         let model = worker.model.clone().map_or_else(|| std::path::absolute(&self.config.model.path), Ok);
         let model = model.map_err(|error| CliError::usage("the model's path cannot be used").because(error))?;
-        let model = model.to_str().ok_or_else(|| {
-            CliError::usage(format!("the model's path {} cannot be told to {host}", model.display()))
-                .because("expected a path in UTF-8")
-        })?;
-        let mut words: Vec<String> = ["exec", "env"].map(str::to_owned).to_vec();
+        let mut words: Vec<OsString> = ["exec", "env"].map(OsString::from).to_vec();
         let filter = std::env::var(logging::FILTER).unwrap_or_else(|_| self.filter.to_owned());
-        words.push(quoted(&format!("{}={}", logging::STYLE, if self.pretty { "pretty" } else { "json" })));
-        words.push(quoted(&format!("{}={filter}", logging::FILTER)));
-        words.push(quoted(&worker.binary));
-        let mut args: Vec<String> = ["worker", "--exit-with-stdin", "--no-config"].map(str::to_owned).to_vec();
-        args.extend(["--model".to_owned(), model.to_owned()]);
-        args.extend(worker_args(worker, reach));
+        let style = format!("{}={}", logging::STYLE, if self.pretty { "pretty" } else { "json" });
+        let mut args: Vec<OsString> = vec![style.into(), format!("{}={filter}", logging::FILTER).into()];
+        args.push(worker.binary.clone().into());
+        args.extend(["worker", "--exit-with-stdin", "--no-config"].map(OsString::from));
+        args.extend(["--model".into(), model.into()]);
+        args.extend(worker_args(worker, reach).into_iter().map(OsString::from));
         if let Some(threads) = worker.threads {
-            args.extend(["--threads".to_owned(), threads.to_string()]);
+            args.extend(["--threads".into(), threads.to_string().into()]);
         }
         let first_line = self.config.secret.text().map(str::to_owned);
         if first_line.is_some() {
-            args.push("--secret-stdin".to_owned());
+            args.push("--secret-stdin".into());
         }
         if self.insecure {
-            args.push("--insecure".to_owned());
+            args.push("--insecure".into());
         }
         words.extend(args.iter().map(|arg| quoted(arg)));
 
@@ -156,7 +157,7 @@ impl Common<'_> {
             ["-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3", "--", host]
                 .map(OsString::from),
         );
-        ssh.push(words.join(" ").into());
+        ssh.push(words.join(OsStr::new(" ")));
         Ok(Launch { program: "ssh".into(), args: ssh, first_line, relayed: true, environment: Vec::new() })
     }
 }
@@ -187,14 +188,15 @@ fn worker_args(worker: &WorkerSection, reach: &Reach) -> Vec<String> {
     args
 }
 
-/// A word as a POSIX shell reads it back.
-fn quoted(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@%+".contains(c);
-    if !word.is_empty() && word.chars().all(plain) {
-        word.to_owned()
-    } else {
-        format!("'{}'", word.replace('\'', r"'\''"))
+/// A word as a POSIX shell reads it back, byte for byte.
+fn quoted(word: &OsStr) -> OsString {
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_./:=,@%+".contains(byte);
+    let bytes = word.as_bytes();
+    if !bytes.is_empty() && bytes.iter().all(plain) {
+        return word.to_owned();
     }
+    let parts: Vec<&[u8]> = bytes.split(|byte| *byte == b'\'').collect();
+    OsString::from_vec([b"'".as_slice(), &parts.join(br"'\''".as_slice()), b"'"].concat())
 }
 
 #[cfg(test)]
@@ -247,6 +249,26 @@ mod tests {
     }
 
     #[test]
+    fn a_path_that_is_not_utf_8_reaches_every_worker_as_it_is() {
+        let odd = Path::new(OsStr::from_bytes(b"/gr\xf6k's/m"));
+        let layers = Layers { no_file: true, ..Layers::default() };
+        let config = layers.path_flag("model.path", Some(odd)).path_flag("model.tokenizer", Some(odd)).load().unwrap();
+        assert_eq!((config.model.path.as_path(), config.model.tokenizer.as_deref()), (odd, Some(odd)));
+        let program = Path::new("grokpipe");
+        let common = Common { config: &config, program, insecure: false, pretty: false, filter: "info" };
+        let worker = WorkerSection::named("w1");
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let reach = Reach { coordinator: "127.0.0.1:7070".into(), listen, advertise: None };
+        for launch in [common.coordinator("a", "b", &[]), common.local_worker(&worker, &reach, 1, None)] {
+            assert!(launch.args.iter().any(|arg| arg == odd.as_os_str()), "{:?}", launch.args);
+        }
+        let remote = common.remote_worker(&worker, "n3", &reach).unwrap();
+        let line = remote.args.last().unwrap().as_bytes();
+        let told = b"--model '/gr\xf6k'\\''s/m'";
+        assert!(line.windows(told.len()).any(|words| words == told), "{}", String::from_utf8_lossy(line));
+    }
+
+    #[test]
     fn a_worker_here_too_reads_the_model_that_it_is_told() {
         let config = Layers { no_file: true, ..Layers::default() }.load().unwrap();
         let program = Path::new("grokpipe");
@@ -266,7 +288,7 @@ mod tests {
     #[test]
     fn shell_words_survive() {
         for (word, quote) in [("plain-1.2/x:0", "plain-1.2/x:0"), ("", "''"), ("a'b", r"'a'\''b'"), ("$x", "'$x'")] {
-            assert_eq!(quoted(word), quote);
+            assert_eq!(quoted(OsStr::new(word)), quote);
         }
     }
 }

@@ -28,6 +28,14 @@ pub(super) struct Contents {
     said: BTreeMap<Part, Said>,
 }
 
+/// What a worker loaded, against what was said before.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Heard {
+    /// What it said otherwise itself, when it last loaded it.
+    changed: Vec<Part>,
+    differing: Option<Differing>,
+}
+
 /// Two copies that differ.
 #[derive(Debug, PartialEq, Eq)]
 struct Differing {
@@ -47,8 +55,8 @@ impl Contents {
     }
 
     /// Takes in what a worker loaded; what makes no sense is passed over.
-    fn hear(&mut self, worker: &str, contents: &[ContentSum]) -> Option<Differing> {
-        let mut differing: Option<Differing> = None;
+    fn hear(&mut self, worker: &str, contents: &[ContentSum]) -> Heard {
+        let mut heard = Heard::default();
         // A worker has each part once.
         for said in contents.iter().take(self.layers as usize + 3) {
             let (Some(part), Some(sum)) = (Part::from_index(said.part, self.layers), Sum::from_bytes(&said.sum)) else {
@@ -62,8 +70,9 @@ impl Contents {
             if known.sum == sum {
                 known.confirmed |= said.confirmed;
             } else if known.by == new.by {
-                // It loaded anew, from files that were mended perhaps.
+                // From files that were damaged since, or mended: nobody else knows.
                 *known = new;
+                heard.changed.push(part);
             } else {
                 let newer = said.confirmed && !known.confirmed;
                 let (believed, blamed) =
@@ -71,11 +80,11 @@ impl Contents {
                 if newer {
                     *known = new;
                 }
-                let found = differing.get_or_insert(Differing { believed, blamed, parts: Vec::new() });
+                let found = heard.differing.get_or_insert(Differing { believed, blamed, parts: Vec::new() });
                 found.parts.push(part);
             }
         }
-        differing
+        heard
     }
 }
 
@@ -85,9 +94,13 @@ impl Cluster {
         if ready.plan_epoch != self.epoch || !self.runs_stage(name) || self.present(name, generation).is_none() {
             return true;
         }
-        let Some(Differing { believed, blamed, parts }) = self.contents.hear(name, &ready.contents) else {
-            return true;
-        };
+        let Heard { changed, differing } = self.contents.hear(name, &ready.contents);
+        if !changed.is_empty() {
+            let text =
+                format!("{name} has other numbers than it had before in {}: its files have changed", listed(&changed));
+            self.record(now, "contents_changed", Some(name), text);
+        }
+        let Some(Differing { believed, blamed, parts }) = differing else { return true };
         let is_newcomer = blamed.is_none();
         let blamed = blamed.unwrap_or_else(|| name.to_owned());
         let than = believed.map_or_else(|| "the manifest of the coordinator has".to_owned(), |by| format!("{by} has"));
@@ -197,8 +210,9 @@ mod tests {
             let heard: Vec<_> =
                 says.iter().map(|(worker, sum)| contents.hear(worker, std::slice::from_ref(sum))).collect();
             let (last, before) = heard.split_last().unwrap();
-            assert!(before.iter().all(Option::is_none), "{case}");
-            let found = last.as_ref().map(|found| (found.believed.as_deref(), found.blamed.as_deref()));
+            assert!(before.iter().all(|heard| *heard == Heard::default()), "{case}");
+            assert_eq!(last.changed.is_empty(), case != "loaded anew");
+            let found = last.differing.as_ref().map(|found| (found.believed.as_deref(), found.blamed.as_deref()));
             assert_eq!(found, expected, "{case}");
         }
     }
@@ -208,7 +222,7 @@ mod tests {
         let mut contents = contents(&[(Part::Layer(1), 7)]);
         let short = ContentSum { part: 1, sum: vec![1, 2].into(), confirmed: true };
         let beyond = ContentSum { part: 67, ..of(Part::Layer(1), 8, true) };
-        assert_eq!(contents.hear("a", &[short, beyond]), None);
+        assert_eq!(contents.hear("a", &[short, beyond]), Heard::default());
         assert_eq!(contents.said.len(), 1);
     }
 

@@ -119,7 +119,7 @@ fn holes_are_refused_unless_a_manifest_says_that_they_are_the_models_own() {
     let none = BTreeMap::new();
     let hole = || Some((10_000..16_000, 0));
     let refused = contents(1..2, Precision::Exact, &none, hole()).unwrap_err();
-    for said in ["moe/linear_v/w: byte 10000", "6000 zeros", "grokpipe verify"] {
+    for said in ["moe/linear_v/w: byte 10000", "6000 zeros", "fetch the file again"] {
         assert!(refused.contains(said), "{refused}");
     }
     assert!(contents(0..1, Precision::Exact, &none, hole()).is_ok(), "another layer");

@@ -247,7 +247,7 @@ fn floats(hash: &mut Xxh3, values: &[f32]) {
 }
 
 fn hole(source: &dyn MatrixSource, Run { start, length }: Run) -> ModelError {
-    let found = format!("{length} zeros, a hole as an unfinished download leaves; `grokpipe verify` checks the files");
+    let found = format!("{length} zeros, a hole as an unfinished download leaves: fetch the file again");
     ModelError::invalid(source.place(start), "numbers", found)
 }
 
