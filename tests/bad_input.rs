@@ -453,21 +453,36 @@ async fn reports(live: &Live, table: &mut Table) {
         rss_bytes: u64::MAX,
         ..Heartbeat::default()
     };
-    let failed = |plan_epoch| StageFailed { plan_epoch, message: "made up".into(), ..StageFailed::default() };
+    let failed = |plan_epoch| StageFailed {
+        plan_epoch,
+        coordinator_generation: 1,
+        message: "made up".into(),
+        ..StageFailed::default()
+    };
     let lost = StageFailed { lost_peer: "w1".into(), ..failed(epoch) };
-    let frame = FrameFailed { plan_epoch: epoch, micro_batch_id: 1, message: "made up".into() };
-    let progress = LoadProgress { plan_epoch: epoch, bytes: u64::MAX, bytes_total: 1 };
+    let frame = FrameFailed {
+        plan_epoch: epoch,
+        coordinator_generation: 1,
+        micro_batch_id: 1,
+        message: "made up".into(),
+        worker: "w1".into(),
+    };
+    let progress = LoadProgress { plan_epoch: epoch, coordinator_generation: 1, bytes: u64::MAX, bytes_total: 1 };
     let cases = vec![
         ("a heartbeat of wild numbers", Message::Heartbeat(wild)),
         ("a second hello", Message::Hello(hello(|_| ()))),
         ("progress beyond the total", Message::LoadProgress(progress)),
         (
             "ready for a stage that it has not",
-            Message::StageReady(StageReady { plan_epoch: epoch, ..StageReady::default() }),
+            Message::StageReady(StageReady { plan_epoch: epoch, coordinator_generation: 1, ..StageReady::default() }),
         ),
         (
             "ready for an epoch of tomorrow",
-            Message::StageReady(StageReady { plan_epoch: u64::MAX, ..StageReady::default() }),
+            Message::StageReady(StageReady {
+                plan_epoch: u64::MAX,
+                coordinator_generation: 1,
+                ..StageReady::default()
+            }),
         ),
         ("failure of a stage that it has not", Message::StageFailed(failed(epoch))),
         ("failure of an epoch of tomorrow", Message::StageFailed(failed(u64::MAX))),

@@ -10,9 +10,9 @@ use std::{
 };
 
 use grokpipe_kernels::{
-    CpuBackend, Device, KernelError, Precision, Prefill, Stage, StageModel, StageOptions, select_device,
+    CpuBackend, Device, KernelError, MemoryNeed, Precision, Prefill, Stage, StageModel, StageOptions, select_device,
 };
-use grokpipe_model::{MatrixSpec, ModelConfig};
+use grokpipe_model::{MatrixSpec, ModelConfig, layer_matrices};
 use grokpipe_proto::transport::Tcp;
 use grokpipe_worker::{
     Settings, WorkerError,
@@ -263,6 +263,18 @@ fn memory_offered(said: Option<ByteSize>, share: Option<ByteSize>, device: &dyn 
     })
 }
 
+impl DeviceLoader {
+    fn options(request: &LoadRequest) -> StageOptions {
+        StageOptions { kv_blocks: request.kv_blocks, max_rows: request.max_batch_tokens, ..StageOptions::default() }
+    }
+
+    fn need(&self, request: &LoadRequest) -> MemoryNeed {
+        // Which backend counts does not matter here: the need is that of the model.
+        let (config, weights) = (&self.weights.config, self.weights.source.as_ref());
+        StageModel::<CpuBackend>::memory_needed(config, weights, request.layers.clone(), Self::options(request))
+    }
+}
+
 impl StageLoader for DeviceLoader {
     fn device(&self) -> &DeviceFacts {
         &self.facts
@@ -276,24 +288,27 @@ impl StageLoader for DeviceLoader {
         &self.weights.digest
     }
 
+    fn memory_needed(&self, request: &LoadRequest) -> Option<u64> {
+        Some(self.need(request).total_bytes())
+    }
+
+    fn check_readable(&self, request: &LoadRequest) -> Result<(), KernelError> {
+        for layer in request.layers.clone() {
+            layer_matrices(self.weights.source.as_ref(), layer)?;
+        }
+        Ok(())
+    }
+
     fn load(
         &mut self,
         request: &LoadRequest,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Box<dyn Stage>, KernelError> {
-        let options = StageOptions {
-            kv_blocks: request.kv_blocks,
-            max_rows: request.max_batch_tokens,
-            ..StageOptions::default()
-        };
         let layers = request.layers.clone();
-        // Which backend counts does not matter here: the need is that of the model.
-        let (config, weights) = (&self.weights.config, self.weights.source.as_ref());
-        let need = StageModel::<CpuBackend>::memory_needed(config, weights, layers.clone(), options);
-        need.check(&layers, self.facts.memory_bytes, &self.facts.name)?;
+        self.need(request).check(&layers, self.facts.memory_bytes, &self.facts.name)?;
         let weights = Arc::clone(&self.weights.source);
         let device = select_device(&self.device, self.threads, self.precision, self.prefill)?;
-        device.load(config, weights, layers, options, progress)
+        device.load(&self.weights.config, weights, layers, Self::options(request), progress)
     }
 }
 

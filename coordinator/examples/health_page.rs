@@ -120,7 +120,15 @@ fn snapshot(scene: &str, lasted: f64) -> ClusterSnapshot {
         measured_stream_tokens_per_second: Some(10.7),
         stages: stages().collect(),
     });
-    let input = VerdictInput { layers: LAYERS, plan: plan.as_ref(), nodes: &nodes, workers_expected: 4, refusal: None };
+    let input = VerdictInput {
+        layers: LAYERS,
+        plan: plan.as_ref(),
+        nodes: &nodes,
+        workers_expected: 4,
+        refusal: None,
+        serving: true,
+        trouble: None,
+    };
     let serving = matches!(scene, "serving" | "frozen");
     ClusterSnapshot {
         cluster: "attic".into(),

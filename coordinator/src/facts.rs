@@ -1,6 +1,6 @@
 //! What the coordinator knows of the model (sizes, formats and bytes, no weights) and of a worker, as the planner wants it.
 
-use std::{ops::Range, time::Duration};
+use std::ops::Range;
 
 use grokpipe_model::{Model, ModelConfig, ModelError, TensorName, WeightSource, contents::PartSum, layer_matrices};
 use grokpipe_proto::v1::{FormatRate, Hello};
@@ -188,12 +188,4 @@ pub fn resources(hello: &Hello) -> WorkerResources {
 
 fn head(config: &ModelConfig, weight_bytes: u64, format: String) -> HeadCost {
     HeadCost { weight_bytes, format, flops_per_token: 2.0 * config.vocab_size as f64 * config.hidden_size as f64 }
-}
-
-/// How long a step may take before the pipeline counts as stuck: far above any real step, far below a client's patience.
-pub const STEP_TIMEOUT: Duration = Duration::from_secs(120);
-
-/// Layers for people: `16..32`.
-pub fn layers_text(layers: &Range<u32>) -> String {
-    format!("{}..{}", layers.start, layers.end)
 }

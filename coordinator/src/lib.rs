@@ -264,6 +264,7 @@ fn engine(
         secret: settings.secret.clone(),
         model: facts.config.name.clone(),
         hidden_size: facts.config.hidden_size,
+        proof_token: u32::from(facts.config.pad_token_id == 0),
     };
     Engine::new(engine_settings, net, cluster, tokenizer)
 }

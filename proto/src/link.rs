@@ -12,7 +12,10 @@ use std::{
     },
 };
 
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
@@ -53,6 +56,8 @@ pub enum LinkEvent {
     FrameFailed {
         /// Which micro-batch.
         micro_batch_id: u64,
+        /// The worker that refused.
+        worker: String,
         /// Who refused, and why.
         message: String,
     },
@@ -67,18 +72,28 @@ pub enum LinkEvent {
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
     /// Nobody there.
-    #[error("worker {worker}: {source}")]
+    #[error("cannot reach {worker} at {source}")]
     Connect {
         /// Whom the link was to reach.
         worker: String,
         /// What went wrong.
         source: ConnectError,
     },
+    /// Somebody there who does not answer.
+    #[error("cannot reach {worker} at {address}: it takes connections but gave no answer within {} s", LOST_AFTER.as_secs())]
+    Silent {
+        /// Whom the link was to reach.
+        worker: String,
+        /// Where.
+        address: String,
+    },
     /// Somebody there who does not want the link.
-    #[error("worker {worker}: {status}")]
+    #[error("cannot reach {worker} at {address}: refused with {:?}, {}", status.code(), status.message())]
     Refused {
         /// Whom the link was to reach.
         worker: String,
+        /// Where.
+        address: String,
         /// What it said.
         status: Box<Status>,
     },
@@ -107,18 +122,18 @@ impl Link {
         events: mpsc::Sender<LinkEvent>,
         stop: CancellationToken,
     ) -> Result<Self, LinkError> {
-        let worker = settings.worker.clone();
+        let (worker, address) = (settings.worker.clone(), settings.address.clone());
         let channel = transport::connect(net, &settings.address, Keepalive::Cluster)
             .await
             .map_err(|source| LinkError::Connect { worker: worker.clone(), source })?;
         let mut client = PipelineServiceClient::with_interceptor(channel, settings.secret.attach())
             .max_encoding_message_size(settings.max_frame_bytes);
         let (wire_tx, wire_rx) = mpsc::channel(settings.max_in_flight);
-        let answers = client
-            .run(ReceiverStream::new(wire_rx))
-            .await
-            .map_err(|status| LinkError::Refused { worker, status: Box::new(status) })?
-            .into_inner();
+        let answers = match timeout(LOST_AFTER, client.run(ReceiverStream::new(wire_rx))).await {
+            Ok(Ok(answers)) => answers.into_inner(),
+            Ok(Err(status)) => return Err(LinkError::Refused { worker, address, status: Box::new(status) }),
+            Err(_late) => return Err(LinkError::Silent { worker, address }),
+        };
         let (frames, frames_rx) = mpsc::channel(settings.max_in_flight);
         let wire_us = Arc::new(AtomicU64::new(0));
         let task = LinkTask {
@@ -248,7 +263,8 @@ impl LinkTask {
             return None;
         }
         let message = format!("worker {} refused a frame: {}", self.worker, refusal.message);
-        let event = LinkEvent::FrameFailed { micro_batch_id: refusal.micro_batch_id, message };
+        let worker = self.worker.clone();
+        let event = LinkEvent::FrameFailed { micro_batch_id: refusal.micro_batch_id, worker, message };
         self.events.send(event).await.is_err().then(|| "nobody listens to this link".to_owned())
     }
 }

@@ -56,11 +56,11 @@ pub struct Verdict {
 pub enum VerdictPhase {
     /// No plan yet: workers are missing, or their memory does not suffice.
     Waiting,
-    /// Every stage has a live node, some still read their layers.
+    /// Every stage has a live node; some still read their layers, or no token has gone through them yet.
     Loading,
-    /// All layers are covered and loaded.
+    /// All layers are covered and loaded, and a token went through them.
     Serving,
-    /// A planned stage has no live node.
+    /// A planned stage has no live node, or the stages do not reach each other.
     Down,
 }
 
@@ -173,6 +173,8 @@ pub enum NodeState {
     Draining,
     /// Lost.
     Down,
+    /// Connected, but left out of plans; its last error says why.
+    Excluded,
 }
 
 impl NodeState {
@@ -185,6 +187,7 @@ impl NodeState {
             Self::Standby => "standby",
             Self::Draining => "draining",
             Self::Down => "down",
+            Self::Excluded => "excluded",
         }
     }
 }

@@ -53,12 +53,14 @@ pub enum RequestError {
     #[error("{0}")]
     StageFailed(String),
     /// The request's time is up.
-    #[error("expected an end within {} ms, found {produced} tokens by then", limit.as_millis())]
+    #[error("expected an end within {} ms, found {produced} tokens by then{}", limit.as_millis(), waiting(waited_on.as_deref()))]
     Deadline {
         /// The time it had.
         limit: Duration,
         /// Tokens produced by then.
         produced: u32,
+        /// The stage that it waited on, if one was at work.
+        waited_on: Option<String>,
     },
     /// Text needs a tokenizer.
     #[error("this cluster has no tokenizer: send token ids, or start it with --tokenizer")]
@@ -69,6 +71,10 @@ pub enum RequestError {
     /// The coordinator ends.
     #[error("the coordinator is shutting down")]
     ShuttingDown,
+}
+
+fn waiting(stage: Option<&str>) -> String {
+    stage.map_or_else(String::new, |stage| format!("; waiting for {stage}"))
 }
 
 impl RequestError {

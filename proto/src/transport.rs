@@ -162,13 +162,22 @@ pub enum ConnectError {
     #[error("expected an address as host:port, found {0:?}")]
     Address(String),
     /// Nobody there, or not in time.
-    #[error("{address}: {source}")]
+    #[error("{address}: {}", root_cause(source))]
     Unreachable {
         /// Where.
         address: String,
         /// What went wrong.
         source: tonic::transport::Error,
     },
+}
+
+/// What the system said: the innermost of the errors that led to this one. The outer ones only say "transport error".
+fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut cause = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    cause.to_string()
 }
 
 /// Connects a channel to `host:port`, within two seconds.
@@ -178,7 +187,6 @@ pub enum ConnectError {
 pub async fn connect(net: &Arc<dyn Net>, address: &str, keepalive: Keepalive) -> Result<Channel, ConnectError> {
     let endpoint = Endpoint::from_shared(format!("http://{address}"))
         .map_err(|_invalid| ConnectError::Address(address.to_owned()))?
-        .connect_timeout(CONNECT_TIMEOUT)
         .http2_keep_alive_interval(keepalive.interval())
         .keep_alive_timeout(keepalive.timeout())
         .keep_alive_while_idle(true)
@@ -218,7 +226,12 @@ impl tower_service::Service<Uri> for Connector {
 
     fn call(&mut self, _uri: Uri) -> Self::Future {
         let connecting = self.net.connect(self.address.clone());
-        // Also bounds connectors that know no time-out of their own.
-        Box::pin(async move { Ok(TokioIo::new(tokio::time::timeout(CONNECT_TIMEOUT, connecting).await??)) })
+        Box::pin(async move {
+            let connected = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(|_late| {
+                let text = format!("connection timed out after {} s", CONNECT_TIMEOUT.as_secs());
+                Err(io::Error::new(io::ErrorKind::TimedOut, text))
+            });
+            connected.map(TokioIo::new)
+        })
     }
 }

@@ -1,23 +1,28 @@
 //! The life of this worker's stage: from an assignment to a stage at work, one plan epoch after the other.
 //!
 //! The newest assignment wins. Layers that are already on the device are kept across epochs, so that a plan that changes nothing
-//! for this worker costs it nothing. What is loaded where is the coordinator's decision.
+//! for this worker costs it nothing, and given up for others only once those can be read. What is loaded where is the coordinator's
+//! decision.
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
 use grokpipe_kernels::KernelError;
-use grokpipe_model::{ModelConfig, contents::PartSum};
+use grokpipe_model::{ModelConfig, ModelError, contents::PartSum};
 use grokpipe_proto::{
+    LOST_AFTER,
     link::{Link, LinkEvent, LinkSettings},
     max_frame_bytes,
     secret::Secret,
     transport::{self, Keepalive, Net},
     v1::{
         ActivationDtype, Assignment, ContentSum, DeliverRequest, FrameFailed, LoadProgress, MicroBatchResult,
-        StageFailed, StageReady, join_request::Message, result_service_client::ResultServiceClient,
+        StageBlocked, StageFailed, StageReady, join_request::Message, result_service_client::ResultServiceClient,
     },
 };
-use tokio::sync::{Mutex, mpsc, watch};
+use tokio::{
+    sync::{Mutex, mpsc, watch},
+    time::{Instant, timeout},
+};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info, info_span, warn};
@@ -35,6 +40,8 @@ use crate::{
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 /// The next stage is dialled again after this long; it may still be starting.
 const REDIAL: Duration = Duration::from_millis(100);
+/// The coordinator hears of it when the next stage does not answer for so long.
+const BLOCKED_AFTER: Duration = Duration::from_secs(1);
 
 /// What the coordinator last asked of this worker.
 #[derive(Clone, Debug, Default)]
@@ -107,6 +114,14 @@ impl Failure {
     fn passing(message: impl Into<String>) -> Self {
         Self { message: message.into(), retryable: true, ..Self::default() }
     }
+    /// What a read of the system's or a device gave may be better the next time; what a file says will not.
+    fn of_kernel(error: KernelError) -> Self {
+        Self {
+            retryable: matches!(error, KernelError::DeviceLost { .. } | KernelError::Model(ModelError::Io { .. })),
+            out_of_memory: matches!(error, KernelError::OutOfMemory { .. }),
+            ..Self::fatal(error.to_string())
+        }
+    }
 }
 
 impl Controller {
@@ -149,13 +164,14 @@ impl Controller {
     }
 
     async fn follow(&self, assignment: Assignment, held: &Mutex<Option<Held>>, stop: CancellationToken) {
-        let epoch = assignment.plan_epoch;
+        let (plan_epoch, coordinator_generation) = (assignment.plan_epoch, assignment.coordinator_generation);
         if let Err(failure) = self.try_follow(assignment, held, stop.clone()).await {
             self.active.clear();
             if !stop.is_cancelled() {
                 warn!(reason = failure.message, "stage failed");
                 let Failure { message, retryable, lost_peer, out_of_memory } = failure;
-                let failed = StageFailed { plan_epoch: epoch, message, retryable, lost_peer, out_of_memory };
+                let failed =
+                    StageFailed { plan_epoch, coordinator_generation, message, retryable, lost_peer, out_of_memory };
                 self.report(Message::StageFailed(failed)).await;
             }
         }
@@ -193,6 +209,7 @@ impl Controller {
         self.report(Message::StageReady(StageReady {
             plan_epoch: assignment.plan_epoch,
             contents: held.contents.clone(),
+            coordinator_generation: assignment.coordinator_generation,
         }))
         .await;
         tokio::select! {
@@ -200,7 +217,7 @@ impl Controller {
                 let lost_peer = if failed.outlet { assignment.next_worker.clone() } else { String::new() };
                 Failure { lost_peer, ..Failure::passing(failed.reason) }
             }),
-            lost = self.watch_link(assignment.plan_epoch, lost) => {
+            lost = self.watch_link(&assignment, lost) => {
                 Err(Failure { lost_peer: assignment.next_worker.clone(), ..Failure::passing(lost) })
             }
         }
@@ -268,11 +285,10 @@ impl Controller {
     ) -> Result<(), Failure> {
         if let Some(kept) = held.as_ref().filter(|held| held.request == *request) {
             info!(layers = ?request.layers, "layers kept from an earlier epoch");
-            self.report_loaded(assignment.plan_epoch, kept.stored_bytes).await;
+            self.report_progress(assignment, kept.stored_bytes, kept.stored_bytes).await;
             return Ok(());
         }
-        self.held_layers.send_replace(None);
-        let old = held.take();
+        let old = self.make_room(request, held).await?;
         info!(layers = ?request.layers, "loading");
         let (progress, seen) = watch::channel((0_u64, 0_u64));
         let (loader, wanted) = (Arc::clone(&self.loader), request.clone());
@@ -285,17 +301,16 @@ impl Controller {
         });
         let loaded = tokio::select! {
             loaded = loading => loaded,
-            () = self.report_progress(assignment.plan_epoch, seen.clone()) => unreachable!("progress is reported for ever"),
+            () = self.watch_progress(assignment, seen.clone()) => unreachable!("progress is reported for ever"),
         };
-        let stage = loaded.map_err(|failed| Failure::passing(failed.to_string()))?.map_err(|error| Failure {
-            retryable: matches!(error, KernelError::DeviceLost { .. }),
-            out_of_memory: matches!(error, KernelError::OutOfMemory { .. }),
-            ..Failure::fatal(error.to_string())
-        })?;
+        let stage = loaded.map_err(|failed| Failure::passing(failed.to_string()))?.map_err(Failure::of_kernel)?;
         let (weights_bytes, kv_bytes) = (stage.weights_bytes(), stage.kv_bytes());
         let contents = stage.contents().iter().map(|sum| content_sum(sum, self.config.num_hidden_layers)).collect();
         let (_, stored_bytes) = *seen.borrow();
-        self.report_loaded(assignment.plan_epoch, stored_bytes).await;
+        self.report_progress(assignment, stored_bytes, stored_bytes).await;
+        if let Some(old) = held.take() {
+            let _ = compute(&*self.executor, move || drop(old)).await;
+        }
         *held = Some(Held {
             stage: Arc::new(std::sync::Mutex::new(stage)),
             request: request.clone(),
@@ -308,15 +323,37 @@ impl Controller {
         Ok(())
     }
 
-    async fn report_loaded(&self, plan_epoch: u64, bytes: u64) {
-        self.report(Message::LoadProgress(LoadProgress { plan_epoch, bytes, bytes_total: bytes })).await;
+    /// Layers that must go before others can be loaded. They stay in `held` where there is room for both, and go only when the new
+    /// ones can be read.
+    async fn make_room(&self, request: &LoadRequest, held: &mut Option<Held>) -> Result<Option<Held>, Failure> {
+        let Some(kept) = held.as_ref() else { return Ok(None) };
+        let kept_bytes = kept.weights_bytes.saturating_add(kept.kv_bytes);
+        let (loader, wanted) = (Arc::clone(&self.loader), request.clone());
+        let checked = compute(&*self.executor, move || {
+            let loader = loader.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            loader.check_readable(&wanted)?;
+            let needed = loader.memory_needed(&wanted);
+            Ok(needed.is_some_and(|needed| needed.saturating_add(kept_bytes) <= loader.device().memory_bytes))
+        });
+        let fits = checked.await.map_err(|failed| Failure::passing(failed.to_string()))?.map_err(Failure::of_kernel)?;
+        if fits {
+            return Ok(None);
+        }
+        self.held_layers.send_replace(None);
+        Ok(held.take())
     }
 
-    async fn report_progress(&self, plan_epoch: u64, seen: watch::Receiver<(u64, u64)>) {
+    async fn report_progress(&self, assignment: &Assignment, bytes: u64, bytes_total: u64) {
+        let (plan_epoch, coordinator_generation) = (assignment.plan_epoch, assignment.coordinator_generation);
+        let progress = LoadProgress { plan_epoch, coordinator_generation, bytes, bytes_total };
+        self.report(Message::LoadProgress(progress)).await;
+    }
+
+    async fn watch_progress(&self, assignment: &Assignment, seen: watch::Receiver<(u64, u64)>) {
         loop {
             tokio::time::sleep(PROGRESS_INTERVAL).await;
             let (bytes, bytes_total) = *seen.borrow();
-            self.report(Message::LoadProgress(LoadProgress { plan_epoch, bytes, bytes_total })).await;
+            self.report_progress(assignment, bytes, bytes_total).await;
         }
     }
 
@@ -327,7 +364,8 @@ impl Controller {
         events: mpsc::Sender<LinkEvent>,
         stop: &CancellationToken,
     ) -> Result<Option<Outlet>, Failure> {
-        let mut told = false;
+        let began = Instant::now();
+        let mut told: Option<String> = None;
         loop {
             let opened = tokio::select! {
                 () = stop.cancelled() => return Ok(None),
@@ -335,17 +373,25 @@ impl Controller {
             };
             match opened {
                 Ok(outlet) => return Ok(Some(outlet)),
-                Err(reason) if !told => {
-                    told = true;
-                    warn!(reason, "the next stage does not answer yet, trying on");
+                Err(reason) => {
+                    if began.elapsed() >= BLOCKED_AFTER && told.as_ref() != Some(&reason) {
+                        warn!(reason, "the next stage does not answer, trying again");
+                        told = Some(reason.clone());
+                        self.report_blocked(assignment, reason).await;
+                    }
                 }
-                Err(_again) => {}
             }
             tokio::select! {
                 () = stop.cancelled() => return Ok(None),
                 () = tokio::time::sleep(REDIAL) => {}
             }
         }
+    }
+
+    async fn report_blocked(&self, assignment: &Assignment, reason: String) {
+        let (plan_epoch, coordinator_generation) = (assignment.plan_epoch, assignment.coordinator_generation);
+        let peer = assignment.next_worker.clone();
+        self.report(Message::StageBlocked(StageBlocked { plan_epoch, coordinator_generation, peer, reason })).await;
     }
 
     async fn try_open_outlet(
@@ -367,12 +413,17 @@ impl Controller {
         }
         let channel = transport::connect(&self.net, &self.coordinator, Keepalive::Cluster)
             .await
-            .map_err(|error| format!("coordinator: {error}"))?;
+            .map_err(|error| format!("cannot reach the coordinator at {error}"))?;
         let mut client = ResultServiceClient::with_interceptor(channel, self.secret.attach());
         let (results, outgoing) = mpsc::channel::<MicroBatchResult>(assignment.max_frames_in_flight as usize);
         let outgoing = ReceiverStream::new(outgoing).map(|result| DeliverRequest { result: Some(result) });
-        let mut answers =
-            client.deliver(outgoing).await.map_err(|status| format!("coordinator: {status}"))?.into_inner();
+        let answers = timeout(LOST_AFTER, client.deliver(outgoing)).await;
+        let mut answers = answers
+            .map_err(|_late| format!("cannot reach the coordinator: no answer within {} s", LOST_AFTER.as_secs()))?
+            .map_err(|status| {
+                format!("cannot reach the coordinator: refused with {:?}, {}", status.code(), status.message())
+            })?
+            .into_inner();
         let stop = stop.clone();
         // Owned by the epoch: ends with it, or when the coordinator hangs up.
         tokio::spawn(async move {
@@ -389,11 +440,13 @@ impl Controller {
     }
 
     /// Reports refused frames; returns when the link is lost.
-    async fn watch_link(&self, plan_epoch: u64, mut events: mpsc::Receiver<LinkEvent>) -> String {
+    async fn watch_link(&self, assignment: &Assignment, mut events: mpsc::Receiver<LinkEvent>) -> String {
+        let (plan_epoch, coordinator_generation) = (assignment.plan_epoch, assignment.coordinator_generation);
         loop {
             match events.recv().await {
-                Some(LinkEvent::FrameFailed { micro_batch_id, message }) => {
-                    self.report(Message::FrameFailed(FrameFailed { plan_epoch, micro_batch_id, message })).await;
+                Some(LinkEvent::FrameFailed { micro_batch_id, worker, message }) => {
+                    let failed = FrameFailed { plan_epoch, coordinator_generation, micro_batch_id, worker, message };
+                    self.report(Message::FrameFailed(failed)).await;
                 }
                 Some(LinkEvent::Lost { reason }) => return reason,
                 None => std::future::pending().await,

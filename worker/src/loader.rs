@@ -52,6 +52,21 @@ pub trait StageLoader: Send + 'static {
     /// The model's digest, equal on every node that has the same model.
     fn model_digest(&self) -> &str;
 
+    /// Bytes that these layers would take on the device, weights and KV; `None` where that is not known beforehand.
+    fn memory_needed(&self, request: &LoadRequest) -> Option<u64> {
+        let _ = request;
+        None
+    }
+
+    /// Opens what a load would read, and reads none of it.
+    ///
+    /// # Errors
+    /// [`KernelError`] naming what cannot be read.
+    fn check_readable(&self, request: &LoadRequest) -> Result<(), KernelError> {
+        let _ = request;
+        Ok(())
+    }
+
     /// Loads layers; `progress` is told the bytes done and the bytes in all.
     ///
     /// # Errors

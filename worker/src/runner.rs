@@ -98,6 +98,16 @@ enum StepError {
     Draw { sequence_id: u64, position: u32, source: sampler::DrawError },
 }
 
+impl StepError {
+    /// Whether every other frame would fail as well: the device is gone, or what the stage reads at each step cannot be read.
+    fn is_of_the_stage(&self) -> bool {
+        matches!(
+            self,
+            Self::Kernel(KernelError::DeviceLost { .. } | KernelError::Model(grokpipe_model::ModelError::Io { .. }))
+        )
+    }
+}
+
 enum Computed {
     Hidden(Vec<f32>),
     Results { tokens: Vec<DrawnToken>, scores: Vec<TokenScores> },
@@ -140,8 +150,12 @@ impl Runner {
         let rows = step.batch.rows.len();
         let started = Instant::now();
         let (stage, is_first) = (Arc::clone(&self.stage), self.limits.is_first);
-        let computed =
-            compute(&*self.executor, move || run_step(&stage, &step, is_first)).await.map_err(RunnerFailed::device)?;
+        let stats = Arc::clone(&self.stats);
+        let computed = compute(&*self.executor, move || {
+            let _running = stats.begin_step(rows);
+            run_step(&stage, &step, is_first)
+        });
+        let computed = computed.await.map_err(RunnerFailed::device)?;
         let compute_time = started.elapsed();
         match computed {
             Ok(computed) => {
@@ -167,7 +181,7 @@ impl Runner {
                 self.answer(&answers, Answer::Ack(ack));
                 Ok(())
             }
-            Err(error @ StepError::Kernel(KernelError::DeviceLost { .. })) => Err(RunnerFailed::device(error)),
+            Err(error) if error.is_of_the_stage() => Err(RunnerFailed::device(error)),
             Err(error) => {
                 for slice in &frame.sequences {
                     sequences.close(slice.sequence_id);

@@ -2,7 +2,7 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -29,6 +29,18 @@ struct Inner {
     weights_bytes: u64,
     kv_bytes: u64,
     queue_depth: u32,
+    /// When the step that is on the device began, and its rows.
+    running: Option<(Instant, usize)>,
+}
+
+/// A step on the device; dropping it says that the device is free again.
+#[derive(Debug)]
+pub struct RunningStep(Arc<Stats>);
+
+impl Drop for RunningStep {
+    fn drop(&mut self) {
+        self.0.inner().running = None;
+    }
 }
 
 /// Counters of one worker.
@@ -42,7 +54,16 @@ impl Stats {
 
     /// A new assignment: counts start again.
     pub fn start_epoch(&self, weights_bytes: u64, kv_bytes: u64) {
-        *self.inner() = Inner { weights_bytes, kv_bytes, ..Inner::default() };
+        let mut inner = self.inner();
+        // A step of an earlier epoch may still hold the device.
+        let running = inner.running;
+        *inner = Inner { weights_bytes, kv_bytes, running, ..Inner::default() };
+    }
+
+    /// A step begins now. To be called where it runs, so that a device that hangs is seen to.
+    pub fn begin_step(self: &Arc<Self>, rows: usize) -> RunningStep {
+        self.inner().running = Some((Instant::now(), rows));
+        RunningStep(Arc::clone(self))
     }
 
     /// A step has ended now.
@@ -83,6 +104,8 @@ impl Stats {
             kv_bytes: inner.kv_bytes,
             free_bytes: memory_bytes.saturating_sub(inner.weights_bytes + inner.kv_bytes),
             rss_bytes,
+            step_age_seconds: inner.running.map_or(0.0, |(since, _)| now.duration_since(since).as_secs_f64()),
+            step_rows: inner.running.map_or(0, |(_, rows)| rows as u64),
             idle_ratio: (1.0 - busy.as_secs_f64() / WINDOW.as_secs_f64()).clamp(0.0, 1.0),
         }
     }
@@ -99,6 +122,19 @@ pub fn rss_bytes() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_step_on_the_device_is_told_with_its_age_until_it_ends_whatever_epoch_begins() {
+        let stats = Arc::new(Stats::default());
+        let step = stats.begin_step(5);
+        tokio::time::advance(Duration::from_secs(7)).await;
+        stats.start_epoch(1, 1);
+        let beat = stats.heartbeat(10, 0);
+        assert_eq!((beat.step_rows, beat.step_age_seconds), (5, 7.0));
+        drop(step);
+        let beat = stats.heartbeat(10, 0);
+        assert_eq!((beat.step_rows, beat.step_age_seconds), (0, 0.0));
+    }
 
     #[tokio::test(start_paused = true)]
     async fn rates_cover_the_last_five_seconds() {

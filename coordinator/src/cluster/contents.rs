@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, time::Duration};
 use grokpipe_model::contents::{Part, Sum};
 use grokpipe_proto::v1::{ContentSum, StageFailed, StageReady};
 
-use super::Cluster;
+use super::{Cluster, Until};
 use crate::facts::ModelFacts;
 
 /// Who said what the numbers of a part are.
@@ -91,7 +91,8 @@ impl Contents {
 impl Cluster {
     /// Holds what a worker loaded to what others did. `false` when that worker is not trusted and has lost its stage.
     pub fn check_contents(&mut self, now: Duration, name: &str, generation: u64, ready: &StageReady) -> bool {
-        if ready.plan_epoch != self.epoch || !self.runs_stage(name) || self.present(name, generation).is_none() {
+        let current = self.is_current(ready.plan_epoch, ready.coordinator_generation);
+        if !current || !self.runs_stage(name) || self.present(name, generation).is_none() {
             return true;
         }
         let Heard { changed, differing } = self.contents.hear(name, &ready.contents);
@@ -111,10 +112,16 @@ impl Cluster {
         self.record(now, "contents_differ", Some(&blamed), format!("{blamed} has {message}"));
         let Some(node) = self.nodes.get_mut(&blamed) else { return !is_newcomer };
         let generation = node.hello.generation;
-        node.unfit = true;
+        node.excluded = Some(Until::Rejoin);
         node.last_error = Some((now, message.clone()));
         self.changes += 1;
-        let failed = StageFailed { plan_epoch: self.epoch, message, retryable: false, ..StageFailed::default() };
+        let failed = StageFailed {
+            plan_epoch: self.epoch,
+            coordinator_generation: self.settings.generation,
+            message,
+            retryable: false,
+            ..StageFailed::default()
+        };
         self.stage_failed(now, &blamed, generation, &failed);
         !is_newcomer
     }

@@ -1,10 +1,11 @@
 //! Who belongs to the cluster, and which plan is in force. Pure: time is an argument, messages come out as commands.
 //!
 //! One rule carries the rest: **whatever changes about a stage, a new plan epoch begins.** Every frame names its epoch, so that
-//! nothing of the old one can reach the new one. A worker that keeps its layers adopts them without loading.
+//! nothing of the old one can reach the new one. A worker that keeps its layers adopts them without loading. And a plan serves only
+//! once a token has gone through all of its stages.
 //!
-//! Decides when to plan, when a node counts as lost, and what each node is told. Knows nothing of requests but that they end
-//! when the pipeline is interrupted.
+//! Decides when to plan (`planning`), when a node counts as lost and what a failure means (`failures`), how long a step may take
+//! (`steps`), and what each node is told. Knows nothing of requests but that they end when the pipeline is interrupted.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -15,19 +16,21 @@ use std::{
 use grokpipe_proto::{
     HEARTBEAT_INTERVAL, LOST_AFTER, PROTOCOL_VERSIONS,
     status::RequestError,
-    v1::{Heartbeat, Hello, LoadProgress, StageFailed, StageTiming, Welcome, join_response::Message},
+    v1::{Heartbeat, Hello, LoadProgress, StageReady, StageTiming, Welcome, join_response::Message},
 };
 
-use self::{contents::Contents, measured::Measured};
+use self::{contents::Contents, measured::Measured, steps::StepTimes};
 use crate::{
     facts::{ModelFacts, PlanWishes},
     planner::Plan,
 };
 
 mod contents;
+mod failures;
 mod hello;
 mod measured;
 mod planning;
+mod steps;
 mod view;
 
 #[cfg(test)]
@@ -86,6 +89,11 @@ pub enum Command {
         /// Number of stages.
         stages: usize,
     },
+    /// Send one token through all stages, and say [`Cluster::proven`] when it is back.
+    Prove {
+        /// The epoch that is to be proven.
+        epoch: u64,
+    },
 }
 
 /// Why a hello was refused.
@@ -126,8 +134,21 @@ struct Node {
     load: Option<(u64, u64)>,
     last_error: Option<(Duration, String)>,
     joins: u32,
-    /// It failed for good; left out of plans until it joins again.
-    unfit: bool,
+    /// It is left out of plans until this happens.
+    excluded: Option<Until>,
+    /// Failures since the cluster last served with it.
+    failures: u32,
+    /// What its steps took, for the layers that it has.
+    steps: StepTimes,
+}
+
+/// What ends an exclusion from plans, beside the worker's joining anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Until {
+    /// Nothing.
+    Rejoin,
+    /// Its device has finished the step that it hangs in.
+    Idle,
 }
 
 #[derive(Clone, Debug)]
@@ -135,6 +156,10 @@ struct StageState {
     node: String,
     layers: Range<u32>,
     ready: bool,
+    /// When its load last went on.
+    progress_at: Duration,
+    /// Since when it cannot reach whom it hands its results to, and the name of that worker (empty for the coordinator).
+    blocked: Option<(Duration, String)>,
 }
 
 #[derive(Clone, Debug)]
@@ -143,6 +168,12 @@ struct Active {
     stages: Vec<StageState>,
     /// The link to the first stage stands.
     connected: bool,
+    /// A token has gone through all stages.
+    proven: bool,
+    /// A step of a request has gone through all stages.
+    used: bool,
+    /// Frames in a row that stages refused.
+    refusals: u32,
     /// When the epoch stopped being whole, if it has: a stage's worker is gone or failed.
     broken_since: Option<Duration>,
     /// A failed stage is tried again at this time.
@@ -176,6 +207,10 @@ pub struct Cluster {
     epoch: u64,
     active: Option<Active>,
     refusal: Option<String>,
+    /// Why the plan in force does not serve, if something went wrong; since when.
+    trouble: Option<String>,
+    /// Since when a plan that was made does not serve.
+    failing_since: Option<Duration>,
     last_join: Duration,
     retry_pause: Duration,
     events: VecDeque<Event>,
@@ -200,6 +235,8 @@ impl Cluster {
             epoch: 0,
             active: None,
             refusal: None,
+            trouble: None,
+            failing_since: None,
             last_join: Duration::ZERO,
             retry_pause: RETRY.0,
             events: VecDeque::new(),
@@ -220,11 +257,9 @@ impl Cluster {
         self.epoch
     }
 
-    /// Whether frames can run: every stage ready, the link to the first one open.
+    /// Whether requests can run: a token has gone through every stage, and nothing broke since.
     pub fn is_serving(&self) -> bool {
-        self.active.as_ref().is_some_and(|active| {
-            active.connected && active.broken_since.is_none() && active.stages.iter().all(|stage| stage.ready)
-        })
+        self.active.as_ref().is_some_and(|active| active.proven && active.broken_since.is_none())
     }
 
     /// A worker asks to join.
@@ -252,7 +287,9 @@ impl Cluster {
             load: None,
             last_error: known.and_then(|node| node.last_error.clone()),
             joins: known.map_or(0, |node| node.joins) + 1,
-            unfit: false,
+            excluded: None,
+            failures: 0,
+            steps: StepTimes::default(),
             hello: hello.clone(),
         };
         let name = hello.name.clone();
@@ -265,7 +302,7 @@ impl Cluster {
                 self.facts.config.name, self.facts.digest, hello.model_digest
             );
             self.record(now, "wrong_model", Some(&name), format!("{name} cannot help: {reason}"));
-            self.nodes.insert(name, Node { unfit: true, last_error: Some((now, reason)), ..node });
+            self.nodes.insert(name, Node { excluded: Some(Until::Rejoin), last_error: Some((now, reason)), ..node });
         }
         self.last_join = now;
         self.changes += 1;
@@ -293,42 +330,61 @@ impl Cluster {
         node.load = None;
         node.last_error = Some((now, reason.to_owned()));
         self.changes += 1;
-        self.record(now, "worker_lost", Some(name), format!("{name} lost: {reason}"));
-        self.break_stage_of(now, name, reason);
+        let text = format!("{name} lost: {reason}");
+        self.record(now, "worker_lost", Some(name), text.clone());
+        self.break_stage_of(now, name, reason, text);
         self.advance(now);
     }
 
     /// A heartbeat.
     pub fn heartbeat(&mut self, now: Duration, name: &str, generation: u64, heartbeat: Heartbeat) {
+        let step_age = Duration::try_from_secs_f64(heartbeat.step_age_seconds).unwrap_or_default();
+        let step_rows = heartbeat.step_rows;
         if let Some(node) = self.present(name, generation) {
             node.last_heard = now;
             node.heartbeat = Some(heartbeat);
+            self.watch_step(now, name, step_rows, step_age);
         }
     }
 
     /// A load goes on.
     pub fn load_progress(&mut self, now: Duration, name: &str, generation: u64, progress: &LoadProgress) {
-        let current = progress.plan_epoch == self.epoch;
-        if let Some(node) = self.present(name, generation) {
-            node.last_heard = now;
-            if current {
-                node.load = Some((progress.bytes, progress.bytes_total));
+        let current = self.is_current(progress.plan_epoch, progress.coordinator_generation);
+        let Some(node) = self.present(name, generation) else { return };
+        node.last_heard = now;
+        let load = Some((progress.bytes, progress.bytes_total));
+        if current && node.load != load {
+            node.load = load;
+            if let Some(stage) = self.stage_mut(name) {
+                stage.progress_at = now;
             }
         }
     }
 
+    /// Whether a report is about the plan in force, and made by this life of the coordinator.
+    fn is_current(&self, epoch: u64, coordinator_generation: u64) -> bool {
+        epoch == self.epoch && coordinator_generation == self.settings.generation
+    }
+
+    fn stage_mut(&mut self, name: &str) -> Option<&mut StageState> {
+        self.active.as_mut()?.stages.iter_mut().find(|stage| stage.node == name)
+    }
+
     /// A stage has its layers and its link to the next stage.
-    pub fn stage_ready(&mut self, now: Duration, name: &str, generation: u64, epoch: u64) {
+    pub fn stage_ready(&mut self, now: Duration, name: &str, generation: u64, ready: &StageReady) {
         if let Some(node) = self.present(name, generation) {
             node.last_heard = now;
         }
-        if epoch != self.epoch || self.present(name, generation).is_none() {
+        if !self.is_current(ready.plan_epoch, ready.coordinator_generation) || self.present(name, generation).is_none()
+        {
             return;
         }
+        let epoch = self.epoch;
         let Some(active) = &mut self.active else { return };
         // Said twice, or by a worker without a stage, it must not open the pipeline again: frames under way would be lost.
         let Some(stage) = active.stages.iter_mut().find(|stage| stage.node == name && !stage.ready) else { return };
         stage.ready = true;
+        stage.blocked = None;
         if active.broken_since.is_none() && active.stages.iter().all(|stage| stage.ready) {
             let first = active.stages[0].node.clone();
             let stages = active.stages.len();
@@ -337,61 +393,53 @@ impl Cluster {
         }
     }
 
-    /// A stage could not be made ready, or broke.
-    pub fn stage_failed(&mut self, now: Duration, name: &str, generation: u64, failed: &StageFailed) {
-        let epoch = self.epoch;
-        let Some(node) = self.present(name, generation) else { return };
-        node.last_heard = now;
-        // Only who runs a stage can break the plan.
-        if failed.plan_epoch != epoch || !self.runs_stage(name) {
-            return;
-        }
-        let Some(node) = self.present(name, generation) else { return };
-        node.last_error = Some((now, failed.message.clone()));
-        node.unfit = !failed.retryable;
-        self.changes += 1;
-        self.record(now, "stage_failed", Some(name), format!("{name}: {}", failed.message));
-        // News of a dead worker often comes first from its neighbour; the dead one is to be named, not the neighbour.
-        let culprit = if failed.lost_peer.is_empty() { name } else { &failed.lost_peer };
-        self.break_stage_of(now, culprit, &failed.message);
-        self.advance(now);
-    }
-
     /// Whether this worker has a stage of the plan in force.
     pub fn runs_stage(&self, name: &str) -> bool {
         self.active.as_ref().is_some_and(|active| active.stages.iter().any(|stage| stage.node == name))
     }
 
     /// The link to the first stage stands.
-    pub fn pipeline_open(&mut self, now: Duration, epoch: u64) {
-        if epoch != self.epoch {
-            return;
+    pub fn pipeline_open(&mut self, epoch: u64) {
+        let is_ready = |active: &&mut Active| epoch == self.epoch && active.stages.iter().all(|stage| stage.ready);
+        if let Some(active) = self.active.as_mut().filter(is_ready) {
+            active.connected = true;
+            self.commands.push(Command::Prove { epoch });
         }
-        let Some(active) = &mut self.active else { return };
-        active.connected = true;
-        self.retry_pause = RETRY.0;
+    }
+
+    /// A token has gone through all stages: requests may come.
+    pub fn proven(&mut self, now: Duration, epoch: u64) {
+        let Some(active) = self.active.as_mut().filter(|active| epoch == self.epoch && active.connected) else {
+            return;
+        };
+        active.proven = true;
+        (self.trouble, self.failing_since) = (None, None);
         let text = format!("serving {} layers on {} nodes", self.facts.config.num_hidden_layers, active.stages.len());
         self.record(now, "serving", None, text);
     }
 
-    /// The link to the first stage broke, or could not be opened, or the pipeline is stuck.
-    pub fn pipeline_failed(&mut self, now: Duration, epoch: u64, reason: &str) {
-        if epoch != self.epoch {
-            return;
-        }
-        let Some(first) = self.active.as_ref().map(|active| active.stages[0].node.clone()) else { return };
-        self.record(now, "pipeline_failed", None, reason.to_owned());
-        self.break_stage_of(now, &first, reason);
-        self.advance(now);
-    }
-
-    /// A micro-batch of so many tokens came back after so many seconds. Those of the size that the plan is made for tell how good its
-    /// prediction is.
+    /// A micro-batch of so many tokens came back after so many seconds. All of them tell how long a step may take; those of the size
+    /// that the plan is made for tell how good its prediction is.
     pub fn step_done(&mut self, epoch: u64, tokens: usize, seconds: f64, timings: &[StageTiming]) {
-        let is_planned_for = tokens == self.settings.wishes.batch_tokens as usize && epoch == self.epoch;
-        if let Some(active) = self.active.as_mut().filter(|_| is_planned_for)
-            && active.stages.len() == timings.len()
-        {
+        let Some(active) = self.active.as_mut().filter(|active| {
+            epoch == self.epoch && active.broken_since.is_none() && active.stages.len() == timings.len()
+        }) else {
+            return;
+        };
+        active.refusals = 0;
+        for (stage, timing) in active.stages.iter().zip(timings) {
+            if let Some(node) = self.nodes.get_mut(&stage.node) {
+                node.steps.record(tokens as u64, timing.compute_us as f64 / 1e6);
+                if active.proven {
+                    node.failures = 0;
+                }
+            }
+        }
+        if active.proven && !active.used {
+            active.used = true;
+            self.retry_pause = RETRY.0;
+        }
+        if tokens == self.settings.wishes.batch_tokens as usize {
             active.measured.step(seconds, timings);
         }
     }
@@ -408,6 +456,7 @@ impl Cluster {
             let reason = format!("no heartbeat for {} s", LOST_AFTER.as_secs());
             self.leave(now, &name, generation, &reason);
         }
+        self.watch_stages(now);
         self.advance(now);
     }
 
@@ -423,23 +472,6 @@ impl Cluster {
 
     fn present(&mut self, name: &str, generation: u64) -> Option<&mut Node> {
         self.nodes.get_mut(name).filter(|node| node.present && node.hello.generation == generation)
-    }
-
-    fn break_stage_of(&mut self, now: Duration, name: &str, reason: &str) {
-        let Some(active) = &mut self.active else { return };
-        let Some(stage) = active.stages.iter_mut().find(|stage| stage.node == name) else { return };
-        stage.ready = false;
-        active.connected = false;
-        active.retry_at = Some(now + self.retry_pause);
-        if active.broken_since.is_none() {
-            active.broken_since = Some(now);
-            self.retry_pause = (self.retry_pause * 2).min(RETRY.1);
-            self.commands.push(Command::Interrupt(RequestError::WorkerLost {
-                worker: name.to_owned(),
-                layers: stage.layers.clone(),
-                reason: reason.to_owned(),
-            }));
-        }
     }
 
     fn record(&mut self, at: Duration, code: &'static str, node: Option<&str>, text: String) {

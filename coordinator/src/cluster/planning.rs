@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use grokpipe_proto::v1::{ActivationDtype, Assignment, Release, join_response::Message};
 
-use super::{Active, Cluster, Command, Node, SETTLE, StageState, measured::Measured};
+use super::{Active, Cluster, Command, Node, SETTLE, StageState, measured::Measured, steps::StepTimes};
 use crate::{
     facts,
     planner::{self, Plan, PreviousStage, WorkerResources},
@@ -35,30 +35,36 @@ impl Cluster {
     }
 
     pub(super) fn advance(&mut self, now: Duration) {
-        match &self.active {
-            None => self.plan_when_due(now),
-            Some(active) => {
-                let Some(broken_since) = active.broken_since else { return };
-                let usable = |name: &String| self.nodes.get(name).is_some_and(|node| node.present && !node.unfit);
-                let whole = active.stages.iter().all(|stage| usable(&stage.node));
-                if whole {
-                    if active.retry_at.is_none_or(|at| now >= at) {
-                        let names: Vec<String> = active.stages.iter().map(|stage| stage.node.clone()).collect();
-                        let plan = active.plan.clone();
-                        self.start_epoch(now, plan, &names);
-                    }
-                } else if !self.standby_fit().is_empty()
-                    || now.saturating_sub(broken_since) >= self.settings.replan_after
-                {
-                    self.replan(now);
-                }
+        let Some(active) = &self.active else { return self.plan_when_due(now) };
+        let names: Vec<String> = active.stages.iter().map(|stage| stage.node.clone()).collect();
+        let blameless = !names.iter().any(|name| self.is_suspect(name));
+        let waited = self.failing_since.map_or(Duration::ZERO, |since| now.saturating_sub(since));
+        let others_may = waited >= self.settings.replan_after || !self.standby_fit().is_empty();
+        if active.broken_since.is_none() {
+            // Another try is under way. Who is known to fail is not waited for when there are others.
+            if !active.proven && !blameless && others_may && self.blameless_plan().is_some() {
+                self.replan(now);
             }
+            return;
+        }
+        let retry_due = active.retry_at.is_none_or(|at| now >= at);
+        let whole = names.iter().all(|name| self.is_usable(name));
+        if others_may && !(whole && blameless) && self.replan(now) {
+            return;
+        }
+        if let Some(active) = self.active.as_ref().filter(|_| whole && retry_due) {
+            let plan = active.plan.clone();
+            self.start_epoch(now, plan, &names);
         }
     }
 
     /// Spare workers that could take over a lost stage at once.
     fn standby_fit(&self) -> Vec<String> {
-        self.standby().into_iter().filter(|name| self.nodes.get(name).is_some_and(|node| !node.unfit)).collect()
+        self.standby().into_iter().filter(|name| self.is_usable(name) && !self.is_suspect(name)).collect()
+    }
+
+    fn is_usable(&self, name: &str) -> bool {
+        self.nodes.get(name).is_some_and(|node| node.present && node.excluded.is_none())
     }
 
     fn plan_when_due(&mut self, now: Duration) {
@@ -77,9 +83,17 @@ impl Cluster {
         }
     }
 
+    /// Workers that a plan may be made of, without suspects if they can be done without.
     fn candidates(&self) -> Vec<String> {
-        let fit = self.nodes.values().filter(|node| node.present && !node.unfit);
-        fit.map(|node| node.hello.name.clone()).collect()
+        let usable = || self.nodes.keys().filter(|name| self.is_usable(name)).cloned().collect();
+        self.blameless_plan().unwrap_or_else(usable)
+    }
+
+    /// The usable workers that are no suspects, if a plan can be made of them.
+    fn blameless_plan(&self) -> Option<Vec<String>> {
+        let fit = self.nodes.keys().filter(|name| self.is_usable(name) && !self.is_suspect(name));
+        let names: Vec<String> = fit.cloned().collect();
+        self.solve(&names).is_ok().then_some(names)
     }
 
     fn solve(&self, names: &[String]) -> Result<Plan, planner::Refusal> {
@@ -111,9 +125,10 @@ impl Cluster {
         }
     }
 
-    fn replan(&mut self, now: Duration) {
+    /// Makes a new plan, if anything changed since the last try; whether it is in force.
+    fn replan(&mut self, now: Duration) -> bool {
         if self.planned_for == Some(self.changes) {
-            return;
+            return false;
         }
         self.planned_for = Some(self.changes);
         let names = self.candidates();
@@ -122,11 +137,13 @@ impl Cluster {
                 let order: Vec<String> = plan.stages.iter().map(|stage| names[stage.worker].clone()).collect();
                 self.refusal = None;
                 self.start_epoch(now, plan, &order);
+                true
             }
             Err(refusal) => {
                 let text = refusal.to_string();
                 self.record(now, "no_plan", None, format!("no plan: {text}"));
                 self.refusal = Some(text);
+                false
             }
         }
     }
@@ -138,14 +155,26 @@ impl Cluster {
             .stages
             .iter()
             .zip(names)
-            .map(|(stage, name)| StageState { node: name.clone(), layers: stage.layers.clone(), ready: false })
+            .map(|(stage, name)| StageState {
+                node: name.clone(),
+                layers: stage.layers.clone(),
+                ready: false,
+                progress_at: now,
+                blocked: None,
+            })
             .collect();
         let mut previous_generation = self.settings.generation;
         for (index, stage) in stages.iter().enumerate() {
             let next = stages.get(index + 1).and_then(|next| self.nodes.get(&next.node));
             let assignment = self.assignment(stage, next, previous_generation);
+            let before =
+                self.active.as_ref().and_then(|active| active.stages.iter().find(|old| old.node == stage.node));
+            let kept = before.is_some_and(|before| before.layers == stage.layers);
             let Some(node) = self.nodes.get_mut(&stage.node) else { continue };
             node.load = None;
+            if !kept {
+                node.steps = StepTimes::default();
+            }
             previous_generation = node.hello.generation;
             self.commands.push(Command::Send {
                 node: stage.node.clone(),
@@ -167,6 +196,9 @@ impl Cluster {
             plan,
             stages,
             connected: false,
+            proven: false,
+            used: false,
+            refusals: 0,
             broken_since: None,
             retry_at: None,
             measured: Measured::default(),
@@ -189,6 +221,7 @@ impl Cluster {
             max_batch_tokens: settings.wishes.max_batch_tokens as u32,
             max_frames_in_flight: settings.max_frames_in_flight,
             activation_dtype: ActivationDtype::F32 as i32,
+            coordinator_generation: settings.generation,
         }
     }
 }

@@ -3,7 +3,7 @@
 use grokpipe_model::{ModelConfig, contents::Sum};
 use grokpipe_proto::snapshot::{NodeState, SnapshotRequests, VerdictPhase};
 
-use grokpipe_proto::v1::{Assignment, ContentSum, FormatRate, StageReady, StepOverhead};
+use grokpipe_proto::v1::{Assignment, ContentSum, FormatRate, StageBlocked, StageFailed, StageReady, StepOverhead};
 
 use super::*;
 use crate::planner::Objective;
@@ -90,9 +90,36 @@ fn serving() -> Cluster {
 fn make_ready(cluster: &mut Cluster, now: Duration, workers: &[(&str, u64)]) {
     let epoch = cluster.epoch();
     for (name, generation) in workers {
-        cluster.stage_ready(now, name, *generation, epoch);
+        cluster.stage_ready(now, name, *generation, &ready(epoch));
     }
-    cluster.pipeline_open(now, epoch);
+    cluster.pipeline_open(epoch);
+    cluster.proven(now, epoch);
+}
+
+fn ready(plan_epoch: u64) -> StageReady {
+    StageReady { plan_epoch, coordinator_generation: 77, ..StageReady::default() }
+}
+
+fn failed(cluster: &Cluster, message: &str) -> StageFailed {
+    StageFailed {
+        plan_epoch: cluster.epoch(),
+        coordinator_generation: 77,
+        message: message.into(),
+        retryable: true,
+        ..StageFailed::default()
+    }
+}
+
+/// Time passes while these workers are heard of: every tenth of a second until `until`.
+fn pass(cluster: &mut Cluster, from: f64, until: f64, workers: &[(&str, u64)]) {
+    let mut now = from;
+    while now < until {
+        for (name, generation) in workers {
+            cluster.heartbeat(at(now), name, *generation, Heartbeat::default());
+        }
+        cluster.tick(at(now));
+        now += 0.1;
+    }
 }
 
 fn snapshot(cluster: &Cluster, now: Duration) -> grokpipe_proto::snapshot::ClusterSnapshot {
@@ -135,7 +162,7 @@ fn readiness_said_again_or_by_a_worker_without_a_stage_changes_nothing() {
     cluster.take_commands();
     let epoch = cluster.epoch();
     for (name, generation) in [("w1", 1), ("w2", 2), ("spare", 3), ("stranger", 4)] {
-        cluster.stage_ready(at(1.0), name, generation, epoch);
+        cluster.stage_ready(at(1.0), name, generation, &ready(epoch));
         let commands = cluster.take_commands();
         assert!(commands.is_empty(), "{name}: {commands:?}");
         assert!(cluster.is_serving());
@@ -236,8 +263,11 @@ fn what_an_earlier_incarnation_says_is_ignored() {
     cluster.tick(at(2.0));
     let epoch = cluster.epoch();
     cluster.leave(at(2.1), "w2", 2, "late news");
-    cluster.stage_ready(at(2.2), "w2", 2, epoch);
-    cluster.stage_failed(at(2.3), "w2", 9, &StageFailed { plan_epoch: epoch - 1, ..StageFailed::default() });
+    cluster.stage_ready(at(2.2), "w2", 2, &ready(epoch));
+    let late = StageFailed { plan_epoch: epoch - 1, ..failed(&cluster, "late") };
+    cluster.stage_failed(at(2.3), "w2", 9, &late);
+    let of_another_coordinator = StageFailed { coordinator_generation: 76, ..failed(&cluster, "late") };
+    cluster.stage_failed(at(2.3), "w2", 9, &of_another_coordinator);
     assert_eq!(cluster.epoch(), epoch);
     assert!(cluster.standby().is_empty());
     make_ready(&mut cluster, at(2.5), &[("w1", 1)]);
@@ -250,8 +280,7 @@ fn a_failed_stage_is_tried_again_with_growing_pauses() {
     let mut now = 1.0;
     for _ in 0..4 {
         let epoch = cluster.epoch();
-        let failed =
-            StageFailed { plan_epoch: epoch, message: "link broke".into(), retryable: true, ..StageFailed::default() };
+        let failed = failed(&cluster, "link broke");
         cluster.stage_failed(at(now), "w1", 1, &failed);
         assert_eq!(cluster.epoch(), epoch, "not at once");
         while cluster.epoch() == epoch {
@@ -268,13 +297,7 @@ fn a_failed_stage_is_tried_again_with_growing_pauses() {
 #[test]
 fn a_broken_link_is_blamed_on_the_worker_at_its_other_end() {
     let mut cluster = serving();
-    let failed = StageFailed {
-        plan_epoch: 1,
-        message: "the link to w2 broke".into(),
-        retryable: true,
-        lost_peer: "w2".into(),
-        ..StageFailed::default()
-    };
+    let failed = StageFailed { lost_peer: "w2".into(), ..failed(&cluster, "the link to w2 broke") };
     cluster.stage_failed(at(1.0), "w1", 1, &failed);
     let interrupted = cluster.take_commands();
     assert!(
@@ -286,9 +309,12 @@ fn a_broken_link_is_blamed_on_the_worker_at_its_other_end() {
 #[test]
 fn a_worker_that_failed_for_good_is_left_out() {
     let mut cluster = serving();
-    let failed = StageFailed { plan_epoch: 1, message: "no such tensor".into(), ..StageFailed::default() };
+    let failed = StageFailed { retryable: false, ..failed(&cluster, "no such tensor") };
     cluster.stage_failed(at(1.0), "w2", 2, &failed);
     cluster.take_commands();
+    let verdict = snapshot(&cluster, at(2.0)).verdict;
+    assert_eq!(verdict.phase, VerdictPhase::Down);
+    assert!(verdict.text.ends_with("w2 is left out: no such tensor"), "{}", verdict.text);
     for second in 2..=40 {
         let now = at(f64::from(second));
         cluster.heartbeat(now, "w1", 1, Heartbeat::default());
@@ -299,7 +325,7 @@ fn a_worker_that_failed_for_good_is_left_out() {
     assert_eq!((sent.len(), sent[0].0.as_str()), (1, "w1"));
     let seen = snapshot(&cluster, at(41.0));
     let node = seen.nodes.iter().find(|node| node.name == "w2").unwrap();
-    assert_eq!((node.state, node.last_error.as_deref()), (NodeState::Standby, Some("no such tensor")));
+    assert_eq!((node.state, node.last_error.as_deref()), (NodeState::Excluded, Some("no such tensor")));
 }
 
 #[test]
@@ -410,7 +436,7 @@ fn a_worker_with_another_copy_of_a_layer_is_named_and_left_out() {
     let loaded = |epoch, number: f32| {
         let sum =
             |part| ContentSum { part, sum: Sum::of_vector(&[number]).as_bytes().to_vec().into(), confirmed: false };
-        StageReady { plan_epoch: epoch, contents: (4..8).map(sum).collect() }
+        StageReady { contents: (4..8).map(sum).collect(), ..ready(epoch) }
     };
     // w2 has loaded the upper half, and is lost; w3 takes over with its own copy.
     for (number, is_trusted) in [(1.0, true), (2.0, false)] {
@@ -432,8 +458,211 @@ fn a_worker_with_another_copy_of_a_layer_is_named_and_left_out() {
         let text = &differ.unwrap().text;
         assert!(text.contains(&format!("w3 has other numbers than {second} has in layers 4..8")), "{text}");
         assert!(error.unwrap().contains(&second));
-        assert!(cluster.nodes["w3"].unfit && !cluster.is_serving());
+        assert!(cluster.nodes["w3"].excluded == Some(Until::Rejoin) && !cluster.is_serving());
         // A report of an epoch that is over says nothing.
         assert!(cluster.check_contents(at(1.4), "w3", 3, &loaded(cluster.epoch() + 1, 3.0)));
     }
+}
+
+#[test]
+fn a_plan_serves_once_a_token_has_gone_through_it() {
+    let mut cluster = cluster(&["w1"]);
+    join(&mut cluster, at(0.0), "w1", 1);
+    let epoch = cluster.epoch();
+    cluster.stage_ready(at(0.1), "w1", 1, &ready(epoch));
+    cluster.take_commands();
+    cluster.pipeline_open(epoch);
+    assert_eq!(cluster.take_commands(), [Command::Prove { epoch }]);
+    let seen = snapshot(&cluster, at(0.2)).verdict;
+    assert_eq!((seen.serving, cluster.is_serving()), (false, false));
+    assert_eq!(seen.text, "Loading: 8 of 8 layers, waiting for a first token to go through");
+    cluster.proven(at(0.3), epoch + 1);
+    assert!(!cluster.is_serving(), "a token of another epoch");
+    cluster.proven(at(0.3), epoch);
+    let seen = snapshot(&cluster, at(0.4)).verdict;
+    assert_eq!((seen.serving, cluster.is_serving()), (true, true));
+}
+
+#[test]
+fn a_stage_that_cannot_reach_the_next_one_says_so_to_everybody_and_is_given_up_in_time() {
+    let mut cluster = cluster(&["w1", "w2"]);
+    join(&mut cluster, at(0.0), "w1", 1);
+    join(&mut cluster, at(0.0), "w2", 2);
+    let epoch = cluster.epoch();
+    let second = cluster.active.as_ref().unwrap().stages[1].node.clone();
+    let first = cluster.active.as_ref().unwrap().stages[0].node.clone();
+    let generation = |name: &str| if name == "w1" { 1 } else { 2 };
+    cluster.stage_ready(at(0.1), &second, generation(&second), &ready(epoch));
+    let loaded = LoadProgress { plan_epoch: epoch, bytes: 5, bytes_total: 5, coordinator_generation: 77 };
+    cluster.load_progress(at(0.1), &first, generation(&first), &loaded);
+    let reason = format!("cannot reach {second} at 10.0.0.2:43197: connection refused");
+    let blocked = StageBlocked { plan_epoch: epoch, coordinator_generation: 77, peer: second.clone(), reason };
+    for now in [1.0, 2.0] {
+        cluster.stage_blocked(at(now), &first, generation(&first), &blocked);
+        let verdict = snapshot(&cluster, at(now)).verdict;
+        assert_eq!(verdict.phase, VerdictPhase::Down);
+        assert_eq!(verdict.text, format!("Down: {first} cannot reach {second} at 10.0.0.2:43197: connection refused"));
+    }
+    assert_eq!(cluster.events.iter().filter(|event| event.code == "stage_blocked").count(), 1, "said once");
+    pass(&mut cluster, 2.0, 10.5, &[("w1", 1), ("w2", 2)]);
+    assert_eq!(cluster.epoch(), epoch, "it may still be starting");
+    pass(&mut cluster, 10.5, 12.0, &[("w1", 1), ("w2", 2)]);
+    assert!(cluster.epoch() > epoch);
+    assert!(cluster.is_suspect(&second) && !cluster.is_suspect(&first));
+}
+
+#[test]
+fn a_load_that_does_not_go_on_fails_and_others_take_over() {
+    let mut cluster = cluster(&["w1", "w2"]);
+    join(&mut cluster, at(0.0), "w1", 1);
+    join(&mut cluster, at(0.0), "w2", 2);
+    let epoch = cluster.epoch();
+    cluster.stage_ready(at(0.1), "w1", 1, &ready(epoch));
+    let both = [("w1", 1), ("w2", 2)];
+    let bytes = |bytes| LoadProgress { plan_epoch: 1, bytes, bytes_total: 9, coordinator_generation: 77 };
+    for second in 0..60 {
+        let now = f64::from(second);
+        cluster.load_progress(at(now), "w2", 2, &bytes(1 + second as u64 / 20));
+        pass(&mut cluster, now, now + 1.0, &both);
+    }
+    assert_eq!(cluster.epoch(), epoch, "a slow load is no stalled one");
+    cluster.take_commands();
+    pass(&mut cluster, 60.0, 72.0, &both);
+    assert!(cluster.epoch() > epoch, "no byte since 40 s");
+    assert!(cluster.events.iter().any(|event| event.code == "stage_given_up" && event.text.contains("w2")));
+    let second_try = cluster.epoch();
+    cluster.stage_ready(at(72.0), "w1", 1, &ready(second_try));
+    pass(&mut cluster, 72.0, 103.0, &both);
+    let sent = assignments(&mut cluster);
+    let last = sent.last().unwrap();
+    assert_eq!((last.0.as_str(), last.1.layer_start, last.1.layer_end), ("w1", 0, 8));
+}
+
+#[test]
+fn a_suspect_is_tried_again_when_nobody_can_do_without_it() {
+    let mut cluster = cluster(&["w1", "w2"]);
+    cluster.join(at(0.0), Hello { memory_bytes: 72 * MIB, ..hello("w1", 1) }).unwrap();
+    cluster.join(at(0.0), Hello { memory_bytes: 72 * MIB, ..hello("w2", 2) }).unwrap();
+    cluster.joined(at(0.0));
+    assert_eq!(assignments(&mut cluster).len(), 2);
+    let mut now = 0.0;
+    for _ in 0..20 {
+        let (epoch, reason) = (cluster.epoch(), failed(&cluster, "read error"));
+        cluster.stage_failed(at(now), "w2", 2, &reason);
+        pass(&mut cluster, now, now + 6.0, &[("w1", 1), ("w2", 2)]);
+        now += 6.0;
+        assert!(cluster.epoch() > epoch, "at {now} s");
+        assert_eq!(assignments(&mut cluster).len(), 2);
+    }
+    assert!(cluster.is_suspect("w2"));
+    let verdict = snapshot(&cluster, at(now)).verdict;
+    assert!(!verdict.serving && verdict.text.contains("w2: read error"), "{}", verdict.text);
+}
+
+#[test]
+fn a_device_that_hangs_is_named_left_out_and_taken_back_when_it_has_finished() {
+    let mut cluster = serving();
+    let timing = |compute_us| StageTiming { compute_us, ..StageTiming::default() };
+    for _ in 0..50 {
+        cluster.step_done(1, 1, 0.01, &[timing(2000), timing(3000)]);
+    }
+    let busy = |step_age_seconds| Heartbeat { step_age_seconds, step_rows: 1, ..Heartbeat::default() };
+    cluster.heartbeat(at(10.0), "w2", 2, busy(2.9));
+    assert!(cluster.is_serving(), "a pause is no hang");
+    for odd in [f64::NAN, -1.0, f64::INFINITY] {
+        cluster.heartbeat(at(10.2), "w1", 1, busy(odd));
+        assert!(cluster.is_serving(), "{odd}");
+    }
+    cluster.heartbeat(at(10.5), "w2", 2, busy(3.4));
+    assert!(!cluster.is_serving());
+    let interrupted = cluster.take_commands();
+    assert!(
+        matches!(&interrupted[..], [Command::Interrupt(RequestError::WorkerLost { worker, .. })] if worker == "w2"),
+        "{interrupted:?}"
+    );
+    let seen = snapshot(&cluster, at(11.0));
+    assert!(
+        seen.verdict.text.contains("w2 is left out: its device hangs in a step of 1 token"),
+        "{}",
+        seen.verdict.text
+    );
+    assert_eq!(seen.nodes.iter().find(|node| node.name == "w2").unwrap().state, NodeState::Excluded);
+    for tenth in 106..200 {
+        let now = at(f64::from(tenth) / 10.0);
+        cluster.heartbeat(now, "w1", 1, Heartbeat::default());
+        cluster.heartbeat(now, "w2", 2, busy(now.as_secs_f64() - 7.0));
+        cluster.tick(now);
+    }
+    assert_eq!(cluster.epoch(), 1, "nothing is planned with it while it hangs");
+    pass(&mut cluster, 20.0, 26.0, &[("w1", 1), ("w2", 2)]);
+    assert_eq!(cluster.epoch(), 2);
+    make_ready(&mut cluster, at(26.0), &[("w1", 1), ("w2", 2)]);
+    assert!(cluster.is_serving());
+}
+
+#[test]
+fn a_standby_takes_the_layers_of_a_hung_device_at_once() {
+    let mut cluster = serving();
+    join(&mut cluster, at(1.0), "spare", 5);
+    cluster.take_commands();
+    let hung = Heartbeat { step_age_seconds: 61.0, step_rows: 1, ..Heartbeat::default() };
+    cluster.heartbeat(at(2.0), "w2", 2, hung);
+    let sent: Vec<String> = assignments(&mut cluster).into_iter().map(|(name, _)| name).collect();
+    assert!(sent.contains(&"spare".to_owned()) && !sent.contains(&"w2".to_owned()), "{sent:?}");
+}
+
+#[test]
+fn one_refused_frame_concerns_its_requests_and_several_in_a_row_the_plan() {
+    let mut cluster = serving();
+    let timing = [StageTiming::default(), StageTiming::default()];
+    for _ in 0..5 {
+        cluster.frame_failed(at(1.0), "w2", "w2 refused a frame: not finite");
+        cluster.frame_failed(at(1.0), "w2", "w2 refused a frame: not finite");
+        assert!(cluster.is_serving());
+        cluster.step_done(1, 1, 0.01, &timing);
+    }
+    for _ in 0..3 {
+        cluster.frame_failed(at(2.0), "w2", "w2 refused a frame: not finite");
+    }
+    assert!(!cluster.is_serving());
+    assert!(matches!(cluster.take_commands().last(),
+        Some(Command::Interrupt(RequestError::WorkerLost { worker, .. })) if worker == "w2"));
+}
+
+#[test]
+fn a_frame_that_does_not_come_back_is_blamed_on_the_stage_that_has_not_done_it() {
+    let mut cluster = serving();
+    let frames = |frames_total| Heartbeat { frames_total, ..Heartbeat::default() };
+    cluster.heartbeat(at(1.0), "w1", 1, frames(7));
+    cluster.heartbeat(at(1.0), "w2", 2, frames(6));
+    let (first, second) = {
+        let stages = &cluster.active.as_ref().unwrap().stages;
+        (stages[0].node.clone(), stages[1].node.clone())
+    };
+    cluster.watch_frame(at(2.0), 1, Duration::from_secs(119));
+    assert!(cluster.is_serving());
+    cluster.watch_frame(at(3.0), 1, Duration::from_secs(121));
+    assert!(!cluster.is_serving());
+    let blamed = if first == "w1" { second } else { first };
+    assert!(matches!(cluster.take_commands().last(),
+        Some(Command::Interrupt(RequestError::WorkerLost { worker, .. })) if *worker == blamed));
+}
+
+#[test]
+fn pauses_grow_until_a_request_has_come_through() {
+    let mut cluster = serving();
+    let pause_after_failure = |cluster: &mut Cluster, now: f64| {
+        let reason = failed(cluster, "flaps");
+        cluster.stage_failed(at(now), "w2", 2, &reason);
+        let retry = cluster.active.as_ref().unwrap().retry_at.unwrap() - at(now);
+        pass(cluster, now, now + 6.0, &[("w1", 1), ("w2", 2)]);
+        make_ready(cluster, at(now + 6.0), &[("w1", 1), ("w2", 2)]);
+        retry
+    };
+    let first = pause_after_failure(&mut cluster, 1.0);
+    let second = pause_after_failure(&mut cluster, 8.0);
+    assert_eq!(second, first * 2, "the token that proves a plan is no request");
+    let epoch = cluster.epoch();
+    cluster.step_done(epoch, 1, 0.01, &[StageTiming::default(), StageTiming::default()]);
+    assert_eq!(pause_after_failure(&mut cluster, 15.0), first);
 }

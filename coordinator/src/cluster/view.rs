@@ -32,6 +32,8 @@ impl Cluster {
             nodes: &nodes,
             workers_expected: self.settings.expected.len() as u32,
             refusal: self.refusal.as_deref(),
+            serving: self.is_serving(),
+            trouble: self.trouble.as_deref(),
         });
         let age = |at: Duration| now.saturating_sub(at).as_secs_f64();
         let events = self.events.iter().map(|event| SnapshotEvent {
@@ -75,6 +77,7 @@ impl Cluster {
         });
         let state = match stage {
             _ if !node.present => NodeState::Down,
+            _ if node.excluded.is_some() => NodeState::Excluded,
             // Until the coordinator's own link stands, the first stage is not of use yet.
             Some((active, stage))
                 if stage.ready && (active.connected || active.broken_since.is_some() || stage.layers.start > 0) =>

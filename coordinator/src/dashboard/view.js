@@ -6,7 +6,7 @@ import { UNKNOWN, age, bytes, capital, duration, layers, measured, number, perce
 
 /**
  * @typedef {[number, number]} Span
- * @typedef {"joining" | "loading" | "ready" | "standby" | "draining" | "down"} State
+ * @typedef {"joining" | "loading" | "ready" | "standby" | "draining" | "down" | "excluded"} State
  * @typedef {{
  *   name: string, state: State, layers: Span | null, address: string | null, device: string | null, pid: number | null,
  *   memory: { weights_bytes: number | null, kv_bytes: number | null, free_bytes: number | null, rss_bytes: number | null },

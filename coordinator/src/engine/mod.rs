@@ -19,8 +19,8 @@ use grokpipe_proto::{
     status::RequestError,
     transport::Net,
     v1::{
-        FrameFailed, GenerateResponse, Hello, JoinResponse, MicroBatchResult, Sampling, StageUse, Welcome,
-        join_request, join_response,
+        GenerateResponse, Hello, JoinResponse, MicroBatchResult, Sampling, StageUse, Welcome, join_request,
+        join_response,
     },
 };
 use tokio::{
@@ -156,6 +156,8 @@ pub struct EngineSettings {
     pub model: String,
     /// Width of the residual stream.
     pub hidden_size: usize,
+    /// A token that a plan is proven with: any but the one that is never attended to.
+    pub proof_token: u32,
 }
 
 /// A way to reach the engine. Cheap to clone.
@@ -239,6 +241,8 @@ pub struct Engine {
     next_sequence: u64,
     pipeline: Option<Pipeline>,
     in_flight: HashMap<u64, InFlight>,
+    /// The sequence that proves the plan in force, while it is under way.
+    proof: Option<u64>,
     events: mpsc::Sender<Event>,
     snapshot: watch::Sender<Arc<ClusterSnapshot>>,
     started: Instant,
@@ -276,6 +280,7 @@ impl Engine {
             next_sequence: 1,
             pipeline: None,
             in_flight: HashMap::new(),
+            proof: None,
             events,
             snapshot,
             started: Instant::now(),
@@ -291,15 +296,17 @@ impl Engine {
         let mut published = Instant::now();
         loop {
             tokio::select! {
+                // First: a worker that leaves because the coordinator ends is not what its requests should hear of.
+                biased;
                 () = shutdown.cancelled() => break,
-                event = inbox.recv() => match event {
-                    Some(event) => self.handle(event),
-                    None => break,
-                },
                 _now = tick.tick() => {
                     self.cluster.tick(self.now());
                     self.end_overdue();
                 }
+                event = inbox.recv() => match event {
+                    Some(event) => self.handle(event),
+                    None => break,
+                },
             }
             let changed = self.carry_out();
             self.schedule();
@@ -342,8 +349,10 @@ impl Engine {
             Event::Result(result) => self.result(*result),
             Event::PipelineOpened { epoch, stages, link } => self.pipeline_opened(epoch, stages, link),
             Event::Pipeline { epoch, event } if epoch == self.cluster.epoch() => match event {
-                LinkEvent::FrameFailed { micro_batch_id, message } => self.frame_failed(micro_batch_id, &message),
-                LinkEvent::Lost { reason } => self.cluster.pipeline_failed(now, epoch, &reason),
+                LinkEvent::FrameFailed { micro_batch_id, worker, message } => {
+                    self.frame_failed(micro_batch_id, &worker, &message);
+                }
+                LinkEvent::Lost { reason } => self.cluster.pipeline_failed(now, epoch, None, &reason),
             },
             Event::Pipeline { .. } => {}
             Event::Submit { request, reply } => self.submit(*request, reply),
@@ -370,13 +379,14 @@ impl Engine {
             Message::LoadProgress(progress) => self.cluster.load_progress(now, name, generation, &progress),
             Message::StageReady(ready) => {
                 if self.cluster.check_contents(now, name, generation, &ready) {
-                    self.cluster.stage_ready(now, name, generation, ready.plan_epoch);
+                    self.cluster.stage_ready(now, name, generation, &ready);
                 }
             }
             Message::StageFailed(failed) => self.cluster.stage_failed(now, name, generation, &failed),
-            Message::FrameFailed(FrameFailed { plan_epoch, micro_batch_id, message }) => {
-                if plan_epoch == self.cluster.epoch() && self.cluster.runs_stage(name) {
-                    self.frame_failed(micro_batch_id, &message);
+            Message::StageBlocked(blocked) => self.cluster.stage_blocked(now, name, generation, &blocked),
+            Message::FrameFailed(failed) => {
+                if self.cluster.may_report(name, &failed) {
+                    self.frame_failed(failed.micro_batch_id, &failed.worker, &failed.message);
                 }
             }
             Message::Hello(_) => debug!(name, "a second hello is ignored"),
@@ -396,6 +406,7 @@ impl Engine {
                 Command::OpenPipeline { epoch, address, worker, stages } => {
                     self.open_pipeline(epoch, address, worker, stages);
                 }
+                Command::Prove { epoch } => self.prove(epoch),
             }
         }
         changed
@@ -443,7 +454,9 @@ impl Engine {
             return;
         }
         match link {
-            Err(reason) => self.cluster.pipeline_failed(now, epoch, &reason),
+            Err(reason) => {
+                self.cluster.pipeline_failed(now, epoch, None, &format!("the coordinator {reason}"));
+            }
             Ok(link) => {
                 // The engine never waits for a stage: a task of the epoch does, and the scheduler's limit bounds what it holds.
                 let (frames, mut queue) = mpsc::channel(self.settings.max_frames_in_flight);
@@ -462,8 +475,8 @@ impl Engine {
                 });
                 self.pipeline = Some(Pipeline { epoch, frames });
                 self.scheduler.reconfigure(stages);
-                self.cluster.pipeline_open(now, epoch);
-                self.publish();
+                self.cluster.pipeline_open(epoch);
+                self.carry_out();
             }
         }
     }

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, HashMap};
 use grokpipe_proto::{
     status::RequestError,
     v1::{
-        Accepted, Finished, Frame, GenerateResponse, GeneratedToken, MicroBatchResult, StageTiming, StageUse, Timings,
-        generate_response::Event as ClientEvent,
+        Accepted, Finished, Frame, GenerateResponse, GeneratedToken, MicroBatchResult, Sampling, StageTiming, StageUse,
+        Timings, generate_response::Event as ClientEvent,
     },
 };
 use tokio::{
@@ -17,7 +17,6 @@ use tracing::{debug, info, info_span, warn};
 
 use super::{ClientStream, Engine, InFlight, NewRequest, Running};
 use crate::{
-    facts::STEP_TIMEOUT,
     frames::frame_of,
     scheduler::{MicroBatch, Rejected},
     session::{End, Session},
@@ -29,6 +28,7 @@ impl Engine {
         self.pipeline = None;
         self.epoch_stop.cancel();
         self.in_flight.clear();
+        self.proof = None;
         for sequence in self.scheduler.abort_all() {
             self.end_with(sequence, error.clone());
         }
@@ -43,6 +43,19 @@ impl Engine {
             info!(parent: &running.span, tokens = running.session.produced(), %error, "request ended early");
             // The channel has room for every event of the request, and for its end.
             let _ = running.client.try_send(Err(error.into()));
+        }
+    }
+
+    /// Sends a token of its own through all stages, before any request may come.
+    pub(super) fn prove(&mut self, epoch: u64) {
+        let sequence = self.next_sequence;
+        self.next_sequence += 1;
+        match self.scheduler.submit(sequence, vec![self.settings.proof_token], 1) {
+            Ok(()) => self.proof = Some(sequence),
+            Err(rejected) => {
+                let now = self.now();
+                self.cluster.pipeline_failed(now, epoch, None, &format!("no token can be sent through: {rejected}"));
+            }
         }
     }
 
@@ -105,7 +118,7 @@ impl Engine {
             if pipeline.frames.try_send(frame).is_err() {
                 // A frame that found no room is lost, and its requests would wait for it: the epoch ends here.
                 let now = self.now();
-                self.cluster.pipeline_failed(now, epoch, "the link to the first stage takes no frames");
+                self.cluster.pipeline_failed(now, epoch, None, "the link to the first stage takes no frames");
                 self.carry_out();
                 return;
             }
@@ -113,7 +126,12 @@ impl Engine {
     }
 
     fn frame(&self, epoch: u64, batch: &MicroBatch) -> Frame {
-        let sampling = |sequence: u64| self.running.get(&sequence).map(|running| running.request.sampling);
+        // Whatever the proof draws will do.
+        let greedy = Sampling { top_p: 1.0, ..Sampling::default() };
+        let sampling = |sequence: u64| match self.running.get(&sequence) {
+            Some(running) => Some(running.request.sampling),
+            None => (self.proof == Some(sequence)).then_some(greedy),
+        };
         frame_of(epoch, self.settings.generation, batch, sampling)
     }
 
@@ -132,10 +150,18 @@ impl Engine {
             Err(error) => {
                 warn!(%error, "a result does not fit its micro-batch");
                 let now = self.now();
-                self.cluster.pipeline_failed(now, result.plan_epoch, &error.to_string());
+                self.cluster.pipeline_failed(now, result.plan_epoch, None, &error.to_string());
             }
             Ok(completions) => {
                 for completion in completions {
+                    if self.proof == Some(completion.sequence) {
+                        self.proof = None;
+                        self.scheduler.release(completion.sequence);
+                        let now = self.now();
+                        self.cluster.proven(now, result.plan_epoch);
+                        self.publish();
+                        continue;
+                    }
                     let logprob = logprobs.get(&completion.sequence).copied().unwrap_or(f32::NAN);
                     self.advance(completion.sequence, completion.token, logprob, &result.timings);
                 }
@@ -208,21 +234,34 @@ impl Engine {
     }
 
     /// A stage refused a frame for good: its requests end, the others go on.
-    pub(super) fn frame_failed(&mut self, micro_batch: u64, message: &str) {
-        self.in_flight.remove(&micro_batch);
+    pub(super) fn frame_failed(&mut self, micro_batch: u64, worker: &str, message: &str) {
+        if self.in_flight.remove(&micro_batch).is_none() {
+            return;
+        }
+        let (now, epoch) = (self.now(), self.cluster.epoch());
         for sequence in self.scheduler.fail(micro_batch) {
+            if self.proof == Some(sequence) {
+                self.proof = None;
+                self.cluster.pipeline_failed(now, epoch, Some(worker), message);
+                return;
+            }
             self.end_with(sequence, RequestError::StageFailed(message.to_owned()));
         }
+        self.cluster.frame_failed(now, worker, message);
     }
 
     pub(super) fn end_overdue(&mut self) {
+        let waited_on = self.cluster.slowest_step(self.now());
         let overdue: Vec<(u64, RequestError)> = self
             .running
             .iter()
             .filter(|(_, running)| running.accepted_at.elapsed() >= running.request.deadline)
             .map(|(sequence, running)| {
-                let error =
-                    RequestError::Deadline { limit: running.request.deadline, produced: running.session.produced() };
+                let error = RequestError::Deadline {
+                    limit: running.request.deadline,
+                    produced: running.session.produced(),
+                    waited_on: waited_on.clone(),
+                };
                 (*sequence, error)
             })
             .collect();
@@ -239,10 +278,9 @@ impl Engine {
         for sequence in gone {
             self.abandon(sequence);
         }
-        if self.in_flight.values().any(|batch| batch.since.elapsed() > STEP_TIMEOUT) {
-            let (now, epoch) = (self.now(), self.cluster.epoch());
-            let reason = format!("no result of a step within {} s", STEP_TIMEOUT.as_secs());
-            self.cluster.pipeline_failed(now, epoch, &reason);
+        if let Some(oldest) = self.in_flight.values().min_by_key(|batch| batch.since) {
+            let now = self.now();
+            self.cluster.watch_frame(now, oldest.tokens, oldest.since.elapsed());
         }
     }
 }

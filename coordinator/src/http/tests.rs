@@ -37,7 +37,15 @@ fn snapshot(states: &[NodeState]) -> ClusterSnapshot {
         measured_stream_tokens_per_second: None,
         stages: stages.collect(),
     };
-    let input = VerdictInput { layers: 64, plan: Some(&plan), nodes: &nodes, workers_expected: 4, refusal: None };
+    let input = VerdictInput {
+        layers: 64,
+        plan: Some(&plan),
+        nodes: &nodes,
+        workers_expected: 4,
+        refusal: None,
+        serving: true,
+        trouble: None,
+    };
     ClusterSnapshot {
         cluster: "test".into(),
         verdict: verdict(input),

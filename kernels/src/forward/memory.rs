@@ -48,7 +48,8 @@ impl MemoryNeed {
         Err(KernelError::OutOfMemory { what, needed_bytes, available_bytes, device })
     }
 
-    fn total_bytes(&self) -> u64 {
+    /// Weights and KV together.
+    pub fn total_bytes(&self) -> u64 {
         self.weights_bytes.saturating_add(self.kv_bytes)
     }
 }

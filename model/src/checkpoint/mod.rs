@@ -8,7 +8,7 @@ use std::{
     fmt, io,
     ops::Range,
     path::{Path, PathBuf},
-    sync::{Arc, OnceLock},
+    sync::{Arc, OnceLock, PoisonError, RwLock},
     time::SystemTime,
 };
 
@@ -46,7 +46,8 @@ pub struct Model {
     folder: PathBuf,
     files: Files,
     gguf: Option<GgufFile>,
-    embedding: OnceLock<StoredMatrix>,
+    /// Opened with the first row that is read from it, and anew when reading fails.
+    embedding: RwLock<Option<Arc<StoredMatrix>>>,
     record: OnceLock<Record>,
 }
 
@@ -103,7 +104,7 @@ impl Model {
                     folder: folder.to_owned(),
                     files,
                     gguf: None,
-                    embedding: OnceLock::new(),
+                    embedding: RwLock::default(),
                     record: OnceLock::new(),
                 })
             }
@@ -152,7 +153,7 @@ impl Model {
             folder: folder.to_owned(),
             files,
             gguf: None,
-            embedding: OnceLock::new(),
+            embedding: RwLock::default(),
             record: OnceLock::new(),
         })
     }
@@ -166,7 +167,7 @@ impl Model {
             folder: folder.to_owned(),
             files,
             gguf,
-            embedding: OnceLock::new(),
+            embedding: RwLock::default(),
             record: OnceLock::new(),
         })
     }
@@ -320,6 +321,36 @@ impl Model {
         located_pickle(file, self.storage.path(file_name), tensor, &name.shape(&self.config), place)
     }
 
+    /// The embedding, open; opened `anew` if asked.
+    fn embedding(&self, anew: bool) -> Result<Arc<StoredMatrix>, ModelError> {
+        let known = self.embedding.read().unwrap_or_else(PoisonError::into_inner).clone();
+        match known.filter(|_| !anew) {
+            Some(embedding) => Ok(embedding),
+            None => {
+                let opened = Arc::new(self.stored(&TensorName::Embedding)?);
+                *self.embedding.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&opened));
+                Ok(opened)
+            }
+        }
+    }
+
+    fn rows_of(&self, embedding: &StoredMatrix, ids: &[u32]) -> Result<Vec<f32>, ModelError> {
+        let width = self.config.hidden_size;
+        let mut rows = Vec::with_capacity(ids.len() * width);
+        for id in ids {
+            if *id as usize >= self.config.vocab_size {
+                let expected = format!("token ids below {}", self.config.vocab_size);
+                return Err(ModelError::invalid("embedding", expected, id.to_string()));
+            }
+            let located = &embedding.located;
+            let row_bytes = located.format.row_bytes_u64(width as u64).unwrap_or_default();
+            let row = located.floats(u64::from(*id) * row_bytes, width)?;
+            finite(&row, &located.place)?;
+            rows.extend(row);
+        }
+        Ok(rows)
+    }
+
     fn stored(&self, name: &TensorName) -> Result<StoredMatrix, ModelError> {
         let TensorShape::Matrix { experts, inputs, outputs, .. } = name.shape(&self.config) else {
             return Err(ModelError::invalid(name.to_string(), "a matrix", "a vector"));
@@ -354,27 +385,11 @@ impl WeightSource for Model {
     }
 
     fn embedding_rows(&self, ids: &[u32]) -> Result<Vec<f32>, ModelError> {
-        let embedding = match self.embedding.get() {
-            Some(embedding) => embedding,
-            None => {
-                let opened = self.stored(&TensorName::Embedding)?;
-                self.embedding.get_or_init(|| opened)
-            }
-        };
-        let width = self.config.hidden_size;
-        let mut rows = Vec::with_capacity(ids.len() * width);
-        for id in ids {
-            if *id as usize >= self.config.vocab_size {
-                let expected = format!("token ids below {}", self.config.vocab_size);
-                return Err(ModelError::invalid("embedding", expected, id.to_string()));
-            }
-            let located = &embedding.located;
-            let row_bytes = located.format.row_bytes_u64(width as u64).unwrap_or_default();
-            let row = located.floats(u64::from(*id) * row_bytes, width)?;
-            finite(&row, &located.place)?;
-            rows.extend(row);
+        match self.rows_of(&*self.embedding(false)?, ids) {
+            // The file may have been replaced, or its file system mounted anew.
+            Err(ModelError::Io { .. }) => self.rows_of(&*self.embedding(true)?, ids),
+            rows => rows,
         }
-        Ok(rows)
     }
 
     fn record(&self) -> Option<&Record> {

@@ -59,6 +59,7 @@ impl From<NodeState> for v1::NodeState {
             NodeState::Standby => Self::Standby,
             NodeState::Draining => Self::Draining,
             NodeState::Down => Self::Down,
+            NodeState::Excluded => Self::Excluded,
         }
     }
 }
@@ -71,6 +72,7 @@ fn node_state(found: i32) -> Result<NodeState, SnapshotError> {
         Ok(v1::NodeState::Standby) => Ok(NodeState::Standby),
         Ok(v1::NodeState::Draining) => Ok(NodeState::Draining),
         Ok(v1::NodeState::Down) => Ok(NodeState::Down),
+        Ok(v1::NodeState::Excluded) => Ok(NodeState::Excluded),
         Ok(v1::NodeState::Unspecified) | Err(_) => Err(SnapshotError::Unknown { field: "nodes.state", found }),
     }
 }

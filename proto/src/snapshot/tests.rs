@@ -232,7 +232,15 @@ fn verdict_says_it_in_words() {
         ),
     ];
     for (plan, nodes, phase, text, missing) in cases {
-        let found = verdict(VerdictInput { layers: 64, plan, nodes: &nodes, workers_expected: 4, refusal: None });
+        let found = verdict(VerdictInput {
+            layers: 64,
+            plan,
+            nodes: &nodes,
+            workers_expected: 4,
+            refusal: None,
+            serving: true,
+            trouble: None,
+        });
         let missing_layers = missing.into_iter().map(|[start, end]| span(start, end)).collect();
         let serving = phase == VerdictPhase::Serving;
         assert_eq!(found, Verdict { serving, phase, text: text.into(), missing_layers });
@@ -241,7 +249,15 @@ fn verdict_says_it_in_words() {
 
 #[test]
 fn verdict_without_a_plan_gives_the_planners_reason() {
-    let input = VerdictInput { layers: 64, plan: None, nodes: &[], workers_expected: 0, refusal: None };
+    let input = VerdictInput {
+        layers: 64,
+        plan: None,
+        nodes: &[],
+        workers_expected: 0,
+        refusal: None,
+        serving: true,
+        trouble: None,
+    };
     assert_eq!(verdict(input).text, "Waiting for workers: none joined");
     let refused = VerdictInput { refusal: Some("9.1 GiB missing on w1"), ..input };
     assert_eq!(verdict(refused).text, "No plan: 9.1 GiB missing on w1");
@@ -255,4 +271,65 @@ fn load_ratio_is_known_only_with_a_total() {
     assert_eq!(ratio(Some(0), Some(0)), Some(1.0));
     assert_eq!(ratio(Some(1), Some(4)), Some(0.25));
     assert_eq!(ratio(Some(9), Some(4)), Some(1.0));
+}
+
+#[test]
+fn what_keeps_a_loaded_plan_from_serving_is_the_verdict() {
+    let plan = plan(&[("w1", 0, 32), ("w2", 32, 64)]);
+    let node = |name: &str, state, load: Option<u64>| SnapshotNode {
+        load: SnapshotLoad { bytes: load, bytes_total: load.map(|_| 100) },
+        ..SnapshotNode::new(name, state)
+    };
+    let ready = |name: &str| node(name, NodeState::Ready, Some(100));
+    let trouble = "w1 cannot reach w2 at 10.0.0.2:43197: connection timed out";
+    // Nodes, what went wrong last, phase, text.
+    let cases = [
+        (
+            vec![ready("w1"), ready("w2")],
+            None,
+            VerdictPhase::Loading,
+            "Loading: 64 of 64 layers, waiting for a first token to go through".to_owned(),
+        ),
+        (vec![ready("w1"), ready("w2")], Some(trouble), VerdictPhase::Down, format!("Down: {trouble}")),
+        (
+            vec![node("w1", NodeState::Loading, Some(100)), ready("w2")],
+            Some(trouble),
+            VerdictPhase::Down,
+            format!("Down: {trouble}"),
+        ),
+        (
+            vec![node("w1", NodeState::Loading, Some(100)), ready("w2")],
+            None,
+            VerdictPhase::Loading,
+            "Loading: 32 of 64 layers, w1 has its layers, not yet its link".to_owned(),
+        ),
+        (
+            vec![node("w1", NodeState::Loading, Some(7)), ready("w2")],
+            Some(trouble),
+            VerdictPhase::Loading,
+            format!("Loading: 32 of 64 layers, w1 at 7 %; before that {trouble}"),
+        ),
+        (
+            vec![
+                SnapshotNode { last_error: Some("no such tensor".into()), ..node("w1", NodeState::Excluded, None) },
+                ready("w2"),
+            ],
+            Some(trouble),
+            VerdictPhase::Down,
+            "Down: layers 0–31 have no live stage, w1 is left out: no such tensor".to_owned(),
+        ),
+    ];
+    for (nodes, trouble, phase, text) in cases {
+        let input = VerdictInput {
+            layers: 64,
+            plan: Some(&plan),
+            nodes: &nodes,
+            workers_expected: 2,
+            refusal: None,
+            serving: false,
+            trouble,
+        };
+        let found = verdict(input);
+        assert_eq!((found.serving, found.phase, found.text), (false, phase, text));
+    }
 }

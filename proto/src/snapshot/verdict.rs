@@ -1,8 +1,9 @@
 //! The verdict: does the cluster serve, and if not, which layers lack a live stage and why.
 //!
-//! A pure function of plan and nodes. A stage counts as covered when its node is `ready` or `draining`; as loading when its node
-//! is `loading`; as lost in every other case, also when its node has rejoined but has no layers yet. Lost outweighs loading,
-//! loading outweighs serving. Text counts layers with both ends inclusive, as people do.
+//! A pure function of plan, nodes, and what the coordinator knows of links. A stage counts as covered when its node is `ready` or
+//! `draining`; as loading when its node is `loading`; as lost in every other case, also when its node has rejoined but has no layers
+//! yet. Lost outweighs loading, loading outweighs serving. Where all layers are loaded and something still keeps the cluster from
+//! serving, that is what is said. Text counts layers with both ends inclusive, as people do.
 
 use super::{LayerSpan, NodeState, SnapshotNode, SnapshotPlan, Verdict, VerdictPhase};
 
@@ -19,6 +20,10 @@ pub struct VerdictInput<'a> {
     pub workers_expected: u32,
     /// Why the workers present do not suffice, when the planner has refused them.
     pub refusal: Option<&'a str>,
+    /// Whether a token has gone through all stages, and nothing broke since.
+    pub serving: bool,
+    /// What last went wrong, while the plan does not serve.
+    pub trouble: Option<&'a str>,
 }
 
 /// Says whether the cluster serves, in words.
@@ -33,9 +38,24 @@ pub fn verdict(input: VerdictInput<'_>) -> Verdict {
         return Verdict { serving: false, phase: VerdictPhase::Down, text, missing_layers };
     }
     let ready = input.layers - missing_layers.iter().map(|span| span.count()).sum::<u32>().min(input.layers);
-    if !coverage.loading.is_empty() {
-        let progress = coverage.loading.iter().map(Stage::progress).collect::<Vec<_>>().join(", ");
-        let text = format!("Loading: {ready} of {} layers, {progress}", input.layers);
+    if !input.serving || !coverage.loading.is_empty() {
+        let reads = coverage.loading.iter().any(Stage::is_reading);
+        if let Some(trouble) = input.trouble.filter(|_| !reads) {
+            let text = format!("Down: {trouble}");
+            return Verdict { serving: false, phase: VerdictPhase::Down, text, missing_layers };
+        }
+        let mut text = format!("Loading: {ready} of {} layers", input.layers);
+        if coverage.loading.is_empty() {
+            text += ", waiting for a first token to go through";
+        }
+        for stage in &coverage.loading {
+            text += ", ";
+            text += &stage.progress();
+        }
+        if let Some(trouble) = input.trouble {
+            text += "; before that ";
+            text += trouble;
+        }
         return Verdict { serving: false, phase: VerdictPhase::Loading, text, missing_layers };
     }
     let nodes = plan.stages.len();
@@ -46,8 +66,15 @@ pub fn verdict(input: VerdictInput<'_>) -> Verdict {
 fn waiting(input: &VerdictInput<'_>) -> Verdict {
     let joined = input.nodes.iter().filter(|node| node.state != NodeState::Down).count();
     let expected = input.workers_expected as usize;
+    let excluded: Vec<String> = input
+        .nodes
+        .iter()
+        .filter(|node| node.state == NodeState::Excluded)
+        .map(|node| format!("{} is left out: {}", node.name, node.last_error.as_deref().unwrap_or("unknown")))
+        .collect();
     let text = match input.refusal {
         Some(refusal) => format!("No plan: {refusal}"),
+        None if !excluded.is_empty() => format!("Waiting for workers: {}", excluded.join("; ")),
         None if joined < expected => format!("Waiting for workers: {joined} of {expected} joined"),
         None if joined == 0 => "Waiting for workers: none joined".to_owned(),
         None => format!("Planning: {} joined", counted(joined, "worker")),
@@ -89,11 +116,17 @@ impl<'a> Coverage<'a> {
 }
 
 impl Stage<'_> {
+    /// Whether its layers are still being read.
+    fn is_reading(&self) -> bool {
+        self.node.and_then(|node| node.load.ratio()).is_some_and(|ratio| ratio < 1.0)
+    }
+
     /// "w3 at 37 %".
     fn progress(&self) -> String {
         let name = self.name.unwrap_or("?");
         match self.node.and_then(|node| node.load.ratio()) {
-            // Rounded down: 100 % is for those who are ready.
+            Some(1.0..) => format!("{name} has its layers, not yet its link"),
+            // Rounded down.
             Some(ratio) => format!("{name} at {} %", (ratio * 100.0).floor()),
             None => format!("{name} has not begun"),
         }
@@ -110,13 +143,17 @@ impl Stage<'_> {
                 Some(error) => format!("{name} lost: {error}"),
                 None => format!("{name} lost"),
             },
+            Some(node) if node.state == NodeState::Excluded => match &node.last_error {
+                Some(error) => format!("{name} is left out: {error}"),
+                None => format!("{name} is left out"),
+            },
             Some(node) => format!("{name} is {}", node.state.as_str()),
         }
     }
 
     /// How long the stage has been lost. The error tells best; without one, the silence.
     fn lost_seconds(&self) -> Option<f64> {
-        let node = self.node.filter(|node| node.state == NodeState::Down)?;
+        let node = self.node.filter(|node| matches!(node.state, NodeState::Down | NodeState::Excluded))?;
         node.last_error_age_seconds.or(node.heartbeat_age_seconds)
     }
 }

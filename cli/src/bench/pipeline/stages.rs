@@ -265,6 +265,7 @@ impl Cluster {
                 max_batch_tokens: self.setup.max_batch_tokens,
                 max_frames_in_flight: FRAMES_IN_FLIGHT as u32,
                 activation_dtype: ActivationDtype::F32 as i32,
+                coordinator_generation: self.generation,
             };
             let order = JoinResponse { message: Some(join_response::Message::Assignment(assignment)) };
             let outbox = self.outboxes.get(&member.hello.name);
