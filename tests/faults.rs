@@ -81,7 +81,7 @@ impl Cell {
         Self { lasts: Some(lasts), ..self }
     }
 
-    fn from_the_start(self) -> Self {
+    fn at_the_start(self) -> Self {
         Self { from_the_start: true, ..self }
     }
 }
@@ -381,7 +381,7 @@ fn a_link_that_is_silent_for_a_while_harms_no_later_request() {
 #[test]
 #[ignore = "a read that fails while layers are loaded excludes a worker for good"]
 fn layers_that_cannot_be_read_at_first_are_read_again() {
-    let cell = |stage| Cell::new("two loads fail", stage, Harm::None, |faults| faults.fail_loads(2)).from_the_start();
+    let cell = |stage| Cell::new("two loads fail", stage, Harm::None, |faults| faults.fail_loads(2)).at_the_start();
     run((0..STAGES).map(cell).collect());
 }
 
