@@ -150,9 +150,10 @@ impl Runner {
         let rows = step.batch.rows.len();
         let started = Instant::now();
         let (stage, is_first) = (Arc::clone(&self.stage), self.limits.is_first);
-        let stats = Arc::clone(&self.stats);
+        // Counted from here: a device's thread that hangs may not even begin.
+        let running = self.stats.begin_step(rows);
         let computed = compute(&*self.executor, move || {
-            let _running = stats.begin_step(rows);
+            let _running = running;
             run_step(&stage, &step, is_first)
         });
         let computed = computed.await.map_err(RunnerFailed::device)?;

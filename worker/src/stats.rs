@@ -1,7 +1,7 @@
 //! What a stage has done lately, for heartbeats.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -29,17 +29,21 @@ struct Inner {
     weights_bytes: u64,
     kv_bytes: u64,
     queue_depth: u32,
-    /// When the step that is on the device began, and its rows.
-    running: Option<(Instant, usize)>,
+    /// Steps that were given to the device and have not ended: when that was, and their rows; oldest first.
+    running: BTreeMap<u64, (Instant, usize)>,
+    next_step: u64,
 }
 
-/// A step on the device; dropping it says that the device is free again.
+/// A step that was given to the device; dropping it says that it has ended.
 #[derive(Debug)]
-pub struct RunningStep(Arc<Stats>);
+pub struct RunningStep {
+    stats: Arc<Stats>,
+    step: u64,
+}
 
 impl Drop for RunningStep {
     fn drop(&mut self) {
-        self.0.inner().running = None;
+        self.stats.inner().running.remove(&self.step);
     }
 }
 
@@ -55,15 +59,18 @@ impl Stats {
     /// A new assignment: counts start again.
     pub fn start_epoch(&self, weights_bytes: u64, kv_bytes: u64) {
         let mut inner = self.inner();
-        // A step of an earlier epoch may still hold the device.
-        let running = inner.running;
-        *inner = Inner { weights_bytes, kv_bytes, running, ..Inner::default() };
+        // Steps of an earlier epoch may still hold the device.
+        let (running, next_step) = (std::mem::take(&mut inner.running), inner.next_step);
+        *inner = Inner { weights_bytes, kv_bytes, running, next_step, ..Inner::default() };
     }
 
-    /// A step begins now. To be called where it runs, so that a device that hangs is seen to.
+    /// A step is given to the device now. What is returned goes with it, and ends when it ends, whoever still waits for it.
     pub fn begin_step(self: &Arc<Self>, rows: usize) -> RunningStep {
-        self.inner().running = Some((Instant::now(), rows));
-        RunningStep(Arc::clone(self))
+        let mut inner = self.inner();
+        let step = inner.next_step;
+        inner.next_step += 1;
+        inner.running.insert(step, (Instant::now(), rows));
+        RunningStep { stats: Arc::clone(self), step }
     }
 
     /// A step has ended now.
@@ -93,6 +100,9 @@ impl Stats {
         let rows: usize = inner.recent.iter().map(|step| step.rows).sum();
         let mut times: Vec<Duration> = inner.recent.iter().map(|step| step.compute).collect();
         let middle = times.len() / 2;
+        let oldest = inner.running.values().next();
+        let step_age_seconds = oldest.map_or(0.0, |(since, _)| now.duration_since(*since).as_secs_f64());
+        let step_rows = oldest.map_or(0, |(_, rows)| *rows as u64);
         let p50 = if times.is_empty() { Duration::ZERO } else { *times.select_nth_unstable(middle).1 };
         Heartbeat {
             frames_total: inner.frames_total,
@@ -104,8 +114,8 @@ impl Stats {
             kv_bytes: inner.kv_bytes,
             free_bytes: memory_bytes.saturating_sub(inner.weights_bytes + inner.kv_bytes),
             rss_bytes,
-            step_age_seconds: inner.running.map_or(0.0, |(since, _)| now.duration_since(since).as_secs_f64()),
-            step_rows: inner.running.map_or(0, |(_, rows)| rows as u64),
+            step_age_seconds,
+            step_rows,
             idle_ratio: (1.0 - busy.as_secs_f64() / WINDOW.as_secs_f64()).clamp(0.0, 1.0),
         }
     }
@@ -124,14 +134,18 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_step_on_the_device_is_told_with_its_age_until_it_ends_whatever_epoch_begins() {
+    async fn a_step_given_to_the_device_is_told_with_its_age_until_it_ends_whatever_epoch_begins() {
         let stats = Arc::new(Stats::default());
         let step = stats.begin_step(5);
         tokio::time::advance(Duration::from_secs(7)).await;
         stats.start_epoch(1, 1);
         let beat = stats.heartbeat(10, 0);
         assert_eq!((beat.step_rows, beat.step_age_seconds), (5, 7.0));
-        drop(step);
+        let behind = stats.begin_step(1);
+        tokio::time::advance(Duration::from_secs(2)).await;
+        let beat = stats.heartbeat(10, 0);
+        assert_eq!((beat.step_rows, beat.step_age_seconds), (5, 9.0), "the oldest");
+        drop((step, behind));
         let beat = stats.heartbeat(10, 0);
         assert_eq!((beat.step_rows, beat.step_age_seconds), (0, 0.0));
     }
