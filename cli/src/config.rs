@@ -178,6 +178,14 @@ impl Config {
             .at(place)
             .because("expected a chunk to fit into a micro-batch"));
         }
+        if limits.request_timeout > limits.longest_request {
+            return Err(CliError::usage(format!(
+                "limits.request_timeout is {:?}, limits.longest_request is {:?}",
+                limits.request_timeout, limits.longest_request
+            ))
+            .at(place)
+            .because("expected the time of a request that names none to be one that a request may name"));
+        }
         let pinned = self.workers.iter().find(|worker| worker.layers.is_some());
         if let (Split::Even, Some(worker)) = (self.plan.split, pinned) {
             return Err(CliError::usage(format!(

@@ -113,6 +113,7 @@ fn settings(config: &Config, expect: Option<&[String]>, num_layers: u32) -> Resu
         max_waiting: limits.max_waiting as usize,
         limits: RequestLimits {
             request_timeout: limits.request_timeout,
+            longest_request: limits.longest_request,
             max_prompt_bytes: usize::try_from(limits.max_prompt_bytes.0).unwrap_or(usize::MAX),
         },
     })

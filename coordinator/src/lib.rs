@@ -21,6 +21,7 @@ use tonic::service::interceptor::InterceptedService;
 
 pub mod api;
 pub mod cluster;
+pub mod deadline;
 pub mod engine;
 pub mod facts;
 pub mod frames;
@@ -29,8 +30,9 @@ pub mod planner;
 pub mod scheduler;
 pub mod session;
 
-use api::inference::RequestLimits;
+use api::{inference::RequestLimits, text::TextDesk};
 use cluster::{Cluster, ClusterSettings, ExpectedWorker};
+use deadline::Timed;
 use engine::{Engine, EngineSettings, Handle};
 use facts::{ModelFacts, PlanWishes};
 use planner::Objective;
@@ -42,8 +44,6 @@ pub const KV_BLOCK_TOKENS: u32 = 16;
 const MAX_FRAMES_IN_FLIGHT: usize = 64;
 /// Time that connections get to end once the coordinator does.
 const GRACE: Duration = Duration::from_secs(2);
-/// Most bytes of a gRPC request.
-const MAX_REQUEST_BYTES: usize = 4 << 20;
 
 /// What a coordinator is started with. Checked by whoever made it.
 #[derive(Clone, Debug)]
@@ -180,17 +180,20 @@ impl Coordinator {
             connections: Arc::default(),
         };
         let results = api::results::Results { engine: handle.clone(), shutdown: ending.clone() };
+        let (context, limits) = (config.max_position_embeddings, settings.limits);
+        let text = tokenizer.map(|tokenizer| Arc::new(TextDesk::new(tokenizer, context, limits.max_prompt_bytes)));
+        let pool_tokens = usize::try_from(settings.kv_tokens).unwrap_or(usize::MAX);
+        let inference = api::inference::Inference { engine: handle.clone(), config, text, pool_tokens, limits };
         let inference =
-            api::inference::Inference { engine: handle.clone(), config, tokenizer, limits: settings.limits };
-        let inference = InferenceServiceServer::new(inference).max_decoding_message_size(MAX_REQUEST_BYTES);
+            InferenceServiceServer::new(inference).max_decoding_message_size(limits.max_request_bytes(context));
         let serving = transport::server(Keepalive::Client)
             .add_service(health)
             .add_service(reflection_v1)
             .add_service(reflection_v1alpha)
             .add_service(InterceptedService::new(MembershipServiceServer::new(membership), settings.secret.require()))
             .add_service(InterceptedService::new(ResultServiceServer::new(results), settings.secret.require()))
-            .add_service(inference)
-            .add_service(ClusterServiceServer::new(api::cluster::Cluster { engine: handle.clone() }))
+            .add_service(Timed(inference))
+            .add_service(Timed(ClusterServiceServer::new(api::cluster::Cluster { engine: handle.clone() })))
             .serve_with_incoming_shutdown(
                 grpc.connections(settings.grpc_connections),
                 ending.clone().cancelled_owned(),
@@ -253,6 +256,7 @@ fn engine(
             kv_blocks,
             block_tokens: KV_BLOCK_TOKENS,
             prefill_chunk_tokens: settings.prefill_chunk_tokens,
+            max_batch_tokens: settings.max_batch_tokens,
             max_context: facts.config.max_position_embeddings as u32,
             max_batch_sequences: settings.max_batch_sequences,
             max_waiting: settings.max_waiting,

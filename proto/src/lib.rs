@@ -9,6 +9,7 @@ pub mod secret;
 pub mod snapshot;
 pub mod status;
 pub mod transport;
+mod withheld;
 
 /// The generated messages, clients and servers of package `grokpipe.v1`.
 #[expect(

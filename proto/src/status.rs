@@ -1,11 +1,14 @@
 //! Which failure gets which gRPC status: one table for all services.
 //!
-//! Messages carry what was expected, found and where, and never an address of memory, a path or a peer's address.
+//! Messages carry what was expected, found and where, and never an address of memory, a path or a peer's address: those are for logs
+//! ([`RequestError::in_full`]) and for operators.
 
 use std::{collections::HashMap, ops::Range, time::Duration};
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::withheld::without_places;
 
 const DOMAIN: &str = "grokpipe";
 
@@ -36,6 +39,20 @@ pub enum RequestError {
         /// Most waiting requests.
         limit: usize,
     },
+    /// The places in the queue that are left are for other clients.
+    #[error("expected fewer than {limit} waiting requests of one client now, found {waiting}; try again in a second")]
+    ShareTaken {
+        /// Most waiting requests of one client at this time.
+        limit: usize,
+        /// How many this client has.
+        waiting: usize,
+    },
+    /// Too many texts are encoded or decoded at a time.
+    #[error("expected fewer than {limit} texts waiting to be encoded or decoded, found {limit}; try again in a second")]
+    TextQueueFull {
+        /// Most texts.
+        limit: usize,
+    },
     /// Layers have no live stage.
     #[error("{0}")]
     NotServing(String),
@@ -49,9 +66,12 @@ pub enum RequestError {
         /// How that was noticed.
         reason: String,
     },
-    /// A stage could not compute this request.
-    #[error("{0}")]
+    /// A stage could not compute this request, for a reason that is not for clients.
+    #[error("a worker could not compute a step of this request; the coordinator's log has the reason")]
     StageFailed(String),
+    /// The server itself failed, for a reason that is not for clients.
+    #[error("the server failed; its log has the reason")]
+    Internal(String),
     /// The request's time is up.
     #[error("expected an end within {} ms, found {produced} tokens by then{}", limit.as_millis(), waiting(waited_on.as_deref()))]
     Deadline {
@@ -62,6 +82,15 @@ pub enum RequestError {
         /// The stage that it waited on, if one was at work.
         waited_on: Option<String>,
     },
+    /// The call's time is up before there was an answer.
+    #[error("expected an answer within {} ms, found none by then", limit.as_millis())]
+    CallDeadline {
+        /// The time it had.
+        limit: Duration,
+    },
+    /// The client does not read what it asked for.
+    #[error("expected a client that reads its stream, found too much unread for too long")]
+    ClientStalled,
     /// Text needs a tokenizer.
     #[error("this cluster has no tokenizer: send token ids, or start it with --tokenizer")]
     NoTokenizer,
@@ -88,10 +117,11 @@ impl RequestError {
         match self {
             Self::Invalid { .. } => Code::InvalidArgument,
             Self::TooLong { .. } => Code::OutOfRange,
-            Self::QueueFull { .. } => Code::ResourceExhausted,
+            Self::QueueFull { .. } | Self::ShareTaken { .. } | Self::TextQueueFull { .. } => Code::ResourceExhausted,
             Self::NotServing(_) | Self::WorkerLost { .. } | Self::ShuttingDown => Code::Unavailable,
-            Self::StageFailed(_) => Code::Internal,
-            Self::Deadline { .. } => Code::DeadlineExceeded,
+            Self::StageFailed(_) | Self::Internal(_) => Code::Internal,
+            Self::Deadline { .. } | Self::CallDeadline { .. } => Code::DeadlineExceeded,
+            Self::ClientStalled => Code::Aborted,
             Self::NoTokenizer => Code::FailedPrecondition,
             Self::NotBuilt(_) => Code::Unimplemented,
         }
@@ -111,13 +141,25 @@ impl RequestError {
             Self::Invalid { .. } => "INVALID_REQUEST",
             Self::TooLong { .. } => "CONTEXT_LENGTH_EXCEEDED",
             Self::QueueFull { .. } => "QUEUE_FULL",
+            Self::ShareTaken { .. } => "CLIENT_SHARE_TAKEN",
+            Self::TextQueueFull { .. } => "TEXT_QUEUE_FULL",
             Self::NotServing(_) => "LAYERS_MISSING",
             Self::WorkerLost { .. } => "WORKER_LOST",
             Self::StageFailed(_) => "STAGE_FAILED",
-            Self::Deadline { .. } => "DEADLINE_EXCEEDED",
+            Self::Internal(_) => "INTERNAL",
+            Self::Deadline { .. } | Self::CallDeadline { .. } => "DEADLINE_EXCEEDED",
+            Self::ClientStalled => "CLIENT_STALLED",
             Self::NoTokenizer => "NO_TOKENIZER",
             Self::NotBuilt(_) => "NOT_BUILT",
             Self::ShuttingDown => "SHUTTING_DOWN",
+        }
+    }
+
+    /// All that is known, for logs.
+    pub fn in_full(&self) -> String {
+        match self {
+            Self::StageFailed(reason) | Self::Internal(reason) => reason.clone(),
+            other => other.to_string(),
         }
     }
 }
@@ -132,12 +174,12 @@ impl From<RequestError> for Status {
         let mut details = ErrorDetails::new();
         details.set_error_info(error.reason(), DOMAIN, metadata);
         if let RequestError::Invalid { field, problem } = &error {
-            details.add_bad_request_violation(field, problem);
+            details.add_bad_request_violation(field, without_places(problem));
         }
         if let Some(delay) = error.retry_after() {
             details.set_retry_info(Some(delay));
         }
-        Status::with_error_details(error.code(), error.to_string(), details)
+        Status::with_error_details(error.code(), without_places(&error.to_string()), details)
     }
 }
 
@@ -158,6 +200,40 @@ mod tests {
         assert_eq!((info.reason.as_str(), info.metadata["worker"].as_str()), ("WORKER_LOST", "w2"));
         assert_eq!(info.metadata["layers"], "16..32");
         assert!(status.get_details_retry_info().is_some());
+    }
+
+    #[test]
+    fn no_error_tells_a_client_a_path_an_address_or_a_pointer() {
+        let told = "w1 at 10.0.0.2:43197 ([fe80::1%eth0]:7070, node3:7070), pid 4711: /models/grok 1/ckpt-0/tensor00000_000: 0x7ffd12";
+        let text = || told.to_owned();
+        let errors = [
+            RequestError::invalid("prompt", told),
+            RequestError::TooLong { limit: 1, found: 2, what: "the context" },
+            RequestError::QueueFull { limit: 1 },
+            RequestError::ShareTaken { limit: 1, waiting: 1 },
+            RequestError::TextQueueFull { limit: 1 },
+            RequestError::NotServing(text()),
+            RequestError::WorkerLost { worker: "w1".into(), layers: 0..1, reason: text() },
+            RequestError::StageFailed(text()),
+            RequestError::Internal(text()),
+            RequestError::Deadline { limit: Duration::from_secs(1), produced: 1, waited_on: Some(text()) },
+            RequestError::CallDeadline { limit: Duration::from_secs(1) },
+            RequestError::ClientStalled,
+            RequestError::NoTokenizer,
+            RequestError::NotBuilt("Drain"),
+            RequestError::ShuttingDown,
+        ];
+        for error in errors {
+            let reason = error.reason();
+            let status = Status::from(error);
+            let details = format!("{:?}", status.get_error_details());
+            for told in [status.message(), &details] {
+                for private in ["/", "0x", "10.0.0.2", "43197", "fe80", "node3", "4711", "ckpt", "grok 1"] {
+                    assert!(!told.contains(private), "{reason} tells {private:?}: {told}");
+                }
+            }
+            assert_eq!(status.get_details_error_info().unwrap().reason, reason);
+        }
     }
 
     #[test]

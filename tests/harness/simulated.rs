@@ -166,7 +166,11 @@ pub fn coordinator_settings(grpc: String, secret: Secret, workers: usize) -> Coo
         max_batch_sequences: 8,
         max_running: 16,
         max_waiting: 16,
-        limits: RequestLimits { request_timeout: Duration::from_secs(60), max_prompt_bytes: 1 << 20 },
+        limits: RequestLimits {
+            request_timeout: Duration::from_secs(60),
+            longest_request: Duration::from_secs(600),
+            max_prompt_bytes: 1 << 20,
+        },
     }
 }
 

@@ -115,11 +115,7 @@ impl CoordinatorSection {
             http: address(&mut table, "http")?.unwrap_or(default.http),
             advertise: reachable(&mut table, "advertise")?,
             http_names: http_names(&mut table)?.unwrap_or(default.http_names),
-            replan_after: table
-                .get("replan_after", r#"a time from "1s" to "24h""#, |v| {
-                    units::duration(v.any()).filter(|time| (1..=86_400).contains(&time.as_secs()))
-                })?
-                .unwrap_or(default.replan_after),
+            replan_after: hours(&mut table, "replan_after")?.unwrap_or(default.replan_after),
         };
         table.finish().map(|()| read)
     }
@@ -175,6 +171,8 @@ pub(crate) struct LimitsSection {
     pub(crate) max_waiting: u32,
     /// Time for a request that names none.
     pub(crate) request_timeout: Duration,
+    /// The most time that a request may name; no less than `request_timeout`.
+    pub(crate) longest_request: Duration,
     /// Longest prompt as text, checked before it is tokenised.
     pub(crate) max_prompt_bytes: ByteSize,
 }
@@ -188,6 +186,7 @@ impl Default for LimitsSection {
             max_running: 64,
             max_waiting: 256,
             request_timeout: Duration::from_secs(600),
+            longest_request: Duration::from_secs(3600),
             max_prompt_bytes: ByteSize(1 << 20),
         }
     }
@@ -196,6 +195,7 @@ impl Default for LimitsSection {
 impl LimitsSection {
     pub(super) fn read(mut table: Table<'_>) -> Result<Self, CliError> {
         let default = Self::default();
+        let request_timeout = hours(&mut table, "request_timeout")?.unwrap_or(default.request_timeout);
         let read = Self {
             prefill_chunk_tokens: whole(&mut table, "prefill_chunk_tokens", 1..=8192)?
                 .unwrap_or(default.prefill_chunk_tokens),
@@ -204,11 +204,9 @@ impl LimitsSection {
                 .unwrap_or(default.max_batch_sequences),
             max_running: whole(&mut table, "max_running", 1..=65_536)?.unwrap_or(default.max_running),
             max_waiting: whole(&mut table, "max_waiting", 0..=65_536)?.unwrap_or(default.max_waiting),
-            request_timeout: table
-                .get("request_timeout", r#"a time from "1s" to "24h""#, |v| {
-                    units::duration(v.any()).filter(|time| (1..=86_400).contains(&time.as_secs()))
-                })?
-                .unwrap_or(default.request_timeout),
+            request_timeout,
+            longest_request: hours(&mut table, "longest_request")?
+                .unwrap_or_else(|| default.longest_request.max(request_timeout)),
             max_prompt_bytes: table
                 .get("max_prompt_bytes", r#"a size from "1 KiB" to "64 MiB""#, |v| {
                     ByteSize::parse(v.any()).filter(|size| (1 << 10..=64 << 20).contains(&size.0))
@@ -456,6 +454,13 @@ fn path(
     let outside = table.is_from_outside(key);
     let found = table.get(key, "a path", |v| v.filled().map(PathBuf::from))?;
     Ok(found.map(|path| resolve(outside, path)))
+}
+
+/// A time that people may have to wait for.
+fn hours(table: &mut Table<'_>, key: &'static str) -> Result<Option<Duration>, CliError> {
+    table.get(key, r#"a time from "1s" to "24h""#, |v| {
+        units::duration(v.any()).filter(|time| (1..=86_400).contains(&time.as_secs()))
+    })
 }
 
 fn whole(

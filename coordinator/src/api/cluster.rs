@@ -2,7 +2,7 @@
 
 use std::{pin::Pin, sync::Arc};
 
-use futures_util::Stream;
+use futures_util::{Stream, StreamExt, stream};
 use grokpipe_proto::{
     snapshot::ClusterSnapshot,
     status::RequestError,
@@ -12,10 +12,10 @@ use grokpipe_proto::{
         cluster_service_server::ClusterService,
     },
 };
-use tokio_stream::{StreamExt, wrappers::WatchStream};
+use tokio_stream::wrappers::WatchStream;
 use tonic::{Code, Request, Response, Status};
 
-use crate::{engine::Handle, planner::Refusal};
+use crate::{deadline::Deadline, engine::Handle, planner::Refusal};
 
 /// Serves operators.
 #[derive(Clone)]
@@ -45,10 +45,15 @@ impl ClusterService for Cluster {
 
     async fn watch_status(
         &self,
-        _request: Request<WatchStatusRequest>,
+        request: Request<WatchStatusRequest>,
     ) -> Result<Response<Self::WatchStatusStream>, Status> {
         let changes = WatchStream::new(self.engine.snapshot());
         let changes = changes.map(|snapshot| Ok(WatchStatusResponse { snapshot: wire(&snapshot) }));
+        let Some(deadline) = request.extensions().get::<Deadline>().copied() else {
+            return Ok(Response::new(Box::pin(changes)));
+        };
+        let late = stream::once(async move { Err(Status::from(RequestError::CallDeadline { limit: deadline.limit })) });
+        let changes = changes.take_until(tokio::time::sleep_until(deadline.until)).chain(late);
         Ok(Response::new(Box::pin(changes)))
     }
 

@@ -6,30 +6,44 @@
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures_util::Stream;
-use grokpipe_model::{ModelConfig, tokenizer::Tokenizer};
+use grokpipe_model::ModelConfig;
 use grokpipe_proto::{
     status::RequestError,
+    transport::Peer,
     v1::{
         DetokenizeRequest, DetokenizeResponse, GenerateRequest, GenerateResponse, ListModelsRequest,
         ListModelsResponse, ModelDescription, Sampling, SamplingOptions, TokenizeRequest, TokenizeResponse,
         generate_request::Prompt, inference_service_server::InferenceService,
     },
 };
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::text::TextDesk;
 use crate::{
+    deadline::Deadline,
     engine::{Handle, NewRequest},
+    scheduler::ClientId,
     session::StopRules,
 };
 
 /// What a request may ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestLimits {
-    /// Time of a request that names none, and the most that one may name.
+    /// Time of a request that names none.
     pub request_timeout: Duration,
+    /// The most time that a request may name; no less than `request_timeout`.
+    pub longest_request: Duration,
     /// Longest text.
     pub max_prompt_bytes: usize,
+}
+
+impl RequestLimits {
+    /// Bytes of the largest request that is within these limits, for a context of this many tokens. The transport refuses no
+    /// smaller one.
+    pub fn max_request_bytes(&self, context: usize) -> usize {
+        // An id takes at most five bytes; stop texts and all other fields take less than the rest.
+        self.max_prompt_bytes.max(context.saturating_mul(5)).saturating_add(64 << 10)
+    }
 }
 
 /// Tokens of a request that names no number.
@@ -37,6 +51,8 @@ const DEFAULT_MAX_TOKENS: u32 = 128;
 const MOST_STOPS: usize = 16;
 const LONGEST_STOP: usize = 1024;
 const LONGEST_LABEL: usize = 256;
+/// Time of a call that is no generation.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Serves clients.
 #[derive(Clone)]
@@ -45,14 +61,22 @@ pub struct Inference {
     pub engine: Handle,
     /// The model's sizes.
     pub config: Arc<ModelConfig>,
-    /// Text to ids and back, if there is one.
-    pub tokenizer: Option<Arc<Tokenizer>>,
+    /// Text to ids and back, if there is a tokenizer.
+    pub text: Option<Arc<TextDesk>>,
+    /// Tokens that the KV pool holds.
+    pub pool_tokens: usize,
     /// What a request may ask for.
     pub limits: RequestLimits,
 }
 
 impl Inference {
-    async fn checked(&self, request: GenerateRequest) -> Result<NewRequest, RequestError> {
+    async fn checked(
+        &self,
+        request: GenerateRequest,
+        client: ClientId,
+        call: Option<Deadline>,
+    ) -> Result<NewRequest, RequestError> {
+        let deadline = self.deadline(request.deadline_ms)?.or_earlier(call);
         if request.from_index != 0 {
             return Err(RequestError::NotBuilt("resuming a stream (from_index)"));
         }
@@ -63,26 +87,27 @@ impl Inference {
             let problem = format!("expected at most {LONGEST_LABEL} bytes, found {}", request.request_id.len());
             return Err(RequestError::invalid("request_id", problem));
         }
-        let stop = checked_stops(request.stop, self.tokenizer.is_some())?;
+        let stop = checked_stops(request.stop, self.text.is_some())?;
         let sampling = checked_sampling(request.sampling.unwrap_or_default())?;
-        let prompt = self.prompt(request.prompt).await?;
+        let prompt = self.prompt(request.prompt, deadline).await?;
         let max_tokens = self.max_tokens(request.max_tokens, prompt.len())?;
         let eos_token_id = (!request.ignore_eos).then_some(self.config.eos_token_id);
         Ok(NewRequest {
             id: random_id()?,
+            client,
             request_id: request.request_id,
             prompt,
             sampling,
             rules: StopRules { max_tokens, stop, eos_token_id },
-            deadline: self.deadline(request.deadline_ms)?,
+            deadline,
         })
     }
 
-    fn deadline(&self, asked_ms: u64) -> Result<Duration, RequestError> {
-        let most = self.limits.request_timeout;
+    fn deadline(&self, asked_ms: u64) -> Result<Deadline, RequestError> {
+        let most = self.limits.longest_request;
         match asked_ms {
-            0 => Ok(most),
-            asked if Duration::from_millis(asked) <= most => Ok(Duration::from_millis(asked)),
+            0 => Ok(Deadline::after(self.limits.request_timeout)),
+            asked if Duration::from_millis(asked) <= most => Ok(Deadline::after(Duration::from_millis(asked))),
             asked => {
                 let problem = format!("expected at most {} ms, found {asked}", most.as_millis());
                 Err(RequestError::invalid("deadline_ms", problem))
@@ -106,14 +131,18 @@ impl Inference {
                 what: "prompt and max_tokens share the context",
             }),
             Some(asked) => Ok(asked),
-            None => Ok(DEFAULT_MAX_TOKENS.min(room as u32)),
+            None => {
+                // A number that nobody asked for is no reason to refuse: what the pool can hold will do.
+                let room = room.min(self.pool_tokens.saturating_sub(prompt)).max(1);
+                Ok(DEFAULT_MAX_TOKENS.min(u32::try_from(room).unwrap_or(u32::MAX)))
+            }
         }
     }
 
-    async fn prompt(&self, prompt: Option<Prompt>) -> Result<Vec<u32>, RequestError> {
+    async fn prompt(&self, prompt: Option<Prompt>, deadline: Deadline) -> Result<Vec<u32>, RequestError> {
         let ids = match prompt {
             None => return Err(RequestError::invalid("prompt", "expected text or token ids, found neither")),
-            Some(Prompt::Text(text)) => self.encode(text, "text").await?,
+            Some(Prompt::Text(text)) => self.text()?.encode(text, "text", deadline).await?,
             Some(Prompt::TokenIds(ids)) => ids.ids,
         };
         let limit = self.config.max_position_embeddings;
@@ -141,17 +170,8 @@ impl Inference {
         }
     }
 
-    /// Off the async threads: a megabyte of text takes a while.
-    async fn encode(&self, text: String, field: &str) -> Result<Vec<u32>, RequestError> {
-        let tokenizer = Arc::clone(self.tokenizer.as_ref().ok_or(RequestError::NoTokenizer)?);
-        let most = self.limits.max_prompt_bytes;
-        if text.len() > most {
-            let problem = format!("expected at most {most} bytes of text, found {}", text.len());
-            return Err(RequestError::invalid(field, problem));
-        }
-        tokio::task::spawn_blocking(move || tokenizer.encode(&text))
-            .await
-            .map_err(|_panicked| RequestError::StageFailed("the tokenizer failed; the log says how".into()))
+    fn text(&self) -> Result<&TextDesk, RequestError> {
+        self.text.as_deref().ok_or(RequestError::NoTokenizer)
     }
 }
 
@@ -200,8 +220,18 @@ fn checked_sampling(options: SamplingOptions) -> Result<Sampling, RequestError> 
     Ok(sampling)
 }
 
+/// The client's own deadline for a call, if it has one.
+fn call_deadline<T>(request: &Request<T>) -> Option<Deadline> {
+    request.extensions().get().copied()
+}
+
+/// Who sends a request.
+fn client_of<T>(request: &Request<T>) -> ClientId {
+    request.extensions().get().map_or(0, Peer::client)
+}
+
 fn random_u64() -> Result<u64, RequestError> {
-    getrandom::u64().map_err(|error| RequestError::StageFailed(format!("the system gives no random numbers: {error}")))
+    getrandom::u64().map_err(|error| RequestError::Internal(format!("the system gives no random numbers: {error}")))
 }
 
 fn random_id() -> Result<String, RequestError> {
@@ -213,21 +243,24 @@ impl InferenceService for Inference {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<GenerateResponse, Status>> + Send>>;
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let request = self.checked(request.into_inner()).await?;
+        let (client, call) = (client_of(&request), call_deadline(&request));
+        let request = self.checked(request.into_inner(), client, call).await?;
         let stream = self.engine.submit(request).await?;
-        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+        Ok(Response::new(Box::pin(stream)))
     }
 
     async fn tokenize(&self, request: Request<TokenizeRequest>) -> Result<Response<TokenizeResponse>, Status> {
-        let token_ids = self.encode(request.into_inner().text, "text").await?;
+        let deadline = Deadline::after(CALL_TIMEOUT).or_earlier(call_deadline(&request));
+        let token_ids = self.text()?.encode(request.into_inner().text, "text", deadline).await?;
         Ok(Response::new(TokenizeResponse { token_ids }))
     }
 
     async fn detokenize(&self, request: Request<DetokenizeRequest>) -> Result<Response<DetokenizeResponse>, Status> {
+        let deadline = Deadline::after(CALL_TIMEOUT).or_earlier(call_deadline(&request));
         let ids = request.into_inner().token_ids;
-        let tokenizer = self.tokenizer.as_ref().ok_or(RequestError::NoTokenizer)?;
+        let desk = self.text()?;
         self.check_ids(&ids)?;
-        Ok(Response::new(DetokenizeResponse { text: tokenizer.decode(&ids) }))
+        Ok(Response::new(DetokenizeResponse { text: desk.decode(ids, deadline).await? }))
     }
 
     async fn list_models(&self, _request: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
@@ -238,7 +271,7 @@ impl InferenceService for Inference {
             context_length: config.max_position_embeddings as u32,
             num_layers: config.num_hidden_layers,
             parameters: config.parameters(),
-            has_tokenizer: self.tokenizer.is_some(),
+            has_tokenizer: self.text.is_some(),
         };
         Ok(Response::new(ListModelsResponse { models: vec![model] }))
     }

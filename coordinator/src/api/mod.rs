@@ -6,3 +6,4 @@ pub mod cluster;
 pub mod inference;
 pub mod membership;
 pub mod results;
+pub mod text;

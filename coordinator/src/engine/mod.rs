@@ -19,8 +19,7 @@ use grokpipe_proto::{
     status::RequestError,
     transport::Net,
     v1::{
-        GenerateResponse, Hello, JoinResponse, MicroBatchResult, Sampling, StageUse, Welcome, join_request,
-        join_response,
+        Hello, JoinResponse, MicroBatchResult, Sampling, StageUse, Welcome, join_request, join_response,
     },
 };
 use tokio::{
@@ -33,21 +32,25 @@ use tracing::{Span, debug};
 
 use crate::{
     cluster::{Cluster, Command, JoinRefusal},
+    deadline::Deadline,
+    engine::outlet::Outlet,
     planner::{Plan, Refusal},
-    scheduler::{Scheduler, SchedulerConfig},
+    scheduler::{ClientId, Scheduler, SchedulerConfig},
     session::{Session, StopRules},
 };
 
+mod outlet;
 mod requests;
 
-/// What a client's stream carries.
-pub type ClientStream = mpsc::Receiver<Result<GenerateResponse, Status>>;
+pub use outlet::ClientStream;
 
 /// A checked request.
 #[derive(Clone, Debug)]
 pub struct NewRequest {
     /// Made by the server, unique.
     pub id: String,
+    /// Whose it is.
+    pub client: ClientId,
     /// The client's label.
     pub request_id: String,
     /// Token ids of the prompt.
@@ -56,8 +59,8 @@ pub struct NewRequest {
     pub sampling: Sampling,
     /// When to end.
     pub rules: StopRules,
-    /// Time for all of it.
-    pub deadline: Duration,
+    /// When it has to be over.
+    pub deadline: Deadline,
 }
 
 /// What happens to the engine.
@@ -205,7 +208,7 @@ struct Running {
     /// Everything that is logged about this request stands in it.
     span: Span,
     session: Session,
-    client: mpsc::Sender<Result<GenerateResponse, Status>>,
+    outlet: Outlet,
     accepted_at: Instant,
     first_scheduled: Option<Instant>,
     first_token: Option<Instant>,

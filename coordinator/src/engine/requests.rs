@@ -5,22 +5,25 @@ use std::collections::{BTreeMap, HashMap};
 use grokpipe_proto::{
     status::RequestError,
     v1::{
-        Accepted, Finished, Frame, GenerateResponse, GeneratedToken, MicroBatchResult, Sampling, StageTiming, StageUse,
-        Timings, generate_response::Event as ClientEvent,
+        Accepted, Finished, Frame, GeneratedToken, MicroBatchResult, Sampling, StageTiming, StageUse, Timings,
+        generate_response::Event as ClientEvent,
     },
 };
-use tokio::{
-    sync::{mpsc, oneshot},
-    time::Instant,
-};
+use tokio::{sync::oneshot, time::Instant};
 use tracing::{debug, info, info_span, warn};
 
-use super::{ClientStream, Engine, InFlight, NewRequest, Running};
+use super::{
+    Engine, InFlight, NewRequest, Running,
+    outlet::{ClientStream, Outlet},
+};
 use crate::{
     frames::frame_of,
-    scheduler::{MicroBatch, Rejected},
+    scheduler::{ClientId, MicroBatch, Rejected},
     session::{End, Session},
 };
+
+/// The client that the cluster's own proof tokens count for.
+const OURSELVES: ClientId = 0;
 
 impl Engine {
     /// All running requests end with this error; nothing of the old epoch is waited for.
@@ -40,9 +43,8 @@ impl Engine {
 
     fn end_with(&mut self, sequence: u64, error: RequestError) {
         if let Some(running) = self.running.remove(&sequence) {
-            info!(parent: &running.span, tokens = running.session.produced(), %error, "request ended early");
-            // The channel has room for every event of the request, and for its end.
-            let _ = running.client.try_send(Err(error.into()));
+            info!(parent: &running.span, tokens = running.session.produced(), error = error.in_full(), "request ended early");
+            running.outlet.end(error);
         }
     }
 
@@ -50,7 +52,7 @@ impl Engine {
     pub(super) fn prove(&mut self, epoch: u64) {
         let sequence = self.next_sequence;
         self.next_sequence += 1;
-        match self.scheduler.submit(sequence, vec![self.settings.proof_token], 1) {
+        match self.scheduler.submit(sequence, OURSELVES, vec![self.settings.proof_token], 1) {
             Ok(()) => self.proof = Some(sequence),
             Err(rejected) => {
                 let now = self.now();
@@ -70,10 +72,9 @@ impl Engine {
             return Err(RequestError::NotServing(self.snapshot_now().verdict.text));
         }
         let sequence = self.next_sequence;
-        self.scheduler.submit(sequence, request.prompt.clone(), request.rules.max_tokens).map_err(rejected)?;
+        let (client, max_tokens) = (request.client, request.rules.max_tokens);
+        self.scheduler.submit(sequence, client, request.prompt.clone(), max_tokens).map_err(rejected)?;
         self.next_sequence += 1;
-        // Accepted, every token, the end: the queue of a client can never be full.
-        let (client, stream) = mpsc::channel(request.rules.max_tokens as usize + 3);
         let accepted = Accepted {
             id: request.id.clone(),
             request_id: request.request_id.clone(),
@@ -81,15 +82,16 @@ impl Engine {
             seed: request.sampling.seed,
             model: self.settings.model.clone(),
         };
-        let _ = client.try_send(Ok(GenerateResponse { event: Some(ClientEvent::Accepted(accepted)) }));
         let span = info_span!("request", id = request.id, sequence);
+        let (outlet, stream) = Outlet::open(span.clone());
+        outlet.send(ClientEvent::Accepted(accepted));
         info!(parent: &span, prompt_tokens = request.prompt.len(), "request accepted");
         let session = Session::new(request.rules.clone(), self.tokenizer.as_deref(), &request.prompt);
         let running = Running {
             request,
             span,
             session,
-            client,
+            outlet,
             accepted_at: Instant::now(),
             first_scheduled: None,
             first_token: None,
@@ -194,8 +196,7 @@ impl Engine {
             text: step.text,
             logprob,
         };
-        let sent = running.client.try_send(Ok(GenerateResponse { event: Some(ClientEvent::Token(event)) }));
-        if sent.is_err() {
+        if !running.outlet.send(ClientEvent::Token(event)) {
             self.abandon(sequence);
         } else if let Some(end) = step.end {
             self.finish(sequence, end);
@@ -222,10 +223,10 @@ impl Engine {
             timings: Some(timings),
             stages: running.stages.into_values().collect(),
         };
-        let _ = running.client.try_send(Ok(GenerateResponse { event: Some(ClientEvent::Finished(finished)) }));
+        running.outlet.send(ClientEvent::Finished(finished));
     }
 
-    /// The client is gone: its blocks are free again once its micro-batch is back.
+    /// The client is gone, or does not read: its blocks are free again once its micro-batch is back.
     fn abandon(&mut self, sequence: u64) {
         self.scheduler.release(sequence);
         if let Some(running) = self.running.remove(&sequence) {
@@ -255,10 +256,10 @@ impl Engine {
         let overdue: Vec<(u64, RequestError)> = self
             .running
             .iter()
-            .filter(|(_, running)| running.accepted_at.elapsed() >= running.request.deadline)
+            .filter(|(_, running)| running.request.deadline.is_over())
             .map(|(sequence, running)| {
                 let error = RequestError::Deadline {
-                    limit: running.request.deadline,
+                    limit: running.request.deadline.limit,
                     produced: running.session.produced(),
                     waited_on: waited_on.clone(),
                 };
@@ -272,7 +273,7 @@ impl Engine {
         let gone: Vec<u64> = self
             .running
             .iter()
-            .filter(|(_, running)| running.client.is_closed())
+            .filter(|(_, running)| running.outlet.is_closed())
             .map(|(sequence, _)| *sequence)
             .collect();
         for sequence in gone {
@@ -288,6 +289,7 @@ impl Engine {
 fn rejected(rejected: Rejected) -> RequestError {
     match rejected {
         Rejected::QueueFull { limit, .. } => RequestError::QueueFull { limit },
+        Rejected::ShareTaken { limit, waiting, .. } => RequestError::ShareTaken { limit, waiting },
         Rejected::TooLong { limit, found, what } => RequestError::TooLong { limit, found, what },
         other => RequestError::invalid("prompt", other.to_string()),
     }

@@ -3,7 +3,8 @@
 //! Decoding sequences are dealt out over as many groups as there are stages, so that each stage has one to work on while the
 //! others are elsewhere; fuller groups would leave stages idle, more and smaller ones would read the weights more often. Chunks of
 //! prefill go one sequence a micro-batch and may use one place more, so that a full pipeline of decoding never shuts them out.
-//! When both could run they take turns.
+//! When both could run they take turns. No micro-batch has more tokens than a stage takes: a token for each sequence that decodes,
+//! or one chunk.
 //!
 //! A micro-batch also tells the stages which sequences have ended. One that fails may not have reached them all, so what it was to
 //! tell is told again by the next one.
@@ -11,6 +12,7 @@
 use std::collections::BTreeMap;
 
 use super::Scheduler;
+use super::safety::Grants;
 use super::types::{CompleteError, Completion, MicroBatch};
 
 /// What a micro-batch carries.
@@ -45,47 +47,41 @@ impl Scheduler {
         if self.in_flight.len() >= self.in_flight_limit() {
             return None;
         }
-        let (group, chunk) = (self.next_group(), self.next_chunk());
-        let kind = match (!group.is_empty(), chunk.is_some()) {
-            (true, true) if self.last_kind == Kind::Decode => Kind::Prefill,
-            (true, _) => Kind::Decode,
-            (false, true) => Kind::Prefill,
-            (false, false) => return None,
+        let (decode, prefill) = (self.next_group(), self.next_prefill());
+        let (kind, members) = match (decode.is_empty(), prefill) {
+            (true, None) => return None,
+            (false, Some(id)) if self.last_kind == Kind::Decode => (Kind::Prefill, vec![id]),
+            (true, Some(id)) => (Kind::Prefill, vec![id]),
+            (false, _) => (Kind::Decode, decode),
         };
-        let members: Vec<u64> = match kind {
-            Kind::Decode => {
-                let mut taken = group.iter().peekable();
-                self.decode_ready.retain(|id| taken.next_if_eq(&id).is_none());
-                group
-            }
-            Kind::Prefill => {
-                chunk.filter(|next| self.prefill_ready.remove(next)).into_iter().map(|(_, id)| id).collect()
-            }
-        };
+        match kind {
+            Kind::Decode => self.decode_ready.retain(|id| !members.contains(id)),
+            Kind::Prefill => self.prefill_ready.retain(|(_, id)| !members.contains(id)),
+        }
         self.last_kind = kind;
         Some(self.issue(kind, members))
     }
 
-    /// The sequences of the next group, longest ready first. One whose next block is still withheld waits.
-    pub(super) fn next_group(&self) -> Vec<u64> {
-        let mut free = self.pool.free();
-        let fits = |id: &u64| {
-            let wanted = self.blocks_wanted(*id);
-            let fits = wanted <= free;
-            free -= if fits { wanted } else { 0 };
-            fits
-        };
-        self.decode_ready.iter().copied().filter(fits).take(self.decode_group_size()).collect()
+    /// The sequences of the next group, longest ready first, without those that are short of blocks.
+    pub(super) fn next_group(&mut self) -> Vec<u64> {
+        let (size, mut grants) = (self.decode_group_size(), Grants::new());
+        let mut group = Vec::with_capacity(size);
+        for index in 0..self.decode_ready.len() {
+            if group.len() == size {
+                break;
+            }
+            let id = self.decode_ready[index];
+            if self.grant(id, &mut grants) {
+                group.push(id);
+            }
+        }
+        group
     }
 
-    /// The sequence whose chunk of prefill is next, with its place in the order of admission.
-    pub(super) fn next_chunk(&self) -> Option<(u64, u64)> {
-        let free = self.pool.free();
-        self.prefill_ready.iter().copied().find(|(_, id)| self.blocks_wanted(*id) <= free)
-    }
-
-    fn blocks_wanted(&self, id: u64) -> u32 {
-        self.sequences.get(&id).map_or(0, |sequence| sequence.blocks_wanted(&self.config))
+    /// The sequence whose chunk is next: the first admitted that is not short of blocks.
+    pub(super) fn next_prefill(&mut self) -> Option<u64> {
+        let ready: Vec<u64> = self.prefill_ready.iter().map(|(_, id)| *id).collect();
+        ready.into_iter().find(|id| self.grant(*id, &mut Grants::new()))
     }
 
     /// How many sequences the next group takes; 0 when there is none or every stage has its group.
@@ -99,7 +95,7 @@ impl Scheduler {
         // Never more than a fair share, or groups that grew uneven while sequences came and went would stay so.
         let fair = decoding.div_ceil(stages);
         let spread = self.decode_ready.len().div_ceil(stages - groups);
-        fair.min(spread).min(self.config.max_batch_sequences).max(1)
+        fair.min(spread).min(self.config.max_batch_sequences).min(self.config.max_batch_tokens).max(1)
     }
 
     pub(super) fn issue(&mut self, kind: Kind, members: Vec<u64>) -> MicroBatch {
@@ -110,6 +106,7 @@ impl Scheduler {
             if let Some(sequence) = self.sequences.get_mut(member) {
                 slices.push(sequence.next_slice(*member, &self.config, &mut self.pool));
                 sequence.in_flight = Some(id);
+                self.short_of_blocks.remove(member);
             }
         }
         let closed = std::mem::take(&mut self.closed);

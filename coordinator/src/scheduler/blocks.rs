@@ -1,8 +1,8 @@
 //! The pool of KV block numbers: who owns which is decided here, for all stages alike.
 //!
-//! Two counts are kept apart. A *reservation* is a promise made at admission, for the longest that a sequence may become; it is
-//! what admission looks at. *Owned* blocks are numbers handed out as positions are written. Owned never exceeds reserved, so
-//! handing out cannot fail for want of a promise.
+//! Two counts are kept apart. A *reservation* is a promise made at admission, for the longest that a sequence may become. *Owned*
+//! blocks are numbers handed out as positions are written. More may be promised than there is; `safety` decides when a promise may
+//! be made and when a block may be handed out, so that each promise is kept in the end.
 //!
 //! Blocks of an ended sequence are free once every stage has heard of its end. The micro-batch that tells them so may use them
 //! itself; from every other one they are *withheld* until it is back.
@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 #[derive(Debug)]
 pub(super) struct BlockPool {
     total: u32,
-    reserved: u32,
+    reserved: u64,
     /// Numbers from here on were never used: a pool of any size costs nothing until it is.
     unused_from: u32,
     /// Numbers below `unused_from` that came back.
@@ -29,7 +29,7 @@ impl BlockPool {
         self.total
     }
 
-    pub(super) fn reserved(&self) -> u32 {
+    pub(super) fn reserved(&self) -> u64 {
         self.reserved
     }
 
@@ -37,18 +37,14 @@ impl BlockPool {
         self.total - self.unused_from + self.returned.len() as u32
     }
 
-    /// Promises `count` blocks, if nobody else was promised them.
-    pub(super) fn reserve(&mut self, count: u32) -> bool {
-        let fits = count <= self.total - self.reserved;
-        if fits {
-            self.reserved += count;
-        }
-        fits
+    /// Promises `count` blocks.
+    pub(super) fn reserve(&mut self, count: u32) {
+        self.reserved += u64::from(count);
     }
 
     /// Hands out `count` promised blocks, lowest numbers first: the same history gives the same numbers.
     pub(super) fn take(&mut self, count: u32) -> Vec<u32> {
-        assert!(count <= self.free(), "a sequence takes no more blocks than were reserved for it");
+        assert!(count <= self.free(), "a sequence takes no more blocks than are free");
         let next = |_| {
             self.returned.pop_first().unwrap_or_else(|| {
                 self.unused_from += 1;
@@ -60,7 +56,7 @@ impl BlockPool {
 
     /// Takes a sequence's blocks and its promise back.
     pub(super) fn give_back(&mut self, blocks: &[u32], reserved: u32) {
-        self.reserved -= reserved;
+        self.reserved -= u64::from(reserved);
         for &block in blocks {
             let was_out = block < self.unused_from && self.returned.insert(block);
             assert!(was_out, "block {block} came back twice");

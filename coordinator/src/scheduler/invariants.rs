@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::Scheduler;
+use super::safety::Grants;
 use super::sequence::Phase;
 
 impl Scheduler {
@@ -16,7 +17,7 @@ impl Scheduler {
         self.check_queues();
     }
 
-    /// Every block is free or has one owner; nobody owns more than was promised, and no more was promised than there is.
+    /// Every block is free or has one owner; nobody owns more than was promised, and all can still get what they were promised.
     fn check_blocks(&self) {
         let mut owned = BTreeSet::new();
         let mut reserved = 0;
@@ -28,7 +29,7 @@ impl Scheduler {
             }
             let owns = sequence.blocks.len() as u32;
             assert!(owns <= sequence.reserved_blocks, "sequence {id} owns more blocks than it reserved");
-            reserved += sequence.reserved_blocks;
+            reserved += u64::from(sequence.reserved_blocks);
         }
         let mut withheld = 0;
         for block in self.in_flight.values().flat_map(|batch| &batch.withheld) {
@@ -37,10 +38,13 @@ impl Scheduler {
         }
         assert_eq!(owned.len() as u32 + self.pool.free() + withheld, self.pool.total(), "a block is lost");
         assert_eq!(reserved, self.pool.reserved(), "reservations do not add up");
-        assert!(reserved <= self.pool.total(), "more blocks are reserved than there are");
+        assert!(
+            self.is_safe(&Grants::new(), None),
+            "some sequences can no longer get the blocks that they were promised"
+        );
     }
 
-    /// No more than allowed are under way, and no sequence is in two of them.
+    /// No more than allowed are under way, no more of them run than may, and no sequence is in two of them.
     fn check_micro_batches(&self) {
         assert!(self.in_flight.len() <= self.in_flight_ceiling, "too many micro-batches are under way");
         let mut members = BTreeSet::new();
@@ -72,6 +76,9 @@ impl Scheduler {
             );
             let times = self.decode_ready.iter().filter(|ready| *ready == id).count();
             assert_eq!(times, usize::from(decodes), "decode queue, sequence {id}");
+        }
+        for id in &self.short_of_blocks {
+            assert!(self.sequences.contains_key(id), "sequence {id} is short of blocks, and gone");
         }
         let ready = self.prefill_ready.len() + self.decode_ready.len();
         let idle = |phase: Phase| phase != Phase::Done;

@@ -3,7 +3,7 @@
 //!
 //! The one idea: a pipeline of S stages is full when S micro-batches are under way, and since a token must come back before the
 //! next can be fed, no sequence is in two of them. So the sequences are dealt out over S groups (`batch`), and whoever was let in
-//! (`admission`) never runs out of memory (`blocks`). `invariants` says what is always true.
+//! (`admission`) gets all the memory (`blocks`) that it was promised (`safety`). `invariants` says what is always true.
 //!
 //! It knows ids, positions, tokens and blocks. It does not know when a sequence should end (the session does, and calls
 //! [`Scheduler::release`]), who waits for it, what a token means, or which worker is which.
@@ -12,6 +12,7 @@ mod admission;
 mod batch;
 mod blocks;
 mod invariants;
+mod safety;
 mod sequence;
 #[cfg(test)]
 mod tests;
@@ -23,7 +24,7 @@ use admission::Waiting;
 use batch::{Closed, InFlight, Kind};
 use blocks::BlockPool;
 use sequence::Sequence;
-pub use types::{CompleteError, Completion, MicroBatch, Rejected, SchedulerConfig, SchedulerCounts, Slice};
+pub use types::{ClientId, CompleteError, Completion, MicroBatch, Rejected, SchedulerConfig, SchedulerCounts, Slice};
 
 /// Sequences, blocks and micro-batches under way.
 #[derive(Debug)]
@@ -32,12 +33,16 @@ pub struct Scheduler {
     pool: BlockPool,
     /// Not yet admitted, in order of arrival.
     waiting: VecDeque<Waiting>,
+    /// How many later ones were let in before the first that waits.
+    passes: usize,
     /// Admitted.
     sequences: BTreeMap<u64, Sequence>,
     /// Admitted sequences whose next chunk may run, by order of admission: the oldest prompt is finished first.
     prefill_ready: BTreeSet<(u64, u64)>,
     /// Sequences whose next token may run, longest ready first.
     decode_ready: VecDeque<u64>,
+    /// Sequences whose next slice has to wait for blocks.
+    short_of_blocks: BTreeSet<u64>,
     in_flight: BTreeMap<u64, InFlight>,
     /// Ended sequences that the stages still know of, and no micro-batch under way tells them.
     closed: Vec<Closed>,
@@ -53,18 +58,25 @@ impl Scheduler {
     /// An empty scheduler.
     ///
     /// # Panics
-    /// When a size that must not be zero is: `block_tokens`, `prefill_chunk_tokens`, `max_batch_sequences`.
+    /// When a size that must not be zero is (`block_tokens`, `prefill_chunk_tokens`, `max_batch_sequences`), or when a chunk of
+    /// prefill is longer than a micro-batch.
     pub fn new(config: SchedulerConfig) -> Self {
         assert!(config.block_tokens > 0, "a block holds at least one token");
         assert!(config.prefill_chunk_tokens > 0, "a chunk of prefill has at least one token");
         assert!(config.max_batch_sequences > 0, "a micro-batch has at least one sequence");
+        assert!(
+            config.prefill_chunk_tokens as usize <= config.max_batch_tokens,
+            "a chunk of prefill fits into a micro-batch"
+        );
         let mut scheduler = Self {
             config,
             pool: BlockPool::new(config.kv_blocks),
             waiting: VecDeque::new(),
+            passes: 0,
             sequences: BTreeMap::new(),
             prefill_ready: BTreeSet::new(),
             decode_ready: VecDeque::new(),
+            short_of_blocks: BTreeSet::new(),
             in_flight: BTreeMap::new(),
             closed: Vec::new(),
             next_micro_batch: 1,
@@ -86,6 +98,7 @@ impl Scheduler {
     /// by number, without those that had been released. Stages forget with the next plan epoch, so nothing is left to close.
     pub fn abort_all(&mut self) -> Vec<u64> {
         let mut gone: BTreeSet<u64> = self.waiting.drain(..).map(|waiting| waiting.id).collect();
+        self.passes = 0;
         for (id, sequence) in std::mem::take(&mut self.sequences) {
             self.pool.give_back(&sequence.blocks, sequence.reserved_blocks);
             if !sequence.released {
@@ -94,6 +107,7 @@ impl Scheduler {
         }
         self.prefill_ready.clear();
         self.decode_ready.clear();
+        self.short_of_blocks.clear();
         for batch in std::mem::take(&mut self.in_flight).into_values() {
             self.pool.restore(&batch.withheld);
         }

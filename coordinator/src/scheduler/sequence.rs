@@ -1,7 +1,7 @@
 //! One admitted sequence: how far it is, and what it needs next.
 
 use super::blocks::BlockPool;
-use super::types::{SchedulerConfig, Slice};
+use super::types::{ClientId, SchedulerConfig, Slice};
 
 /// What a sequence waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +21,7 @@ pub(super) enum Phase {
 pub(super) struct Sequence {
     /// Place in the order of admission.
     pub(super) admitted: u64,
+    pub(super) client: ClientId,
     pub(super) phase: Phase,
     /// The micro-batch that it is in.
     pub(super) in_flight: Option<u64>,
@@ -38,9 +39,16 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub(super) fn new(admitted: u64, prompt: Vec<u32>, max_new_tokens: u32, reserved_blocks: u32) -> Self {
+    pub(super) fn new(
+        admitted: u64,
+        client: ClientId,
+        prompt: Vec<u32>,
+        max_new_tokens: u32,
+        reserved_blocks: u32,
+    ) -> Self {
         Self {
             admitted,
+            client,
             phase: Phase::Prefill,
             in_flight: None,
             released: false,
@@ -52,6 +60,11 @@ impl Sequence {
             max_new_tokens,
             fed: 0,
         }
+    }
+
+    /// The prompt, read or not.
+    pub(super) fn prompt(&self) -> &[u32] {
+        &self.prompt
     }
 
     /// Whether it belongs to the sequences that decode.
@@ -73,32 +86,29 @@ impl Sequence {
         self.is_decoding() || self.prompt_is_fed()
     }
 
-    /// Where the next slice ends: after one token when decoding, else at the next chunk boundary or the prompt's end.
+    /// Where the next slice ends: one token on when decoding, else the prompt up to the next chunk boundary.
     fn next_end(&self, config: &SchedulerConfig) -> u32 {
-        match self.phase {
-            Phase::Decode { .. } => self.fed + 1,
-            Phase::Prefill | Phase::Done => {
-                let chunk = config.prefill_chunk_tokens;
-                let boundary = (u64::from(self.fed / chunk) + 1) * u64::from(chunk);
-                let prompt = self.prompt.len() as u32;
-                u32::try_from(boundary).map_or(prompt, |end| end.min(prompt))
-            }
+        if self.is_decoding() {
+            return self.fed + 1;
         }
+        let chunk = config.prefill_chunk_tokens;
+        let boundary = (u64::from(self.fed / chunk) + 1) * u64::from(chunk);
+        u32::try_from(boundary).unwrap_or(u32::MAX).min(self.prompt.len() as u32)
     }
 
-    /// Blocks that the next slice needs beyond those that the sequence owns.
-    pub(super) fn blocks_wanted(&self, config: &SchedulerConfig) -> u32 {
+    /// Blocks that the next slice takes.
+    pub(super) fn next_blocks(&self, config: &SchedulerConfig) -> u32 {
         self.next_end(config).div_ceil(config.block_tokens) - self.blocks.len() as u32
     }
 
-    /// The next slice.
+    /// The next slice, with the blocks that it needs.
     pub(super) fn next_slice(&mut self, id: u64, config: &SchedulerConfig, pool: &mut BlockPool) -> Slice {
         let (first_position, end) = (self.fed, self.next_end(config));
+        let new_blocks = pool.take(self.next_blocks(config));
         let token_ids = match self.phase {
             Phase::Decode { input } => vec![input],
             Phase::Prefill | Phase::Done => self.prompt[first_position as usize..end as usize].to_vec(),
         };
-        let new_blocks = pool.take(self.blocks_wanted(config));
         self.fed = end;
         self.blocks.extend(&new_blocks);
         let opens = !std::mem::replace(&mut self.opened, true);

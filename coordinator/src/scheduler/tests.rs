@@ -6,12 +6,18 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod fairness;
+
+/// The client of sequences whose client does not matter.
+const ANYBODY: ClientId = 0;
+
 fn config() -> SchedulerConfig {
     SchedulerConfig {
         stages: 2,
         kv_blocks: 64,
         block_tokens: 16,
         prefill_chunk_tokens: 32,
+        max_batch_tokens: 512,
         max_context: 512,
         max_batch_sequences: 64,
         max_waiting: 100,
@@ -43,7 +49,7 @@ fn complete(scheduler: &mut Scheduler, batch: &MicroBatch) -> Vec<Completion> {
 fn decoding(config: SchedulerConfig, count: u64) -> Scheduler {
     let mut scheduler = Scheduler::new(config);
     for id in 0..count {
-        scheduler.submit(id, prompt(3), 20).unwrap();
+        scheduler.submit(id, ANYBODY, prompt(3), 20).unwrap();
     }
     while scheduler.sequences.values().any(|sequence| !sequence.is_decoding()) {
         let batch =
@@ -56,7 +62,7 @@ fn decoding(config: SchedulerConfig, count: u64) -> Scheduler {
 #[test]
 fn a_sequence_goes_from_its_chunks_to_its_last_token() {
     let mut scheduler = Scheduler::new(config());
-    scheduler.submit(5, prompt(70), 3).unwrap();
+    scheduler.submit(5, ANYBODY, prompt(70), 3).unwrap();
     // First position, tokens, blocks gained, opens, wants a token; then what comes back.
     let expected = [
         (0, 32, 2, true, false, None),
@@ -83,7 +89,7 @@ fn a_sequence_goes_from_its_chunks_to_its_last_token() {
     assert!(scheduler.release(5));
     let counts = scheduler.counts();
     assert_eq!((counts.running, counts.blocks_free, counts.blocks_reserved), (0, 64, 0));
-    scheduler.submit(6, prompt(1), 1).unwrap();
+    scheduler.submit(6, ANYBODY, prompt(1), 1).unwrap();
     let batch = scheduler.next_micro_batch().unwrap();
     assert_eq!((batch.closed, &batch.slices[0].new_blocks), (vec![5], &vec![0]));
 }
@@ -92,34 +98,20 @@ fn a_sequence_goes_from_its_chunks_to_its_last_token() {
 fn what_can_never_run_is_rejected() {
     let mut scheduler = Scheduler::new(SchedulerConfig { kv_blocks: 8, max_running: 1, max_waiting: 1, ..config() });
     let too_long = |limit, found, what| Rejected::TooLong { limit, found, what };
-    assert_eq!(scheduler.submit(1, vec![], 1), Err(Rejected::EmptyPrompt));
-    assert_eq!(scheduler.submit(1, prompt(1), 0), Err(Rejected::NothingToDraw));
-    assert_eq!(scheduler.submit(1, prompt(500), 13), Err(too_long(512, 513, "the model's context")));
+    assert_eq!(scheduler.submit(1, ANYBODY, vec![], 1), Err(Rejected::EmptyPrompt));
+    assert_eq!(scheduler.submit(1, ANYBODY, prompt(1), 0), Err(Rejected::NothingToDraw));
+    assert_eq!(scheduler.submit(1, ANYBODY, prompt(500), 13), Err(too_long(512, 513, "the model's context")));
     assert_eq!(
-        scheduler.submit(1, prompt(1), u32::MAX),
+        scheduler.submit(1, ANYBODY, prompt(1), u32::MAX),
         Err(too_long(512, u32::MAX as usize + 1, "the model's context"))
     );
-    assert_eq!(scheduler.submit(1, prompt(100), 29), Err(too_long(128, 129, "the KV pool, all of it")));
-    scheduler.submit(1, prompt(100), 28).unwrap();
-    assert_eq!(scheduler.submit(1, prompt(1), 1), Err(Rejected::DuplicateSequence { sequence: 1 }));
-    scheduler.submit(2, prompt(1), 1).unwrap();
-    assert_eq!(scheduler.submit(2, prompt(1), 1), Err(Rejected::DuplicateSequence { sequence: 2 }));
-    assert_eq!(scheduler.submit(3, prompt(1), 1), Err(Rejected::QueueFull { limit: 1, waiting: 1 }));
+    assert_eq!(scheduler.submit(1, ANYBODY, prompt(100), 29), Err(too_long(128, 129, "the KV pool, all of it")));
+    scheduler.submit(1, ANYBODY, prompt(100), 28).unwrap();
+    assert_eq!(scheduler.submit(1, ANYBODY, prompt(1), 1), Err(Rejected::DuplicateSequence { sequence: 1 }));
+    scheduler.submit(2, ANYBODY, prompt(1), 1).unwrap();
+    assert_eq!(scheduler.submit(2, ANYBODY, prompt(1), 1), Err(Rejected::DuplicateSequence { sequence: 2 }));
+    assert_eq!(scheduler.submit(3, ANYBODY, prompt(1), 1), Err(Rejected::QueueFull { limit: 1, waiting: 1 }));
     assert_eq!((scheduler.running(), scheduler.waiting()), (1, 1));
-    scheduler.check_invariants();
-}
-
-#[test]
-fn admission_keeps_the_order_of_arrival_and_the_worst_case_free() {
-    let mut scheduler = Scheduler::new(SchedulerConfig { kv_blocks: 8, ..config() });
-    scheduler.submit(1, prompt(16), 80).unwrap();
-    // Needs 4 blocks, of which 2 are free; the next would fit, but came later.
-    scheduler.submit(2, prompt(60), 4).unwrap();
-    scheduler.submit(3, prompt(4), 4).unwrap();
-    assert_eq!((scheduler.running(), scheduler.waiting()), (1, 2));
-    assert_eq!(scheduler.counts().blocks_reserved, 6);
-    assert!(scheduler.release(1));
-    assert_eq!((scheduler.running(), scheduler.waiting()), (2, 0));
     scheduler.check_invariants();
 }
 
@@ -148,6 +140,9 @@ fn decoding_sequences_are_dealt_out_over_the_stages() {
     let mut capped = decoding(SchedulerConfig { stages: 2, max_batch_sequences: 2, ..config() }, 7);
     let sizes: Vec<usize> = issue_all(&mut capped).iter().map(|batch| batch.slices.len()).collect();
     assert_eq!(sizes, [2, 2]);
+    let few_tokens = SchedulerConfig { stages: 2, prefill_chunk_tokens: 2, max_batch_tokens: 2, ..config() };
+    let sizes: Vec<usize> = issue_all(&mut decoding(few_tokens, 7)).iter().map(|batch| batch.slices.len()).collect();
+    assert_eq!(sizes, [2, 2], "a group has no more sequences than a micro-batch has tokens");
 }
 
 #[test]
@@ -169,7 +164,7 @@ fn uneven_groups_become_even_again() {
 fn prefill_and_decode_take_turns() {
     let mut scheduler = decoding(SchedulerConfig { stages: 1, kv_blocks: 1000, ..config() }, 4);
     for id in 10..13 {
-        scheduler.submit(id, prompt(200), 5).unwrap();
+        scheduler.submit(id, ANYBODY, prompt(200), 5).unwrap();
     }
     let kind = |batch: &MicroBatch| if batch.slices[0].token_ids.len() > 1 { 'p' } else { 'd' };
     let mut under_way = issue_all(&mut scheduler);
@@ -190,7 +185,7 @@ fn a_released_sequence_in_flight_keeps_its_blocks_until_its_micro_batch_is_back(
     assert!(scheduler.release(1));
     assert!(!scheduler.release(1), "a second release changes nothing");
     assert_eq!(scheduler.counts().blocks_free, 62);
-    assert_eq!(scheduler.submit(1, prompt(1), 1), Err(Rejected::DuplicateSequence { sequence: 1 }));
+    assert_eq!(scheduler.submit(1, ANYBODY, prompt(1), 1), Err(Rejected::DuplicateSequence { sequence: 1 }));
     let completions = complete(&mut scheduler, &batch);
     assert_eq!(completions.iter().map(|completion| completion.sequence).collect::<Vec<_>>(), [0]);
     assert_eq!(scheduler.counts().blocks_free, 63);
@@ -208,7 +203,7 @@ fn what_a_failed_micro_batch_was_to_tell_is_told_again_and_its_blocks_wait_for_t
     let mut scheduler = decoding(SchedulerConfig { stages: 3, kv_blocks: 5, ..config() }, 2);
     assert!(scheduler.release(0));
     let first = scheduler.next_micro_batch().unwrap();
-    scheduler.submit(10, prompt(20), 4).unwrap();
+    scheduler.submit(10, ANYBODY, prompt(20), 4).unwrap();
     assert_eq!((first.closed.as_slice(), first.slices[0].sequence), ([0].as_slice(), 1));
     // Block 0 was sequence 0's: stages that have not seen the first micro-batch would refuse it to anybody else.
     let second = scheduler.next_micro_batch().unwrap();
@@ -217,7 +212,7 @@ fn what_a_failed_micro_batch_was_to_tell_is_told_again_and_its_blocks_wait_for_t
     assert_eq!(scheduler.fail(first.id), [1]);
     scheduler.check_invariants();
     assert!(scheduler.fail(first.id).is_empty(), "a second time changes nothing");
-    scheduler.submit(11, prompt(20), 4).unwrap();
+    scheduler.submit(11, ANYBODY, prompt(20), 4).unwrap();
     let third = scheduler.next_micro_batch().unwrap();
     assert_eq!((third.closed.as_slice(), &third.slices[0].new_blocks), ([0, 1].as_slice(), &vec![0, 1]));
 }
@@ -225,12 +220,12 @@ fn what_a_failed_micro_batch_was_to_tell_is_told_again_and_its_blocks_wait_for_t
 #[test]
 fn whoever_needs_a_withheld_block_waits_for_it() {
     let mut scheduler = Scheduler::new(SchedulerConfig { stages: 3, kv_blocks: 4, ..config() });
-    scheduler.submit(1, prompt(32), 32).unwrap();
+    scheduler.submit(1, ANYBODY, prompt(32), 32).unwrap();
     let only = scheduler.next_micro_batch().unwrap();
     complete(&mut scheduler, &only);
     assert!(scheduler.release(1));
-    scheduler.submit(2, prompt(1), 1).unwrap();
-    scheduler.submit(3, prompt(32), 16).unwrap();
+    scheduler.submit(2, ANYBODY, prompt(1), 1).unwrap();
+    scheduler.submit(3, ANYBODY, prompt(32), 16).unwrap();
     let closing = scheduler.next_micro_batch().unwrap();
     assert_eq!((closing.closed.as_slice(), &closing.slices[0].new_blocks), ([1].as_slice(), &vec![0]));
     let other = scheduler.next_micro_batch().unwrap();
@@ -245,7 +240,7 @@ fn whoever_needs_a_withheld_block_waits_for_it() {
 #[test]
 fn results_that_do_not_fit_are_refused_and_change_nothing() {
     let mut scheduler = decoding(SchedulerConfig { stages: 1, ..config() }, 2);
-    scheduler.submit(9, prompt(40), 2).unwrap();
+    scheduler.submit(9, ANYBODY, prompt(40), 2).unwrap();
     let chunk = scheduler.next_micro_batch().unwrap();
     let decode = scheduler.next_micro_batch().unwrap();
     assert_eq!((chunk.slices[0].sequence, decode.slices.len()), (9, 2));
@@ -270,7 +265,7 @@ fn results_that_do_not_fit_are_refused_and_change_nothing() {
 #[test]
 fn after_an_abort_everything_is_free_and_old_results_are_ignored() {
     let mut scheduler = decoding(SchedulerConfig { max_running: 3, ..config() }, 3);
-    scheduler.submit(8, prompt(4), 4).unwrap();
+    scheduler.submit(8, ANYBODY, prompt(4), 4).unwrap();
     let batches = issue_all(&mut scheduler);
     scheduler.release(batches[0].slices[0].sequence);
     let gone = scheduler.abort_all();
@@ -280,7 +275,7 @@ fn after_an_abort_everything_is_free_and_old_results_are_ignored() {
     assert_eq!((counts.blocks_free, counts.blocks_reserved), (64, 0));
     scheduler.reconfigure(5);
     assert_eq!(scheduler.in_flight_limit(), 6);
-    scheduler.submit(1, prompt(4), 4).unwrap();
+    scheduler.submit(1, ANYBODY, prompt(4), 4).unwrap();
     for old in &batches {
         assert_eq!(scheduler.complete(old.id, &[(1, 7)]), Ok(vec![]));
     }
@@ -380,11 +375,13 @@ struct Simulation {
 impl Simulation {
     fn new(seed: u64) -> Self {
         let mut dice = Dice(seed);
+        let prefill_chunk_tokens = 1 + dice.below(40) as u32;
         let config = SchedulerConfig {
             stages: 1 + dice.below(5) as usize,
             kv_blocks: 8 + dice.below(40) as u32,
             block_tokens: 4 << dice.below(3),
-            prefill_chunk_tokens: 1 + dice.below(40) as u32,
+            prefill_chunk_tokens,
+            max_batch_tokens: prefill_chunk_tokens as usize + dice.below(4) as usize,
             max_context: 120,
             max_batch_sequences: 1 + dice.below(8) as usize,
             max_waiting: dice.below(12) as usize,
@@ -404,11 +401,15 @@ impl Simulation {
 
     fn submit(&mut self) {
         let (id, length, wanted) = (self.next_id, 1 + self.dice.below(70) as u32, 1 + self.dice.below(25) as u32);
+        let client = self.dice.below(3);
         self.next_id += 1;
         let tokens = (0..length).map(|position| model_token(id, position) + 1000).collect();
-        match self.scheduler.submit(id, tokens, wanted) {
+        match self.scheduler.submit(id, client, tokens, wanted) {
             Ok(()) => drop(self.live.insert(id, (length, wanted, Vec::new()))),
             Err(Rejected::QueueFull { limit, waiting }) => assert_eq!((limit, waiting), (limit, limit)),
+            Err(Rejected::ShareTaken { limit, waiting, free }) => {
+                assert!(waiting >= limit && limit == 3 * free && free > 0, "{waiting} wait, {free} places are free");
+            }
             Err(Rejected::TooLong { limit, found, .. }) => assert!(found > limit),
             Err(other) => panic!("{other}"),
         }
@@ -416,7 +417,7 @@ impl Simulation {
 
     fn issue(&mut self) {
         loop {
-            let could = [self.scheduler.next_chunk().is_some(), !self.scheduler.next_group().is_empty()];
+            let could = [self.scheduler.next_prefill().is_some(), !self.scheduler.next_group().is_empty()];
             let Some(batch) = self.scheduler.next_micro_batch() else { break };
             self.scheduler.check_invariants();
             let was_decode = self.scheduler.in_flight[&batch.id].kind == Kind::Decode;
@@ -425,6 +426,8 @@ impl Simulation {
                 self.passed_over[index] = if could && !taken { self.passed_over[index] + 1 } else { 0 };
                 assert!(self.passed_over[index] <= 1, "somebody is passed over twice");
             }
+            let tokens: usize = batch.slices.iter().map(|slice| slice.token_ids.len()).sum();
+            assert!((1..=self.config.max_batch_tokens).contains(&tokens), "a micro-batch of {tokens} tokens");
             let fails = self.dice.below(20) == 0;
             self.stages[0].run(&batch, &self.config);
             if fails {

@@ -2,6 +2,9 @@
 
 use thiserror::Error;
 
+/// Whose sequence it is: whoever makes these numbers decides what counts as one client.
+pub type ClientId = u64;
+
 /// How much the scheduler may have under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SchedulerConfig {
@@ -13,6 +16,8 @@ pub struct SchedulerConfig {
     pub block_tokens: u32,
     /// Tokens in a chunk of prefill; chunks begin at its multiples, so a prompt is always cut in the same places.
     pub prefill_chunk_tokens: u32,
+    /// Most tokens of a micro-batch, all its sequences together. A chunk of prefill is no longer.
+    pub max_batch_tokens: usize,
     /// Most tokens of a sequence, prompt and output together.
     pub max_context: u32,
     /// Most sequences that decode in one micro-batch.
@@ -74,6 +79,16 @@ pub enum Rejected {
         limit: usize,
         /// How many wait.
         waiting: usize,
+    },
+    /// The places that are left are for other clients.
+    #[error("expected at most {limit} waiting sequences of one client while {free} places are free, found {waiting}")]
+    ShareTaken {
+        /// Most of this client that may wait now.
+        limit: usize,
+        /// How many of this client wait.
+        waiting: usize,
+        /// Places that nobody has.
+        free: usize,
     },
     /// Prompt and output would never fit.
     #[error("expected at most {limit} tokens for prompt and output, found {found}: {what}")]
@@ -141,6 +156,6 @@ pub struct SchedulerCounts {
     pub blocks: u32,
     /// Blocks that no sequence owns.
     pub blocks_free: u32,
-    /// Blocks that admitted sequences own or may still come to own.
-    pub blocks_reserved: u32,
+    /// Blocks that admitted sequences own or may still come to own; may be more than there are.
+    pub blocks_reserved: u64,
 }

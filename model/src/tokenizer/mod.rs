@@ -4,12 +4,7 @@
 //! space in front, byte fallback); any other is refused by what differs. Control ids never come from text; a GGUF file may ask for one
 //! in front of it and one behind it.
 
-use std::{
-    cmp::Ordering,
-    collections::{BinaryHeap, HashMap},
-    fmt,
-    path::Path,
-};
+use std::{collections::HashMap, fmt, path::Path};
 
 use crate::{
     ModelError,
@@ -22,10 +17,12 @@ use crate::{
 
 mod decode;
 mod gguf;
+mod merge;
 mod proto;
 mod vocabulary;
 
 pub use decode::StreamDecoder;
+use merge::{LONGEST_STRETCH, Merger};
 use proto::Piece;
 pub(crate) use proto::PieceKind;
 use vocabulary::Vocabulary;
@@ -40,6 +37,8 @@ pub struct Tokenizer {
     pieces: Vec<Piece>,
     /// Learned pieces by text.
     learned: HashMap<String, u32>,
+    /// Bytes of the longest of them.
+    longest_learned: usize,
     /// User-defined pieces by first byte, longest first.
     user_defined: HashMap<u8, Vec<(String, u32)>>,
     /// The piece of each byte.
@@ -122,12 +121,19 @@ impl Tokenizer {
         let vocabulary = Vocabulary::of(&pieces, place)?;
         let bytes = vocabulary.all_bytes(place)?;
         let Vocabulary { learned, user_defined, .. } = vocabulary;
-        Ok(Self { pieces, learned, user_defined, bytes, space_in_front, around })
+        let longest_learned = learned.keys().map(String::len).max().unwrap_or(0);
+        Ok(Self { pieces, learned, longest_learned, user_defined, bytes, space_in_front, around })
     }
 
     /// Number of pieces.
     pub fn vocab_size(&self) -> usize {
         self.pieces.len()
+    }
+
+    /// Most bytes of a text that one token stands for.
+    pub fn longest_piece(&self) -> usize {
+        let user_defined = self.user_defined.values().flatten().map(|(piece, _)| piece.len());
+        user_defined.max().unwrap_or(0).max(self.longest_learned).max(1)
     }
 
     /// The pieces, in the order of their ids.
@@ -155,9 +161,28 @@ impl Tokenizer {
             escaped.push(SPACE);
         }
         escaped.extend(text.chars().map(|char| if char == ' ' { SPACE } else { char }));
-        let mut symbols = self.symbols(&escaped);
-        self.merge(&escaped, &mut symbols);
-        self.ids(&escaped, &symbols)
+        let mut ids = Vec::new();
+        let mut merger = Merger::default();
+        // User-defined pieces stand for themselves; what is between them is joined.
+        let (mut begin, mut at) = (0, 0);
+        while at < escaped.len() {
+            let rest = &escaped[at..];
+            let user_defined = self.user_defined_at(rest);
+            if user_defined.is_some() || at - begin >= LONGEST_STRETCH {
+                merger.encode(self, &escaped[begin..at], &mut ids);
+                begin = at;
+            }
+            match user_defined {
+                Some((piece, id)) => {
+                    ids.push(*id);
+                    at += piece.len();
+                    begin = at;
+                }
+                None => at += rest.chars().next().map_or(1, char::len_utf8),
+            }
+        }
+        merger.encode(self, &escaped[begin..], &mut ids);
+        ids
     }
 
     /// Token ids of bytes that need not be UTF-8: each byte that belongs to no character counts as one U+FFFD.
@@ -173,121 +198,20 @@ impl Tokenizer {
         text
     }
 
-    /// Cuts a text into user-defined pieces (the longest at each place) and single characters.
-    fn symbols(&self, text: &str) -> Vec<Symbol> {
-        let mut symbols = Vec::with_capacity(text.len());
-        let mut at = 0;
-        while at < text.len() {
-            let rest = &text[at..];
-            let candidates = self.user_defined.get(&rest.as_bytes()[0]);
-            let piece = candidates.and_then(|pieces| pieces.iter().find(|(piece, _)| rest.starts_with(piece.as_str())));
-            let (length, frozen) = match piece {
-                Some((piece, id)) => (piece.len(), Some(*id)),
-                None => (rest.chars().next().map_or(1, char::len_utf8), None),
-            };
-            symbols.push(Symbol {
-                begin: at,
-                length,
-                frozen,
-                previous: symbols.len().checked_sub(1),
-                next: symbols.len() + 1,
-            });
-            at += length;
-        }
-        symbols
+    /// The longest user-defined piece that a text begins with.
+    fn user_defined_at(&self, text: &str) -> Option<&(String, u32)> {
+        let candidates = self.user_defined.get(text.as_bytes().first()?)?;
+        candidates.iter().find(|(piece, _)| text.starts_with(piece.as_str()))
     }
 
-    /// Joins neighbours, the best pair first, until no pair is a piece.
-    fn merge(&self, text: &str, symbols: &mut [Symbol]) {
-        let mut queue = BinaryHeap::new();
-        for left in 0..symbols.len().saturating_sub(1) {
-            self.offer(text, symbols, left, &mut queue);
-        }
-        while let Some(Pair { left, length, .. }) = queue.pop() {
-            let right = symbols[left].next;
-            // Outdated: one of the two has been joined with another since.
-            if symbols[left].length == 0
-                || right >= symbols.len()
-                || symbols[left].length + symbols[right].length != length
-            {
-                continue;
-            }
-            symbols[left].length = length;
-            symbols[right].length = 0;
-            let after = symbols[right].next;
-            symbols[left].next = after;
-            if after < symbols.len() {
-                symbols[after].previous = Some(left);
-                self.offer(text, symbols, left, &mut queue);
-            }
-            if let Some(before) = symbols[left].previous {
-                self.offer(text, symbols, before, &mut queue);
-            }
+    /// Adds the id of a symbol: a learned piece, or else its bytes.
+    fn push_ids(&self, symbol: &str, ids: &mut Vec<u32>) {
+        match self.learned.get(symbol) {
+            Some(id) => ids.push(*id),
+            None => ids.extend(symbol.bytes().map(|byte| self.bytes[usize::from(byte)])),
         }
     }
-
-    fn offer(&self, text: &str, symbols: &[Symbol], left: usize, queue: &mut BinaryHeap<Pair>) {
-        let (a, b) = (&symbols[left], &symbols[symbols[left].next]);
-        if a.frozen.is_some() || b.frozen.is_some() {
-            return;
-        }
-        let length = a.length + b.length;
-        if let Some(id) = self.learned.get(&text[a.begin..a.begin + length]) {
-            queue.push(Pair { score: self.pieces[*id as usize].score, left, length });
-        }
-    }
-
-    fn ids(&self, text: &str, symbols: &[Symbol]) -> Vec<u32> {
-        let mut ids = Vec::new();
-        for symbol in symbols.iter().filter(|symbol| symbol.length > 0) {
-            let piece = &text[symbol.begin..symbol.begin + symbol.length];
-            match symbol.frozen.or_else(|| self.learned.get(piece).copied()) {
-                Some(id) => ids.push(id),
-                None => ids.extend(piece.bytes().map(|byte| self.bytes[usize::from(byte)])),
-            }
-        }
-        ids
-    }
 }
-
-/// A stretch of the text; joined ones have length 0.
-struct Symbol {
-    begin: usize,
-    length: usize,
-    /// A user-defined piece, never joined.
-    frozen: Option<u32>,
-    previous: Option<usize>,
-    /// `symbols.len()` for the last.
-    next: usize,
-}
-
-/// Two neighbours that make a piece together.
-struct Pair {
-    score: f32,
-    left: usize,
-    length: usize,
-}
-
-impl Ord for Pair {
-    fn cmp(&self, other: &Self) -> Ordering {
-        // Highest score first, then leftmost.
-        self.score.total_cmp(&other.score).then_with(|| other.left.cmp(&self.left))
-    }
-}
-
-impl PartialOrd for Pair {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Pair {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-
-impl Eq for Pair {}
 
 #[cfg(test)]
 mod tests;

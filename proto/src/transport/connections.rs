@@ -4,6 +4,7 @@
 //! open its first stream, has a place as long as it stands ([`Places`]), and is closed when another one takes it.
 
 use std::{
+    hash::{DefaultHasher, Hash, Hasher},
     io,
     net::SocketAddr,
     pin::Pin,
@@ -22,7 +23,7 @@ use tracing::{debug, warn};
 use super::{
     BoxFuture, BoxIo, Listening, is_of_one_connection,
     opening::Opening,
-    places::{ConnectionLimits, NoPlace, Place, Places},
+    places::{ConnectionLimits, NoPlace, Place, Places, counted},
 };
 
 /// A client that has not opened a stream by then is not coming. Those that connect ahead of their first call dial again by themselves.
@@ -39,6 +40,17 @@ pub struct Peer {
     pub address: SocketAddr,
     /// Number of the connection, unique on its port.
     pub connection: u64,
+}
+
+impl Peer {
+    /// A number that stands for whoever this is: all connections from one other machine are one client. On this machine, where
+    /// everybody has the same address, each connection is one.
+    pub fn client(&self) -> u64 {
+        let address = counted(self.address.ip());
+        let mut hasher = DefaultHasher::new();
+        if address.is_loopback() { self.connection.hash(&mut hasher) } else { address.hash(&mut hasher) }
+        hasher.finish()
+    }
 }
 
 /// One accepted connection.

@@ -175,7 +175,7 @@ impl Drop for Place {
 }
 
 /// Who counts as one address: a host may choose freely among the 2^64 addresses of its IPv6 network.
-fn counted(address: IpAddr) -> IpAddr {
+pub(super) fn counted(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) if !address.is_loopback() => {
             IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64)))
