@@ -785,8 +785,8 @@ async fn ports(live: &Live, table: &mut Table) {
     }
     let worker = grokpipe_worker::Settings { listen: taken.clone(), ..worker_settings(&taken, 8) };
     table.note("port in use: of a worker", refused_worker(worker, &[&taken]).await);
-    let nowhere = grokpipe_worker::Settings { listen: "0.0.0.0:0".into(), ..worker_settings(&taken, 8) };
-    table.note("address: of a worker that listens everywhere", refused_worker(nowhere, &["--advertise"]).await);
+    let nowhere = grokpipe_worker::Settings { advertise: "0.0.0.0:0".parse().ok(), ..worker_settings(&taken, 8) };
+    table.note("address: of a worker that says it is everywhere", refused_worker(nowhere, &["every address"]).await);
     let odd = grokpipe_worker::Settings { listen: "not an address".into(), ..worker_settings(&taken, 8) };
     table.note("address: of a worker that is none", refused_worker(odd, &["not an address"]).await);
     let named = grokpipe_worker::Settings { name: "W 8".into(), ..worker_settings(&taken, 8) };

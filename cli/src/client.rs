@@ -3,6 +3,7 @@
 use std::{future::Future, sync::Arc, time::Duration};
 
 use grokpipe_proto::{
+    address::Address,
     snapshot::ClusterSnapshot,
     transport::{self, Keepalive, Net, Tcp},
     v1::{
@@ -13,12 +14,40 @@ use grokpipe_proto::{
 use tonic::{Request, transport::Channel};
 
 use crate::{
-    config,
+    common::variable,
     error::{CliError, Code},
 };
 
 /// Where a cluster listens unless told otherwise.
-pub(crate) const DEFAULT_SERVER: &str = "127.0.0.1:7070";
+const DEFAULT_SERVER: &str = "127.0.0.1:7070";
+/// Variable with the cluster to ask.
+const SERVER: &str = "GROKPIPE_SERVER";
+
+/// Which cluster to ask.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct ServerArgs {
+    /// gRPC address of the cluster [env: GROKPIPE_SERVER] [default: 127.0.0.1:7070]
+    #[arg(long, value_name = "ADDR", value_parser = parse_server)]
+    server: Option<String>,
+}
+
+impl ServerArgs {
+    /// The flag's, else the environment's, else the usual one.
+    ///
+    /// # Errors
+    /// A usage error when the environment's is no address.
+    pub(crate) fn address(&self) -> Result<String, CliError> {
+        match (&self.server, variable(SERVER)) {
+            (Some(server), _) => Ok(server.clone()),
+            (None, None) => Ok(DEFAULT_SERVER.to_owned()),
+            (None, Some(text)) => parse_server(&text).map_err(|error| {
+                CliError::usage(format!("{SERVER} is {text:?}"))
+                    .at(format!("environment variable {SERVER}"))
+                    .because(error)
+            }),
+        }
+    }
+}
 
 /// Deadline of GetStatus, as the protocol states it.
 const STATUS_DEADLINE: Duration = Duration::from_secs(5);
@@ -27,7 +56,7 @@ const PLAN_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A value of `--server`.
 pub(crate) fn parse_server(text: &str) -> Result<String, String> {
-    config::host_port(text).ok_or_else(|| "expected a host and a port, as 127.0.0.1:7070".to_owned())
+    text.parse().map(|address: Address| address.to_string()).map_err(|error| error.to_string())
 }
 
 /// A connected channel.
@@ -68,7 +97,8 @@ impl Client {
         let mut client = ClusterServiceClient::new(self.channel.clone());
         let mut request = Request::new(GetStatusRequest {});
         request.set_timeout(STATUS_DEADLINE);
-        let answer = client.get_status(request).await.map_err(|status| CliError::from_status(&self.server, &status))?;
+        let answer = self.within(STATUS_DEADLINE, client.get_status(request)).await?;
+        let answer = answer.map_err(|status| CliError::from_status(&self.server, &status))?;
         let nonsense =
             |why: String| CliError::failed("the server's status makes no sense").at(self.server()).because(why);
         let snapshot = answer.into_inner().snapshot.ok_or_else(|| nonsense("it is empty".to_owned()))?;
@@ -83,12 +113,19 @@ impl Client {
         let mut client = ClusterServiceClient::new(self.channel.clone());
         let mut request = Request::new(GetPlanRequest {});
         request.set_timeout(PLAN_DEADLINE);
-        let answer = client.get_plan(request).await.map_err(|status| match status.code() {
+        let answer = self.within(PLAN_DEADLINE, client.get_plan(request)).await?;
+        let answer = answer.map_err(|status| match status.code() {
             // Here it is the workers' memory that is exhausted, as the protocol states.
             tonic::Code::ResourceExhausted => CliError::no_room(status.message()).at(&self.server),
             _ => CliError::from_status(&self.server, &status),
         })?;
         Ok(answer.into_inner())
+    }
+
+    /// What a call comes to, if it does within its time.
+    async fn within<T>(&self, time: Duration, call: impl Future<Output = T>) -> Result<T, CliError> {
+        let late = || CliError::no_answer(&self.server, format!("no answer within {} s", time.as_secs()));
+        tokio::time::timeout(time, call).await.map_err(|_elapsed| late())
     }
 }
 

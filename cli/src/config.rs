@@ -19,6 +19,7 @@ use std::{
 };
 
 use config::{ConfigError, File, FileFormat, Map, Source, Value};
+use grokpipe_coordinator::planner::WORKERS_MAX;
 use grokpipe_proto::secret::needs_secret;
 
 use self::{
@@ -31,12 +32,15 @@ pub(crate) use self::{
         ClusterSection, CoordinatorSection, DEVICES, KvSection, LimitsSection, ModelSection, Objective, PlanSection,
         Split, WorkerSection, device, is_name, parse_precision, parse_prefill, precision_name, prefill_name,
     },
-    units::{ByteSize, duration, host_port, socket_addr},
+    units::{ByteSize, duration},
 };
 use crate::error::CliError;
 
 /// Looked for in the current folder when no `--config` is given.
 pub(crate) const DEFAULT_FILE: &str = "cluster.toml";
+
+/// Most bytes of a configuration file: far more than any needs, far less than a file named by mistake.
+const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// Workers of a cluster that nobody described.
 const DEFAULT_WORKERS: usize = 4;
@@ -134,7 +138,7 @@ impl Layers {
         let kv = KvSection::read(root.section("kv")?)?;
         let limits = LimitsSection::read(root.section("limits")?)?;
         let plan = PlanSection::read(root.section("plan")?)?;
-        let tables = root.sections("worker")?;
+        let tables = root.sections("worker", WORKERS_MAX)?;
         root.finish()?;
         let workers = tables
             .into_iter()
@@ -155,12 +159,13 @@ impl Layers {
             return Ok(None);
         }
         match &self.file {
-            Some(path) if path.is_file() => Ok(Some(path.clone())),
-            Some(path) => Err(CliError::usage("the configuration file cannot be read")
-                .at(path.display().to_string())
-                .because("there is no such file")
-                .advise("name an existing one with --config, or leave it out for the demo")),
-            None => Ok(Some(PathBuf::from(DEFAULT_FILE)).filter(|path| path.is_file())),
+            // As elsewhere: no file at all.
+            Some(path) if path == Path::new("/dev/null") => Ok(None),
+            Some(path) => check_file(path).map(|()| Some(path.clone())),
+            None => {
+                let found = Some(PathBuf::from(DEFAULT_FILE)).filter(|path| path.exists());
+                found.map_or(Ok(None), |path| check_file(&path).map(|()| Some(path)))
+            }
         }
     }
 }
@@ -270,6 +275,32 @@ impl Source for Flags {
     }
 }
 
+/// Refuses what is no file to read a configuration from, before it is opened: a pipe would be waited for.
+fn check_file(path: &Path) -> Result<(), CliError> {
+    let refuse = |why: String| {
+        CliError::usage("the configuration file cannot be read")
+            .at(path.display().to_string())
+            .because(why)
+            .advise("name another one with --config, or leave it out for the demo")
+    };
+    let metadata = std::fs::metadata(path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => refuse("there is no such file".to_owned()),
+        _ => refuse(error.to_string()),
+    })?;
+    if !metadata.is_file() {
+        let found = if metadata.is_dir() { "a folder" } else { "a pipe, a socket or a device" };
+        return Err(refuse(format!("expected a file, found {found}")));
+    }
+    if metadata.len() > FILE_BYTES_MAX {
+        return Err(refuse(format!(
+            "expected at most {}, found {}",
+            ByteSize(FILE_BYTES_MAX),
+            ByteSize(metadata.len())
+        )));
+    }
+    Ok(())
+}
+
 fn read_places(path: Option<PathBuf>) -> Result<Places, CliError> {
     let Some(path) = path else { return Ok(Places::default()) };
     let text = std::fs::read_to_string(&path).map_err(|error| {
@@ -289,7 +320,8 @@ fn merge(
     }
     let ours: Map<String, String> = environment
         .iter()
-        .filter(|(name, _)| name.to_ascii_uppercase().starts_with("GROKPIPE__"))
+        // One that is empty counts as unset.
+        .filter(|(name, value)| name.to_ascii_uppercase().starts_with("GROKPIPE__") && !value.trim().is_empty())
         .map(|(name, value)| (name.clone(), value.clone()))
         .collect();
     check_variables(&ours)?;

@@ -11,16 +11,16 @@ use grokpipe_model::{
     convert::{self, Mix, Options, Report},
 };
 
-use crate::{config::ByteSize, error::CliError, machine, progress::Screen, text::print};
+use crate::{config::ByteSize, error::CliError, machine, paths, progress::Screen, text::print};
 
 /// Arguments of `convert`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder or file of the model
-    #[arg(value_name = "IN")]
+    #[arg(value_name = "IN", value_parser = paths::parser())]
     model: PathBuf,
     /// GGUF file to write; an interrupted conversion is continued
-    #[arg(value_name = "OUT")]
+    #[arg(value_name = "OUT", value_parser = paths::parser())]
     out: PathBuf,
     /// Format of the matrices: q8_0, q4_0, q4_k, q6_k, bf16, or mixed as llama.cpp's Q4_K_M
     #[arg(long = "type", value_name = "TYPE", value_parser = parse_mix)]
@@ -31,7 +31,7 @@ pub(crate) struct Args {
 }
 
 fn parse_mix(text: &str) -> Result<Mix, String> {
-    Mix::from_name(text).ok_or_else(|| format!("expected one of {}", Mix::names().join(", ")))
+    Mix::from_name(&text.to_ascii_lowercase()).ok_or_else(|| format!("expected one of {}", Mix::names().join(", ")))
 }
 
 fn parse_size(text: &str) -> Result<ByteSize, String> {

@@ -8,7 +8,7 @@ use grokpipe_coordinator::{
     Coordinator, CoordinatorError, Settings, api::inference::RequestLimits, cluster::ExpectedWorker, facts::ModelFacts,
 };
 use grokpipe_model::Model;
-use grokpipe_proto::transport::Tcp;
+use grokpipe_proto::{address::Address, transport::Tcp};
 use serde_json::json;
 use tracing::info;
 
@@ -16,9 +16,10 @@ use crate::{
     common::{self, ConfigArgs},
     config::{Config, is_name},
     descriptors,
+    ending::Stdin,
     error::CliError,
-    host_names, machine, plan,
-    text::print,
+    host_names, machine, paths, plan,
+    text::print_aside,
     tokenizer,
 };
 
@@ -31,10 +32,10 @@ pub(crate) struct Args {
     #[command(flatten)]
     config: ConfigArgs,
     /// Folder or file of the model
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = paths::parser())]
     model: Option<PathBuf>,
     /// The tokenizer.model
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", value_parser = paths::parser())]
     tokenizer: Option<PathBuf>,
     /// Address of the page and the HTTP routes
     #[arg(long, value_name = "ADDR")]
@@ -70,13 +71,14 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     {
         config.check_exposure(key, &address, args.insecure)?;
     }
+    let stdin = Stdin::watched(args.exit_with_stdin)?;
     let model = Model::open(&config.model.path)?;
     let tokenizer = tokenizer::of_model(&config.model, &model)?.map(Arc::new);
     let facts = ModelFacts::of(&model)?;
     let settings = settings(&config, args.expect.as_deref(), model.config().num_hidden_layers)?;
-    common::serve(THREADS, args.exit_with_stdin, |shutdown| async move {
+    common::serve(THREADS, &stdin, |shutdown| async move {
         let coordinator = Coordinator::bind(settings, facts, tokenizer, Arc::new(Tcp)).await.map_err(explain)?;
-        announce(&coordinator)?;
+        announce(&coordinator).await?;
         coordinator.serve(shutdown).await.map_err(explain)
     })
 }
@@ -122,8 +124,7 @@ fn settings(config: &Config, expect: Option<&[String]>, num_layers: u32) -> Resu
 /// Names by which the page may be called: the machine's own, that of `advertise`, and those of the configuration.
 fn http_names(config: &Config) -> Vec<String> {
     let coordinator = &config.coordinator;
-    let advertised =
-        coordinator.advertise.as_deref().and_then(|address| address.rsplit_once(':')).map(|(host, _)| host);
+    let advertised = coordinator.advertise.as_ref().map(Address::host);
     let mut names = host_names::of_this_machine();
     names.extend(advertised.map(str::to_owned));
     names.extend(coordinator.http_names.iter().cloned());
@@ -131,11 +132,11 @@ fn http_names(config: &Config) -> Vec<String> {
 }
 
 /// Says where it listens, for people and for programs.
-fn announce(coordinator: &Coordinator) -> Result<(), CliError> {
+async fn announce(coordinator: &Coordinator) -> Result<(), CliError> {
     let (grpc, http) = (coordinator.grpc_address(), coordinator.http_address());
     info!(%grpc, http = http.map(tracing::field::display), "coordinator listens");
     let line = json!({"grpc": grpc.to_string(), "http": http.map(|address| address.to_string())});
-    print(&format!("{line}\n"))
+    print_aside(format!("{line}\n")).await
 }
 
 fn explain(error: CoordinatorError) -> CliError {
@@ -173,10 +174,10 @@ mod tests {
     #[test]
     fn the_page_is_called_by_the_names_of_the_configuration() {
         let mut config = Layers { no_file: true, ..Layers::default() }.load().unwrap();
-        config.coordinator.advertise = Some("[fd00::7]:7070".into());
+        config.coordinator.advertise = "[fd00::7]:7070".parse().ok();
         config.coordinator.http_names = vec!["grok.example".into()];
         let names = http_names(&config);
-        assert!(names.ends_with(&["[fd00::7]".to_owned(), "grok.example".to_owned()]), "{names:?}");
+        assert!(names.ends_with(&["fd00::7".to_owned(), "grok.example".to_owned()]), "{names:?}");
     }
 
     #[test]

@@ -43,12 +43,14 @@ pub(crate) struct CliError {
     place: Option<String>,
     why: Option<String>,
     advice: Option<String>,
+    /// Whoever read the output has had enough.
+    is_closed_output: bool,
 }
 
 impl CliError {
     /// An error that ends in `code`; `what` went wrong.
     pub(crate) fn new(code: Code, what: impl Into<String>) -> Self {
-        Self { code, what: what.into(), place: None, why: None, advice: None }
+        Self { code, what: what.into(), place: None, why: None, advice: None, is_closed_output: false }
     }
 
     /// [`CliError::new`] with [`Code::Usage`].
@@ -79,6 +81,11 @@ impl CliError {
         self
     }
 
+    /// Whether all that happened is that whoever read the output has had enough, as `head` has. That is no failure.
+    pub(crate) fn is_closed_output(&self) -> bool {
+        self.is_closed_output
+    }
+
     /// What the process exits with.
     pub(crate) fn code(&self) -> Code {
         self.code
@@ -87,12 +94,24 @@ impl CliError {
     /// The failure of a call to a server at `server`.
     pub(crate) fn from_status(server: &str, status: &tonic::Status) -> Self {
         use tonic::Code as Grpc;
+        let why = with_sources(status.message(), status.source());
+        if is_own_time_out(status) {
+            return Self::no_answer(server, "no answer within the time that the call had");
+        }
+        // With a source it is not the server that speaks, but what happened on the way to it.
+        if status.source().is_some() {
+            return Self::new(Code::Unreachable, "the connection to the server failed")
+                .at(server.to_owned())
+                .because(why)
+                .advise("check that the cluster runs and that --server names its gRPC address");
+        }
+        if status.message().starts_with(TOO_LONG) {
+            return Self::failed("the server's answer is longer than this program reads")
+                .at(server.to_owned())
+                .because(why);
+        }
         let (code, advice) = match status.code() {
-            // Without a source it is the server's own answer: it was reached, and cannot serve now.
-            Grpc::Unavailable if status.source().is_none() => (Code::Failed, "see `grokpipe status` for the nodes"),
-            Grpc::Unavailable => {
-                (Code::Unreachable, "check that the cluster runs and that --server names its gRPC address")
-            }
+            Grpc::Unavailable => (Code::Failed, "see `grokpipe status` for the nodes"),
             Grpc::DeadlineExceeded => (Code::TimedOut, "try again, or allow more time"),
             Grpc::ResourceExhausted => (Code::Failed, "try again later"),
             Grpc::InvalidArgument | Grpc::OutOfRange => (Code::Failed, "change the request"),
@@ -101,8 +120,21 @@ impl CliError {
         };
         let error = Self::new(code, format!("the server answered {}", grpc_name(status.code())))
             .at(server.to_owned())
-            .because(with_sources(status.message(), status.source()));
+            .because(why);
         if advice.is_empty() { error } else { error.advise(advice) }
+    }
+
+    /// A server at `server` that took a call and said nothing until the time for it was over.
+    pub(crate) fn no_answer(server: &str, why: impl fmt::Display) -> Self {
+        Self::new(Code::TimedOut, "the server does not answer")
+            .at(server.to_owned())
+            .because(why)
+            .advise("try again; `grokpipe status` says whether it answers at all")
+    }
+
+    /// Whether trying again may help: nobody answered, or not in time.
+    pub(crate) fn is_passing(&self) -> bool {
+        matches!(self.code, Code::Unreachable | Code::TimedOut)
     }
 
     /// The planner refuses for lack of memory.
@@ -172,9 +204,27 @@ impl From<Box<dyn Error + Send + Sync>> for CliError {
     }
 }
 
-/// Writing to standard output failed, as it does when a pipe is closed.
+/// Writing to standard output failed, as it does when a disk is full or a pipe is closed.
 pub(crate) fn output(error: &std::io::Error) -> CliError {
-    CliError::failed("the output could not be written").at("standard output").because(error)
+    let is_closed_output = error.kind() == std::io::ErrorKind::BrokenPipe;
+    CliError { is_closed_output, ..CliError::failed("the output could not be written") }
+        .at("standard output")
+        .because(error)
+}
+
+/// How tonic begins what it says of a message beyond the limit on this side.
+const TOO_LONG: &str = "Error, decoded message length too large";
+
+/// Whether this side gave up waiting: tonic says so as if the call had been cancelled.
+fn is_own_time_out(status: &tonic::Status) -> bool {
+    let mut source = status.source();
+    while let Some(cause) = source {
+        if cause.is::<tonic::TimeoutExpired>() {
+            return true;
+        }
+        source = cause.source();
+    }
+    status.code() == tonic::Code::Cancelled && status.message() == "Timeout expired"
 }
 
 /// A message and those of its causes that say something new.
@@ -266,6 +316,22 @@ mod tests {
             let error = CliError::from_status("127.0.0.1:7070", &status);
             assert_eq!(error.code(), code, "{status:?}");
             assert!(error.to_string().contains(status.message()), "{error}");
+            assert!(error.to_string().contains("the server answered"), "{error}");
+        }
+    }
+
+    #[test]
+    fn only_what_a_server_said_is_called_its_answer() {
+        let on_the_way = || tonic::Status::from_error(Box::new(std::io::Error::other("broken pipe")));
+        let own_limit = tonic::Status::out_of_range("Error, decoded message length too large: found 9 bytes");
+        for (status, code) in [
+            (tonic::Status::cancelled("Timeout expired"), Code::TimedOut),
+            (on_the_way(), Code::Unreachable),
+            (own_limit, Code::Failed),
+        ] {
+            let error = CliError::from_status("127.0.0.1:7070", &status);
+            assert_eq!(error.code(), code, "{error}");
+            assert!(!error.to_string().contains("the server answered"), "{error}");
         }
     }
 }

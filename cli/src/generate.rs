@@ -14,14 +14,17 @@ use grokpipe_proto::v1::{
 use serde_json::{Value, json};
 
 use crate::{
-    client::{self, Client},
+    client::{self, Client, ServerArgs},
     config,
     error::{CliError, Code},
-    text::print,
+    text::print_aside,
 };
 
 /// Longest prompt read from standard input; what the server takes is its own, smaller limit.
 const STDIN_BYTES_MAX: u64 = 64 << 20;
+
+/// How much longer than `--timeout` this side waits for the server to say that the time is over.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
 /// Arguments of `generate`.
 #[derive(Debug, clap::Args)]
@@ -29,9 +32,8 @@ pub(crate) struct Args {
     /// The text to continue; - reads it from standard input
     #[arg(required_unless_present = "token_ids", conflicts_with = "token_ids")]
     prompt: Option<String>,
-    /// gRPC address of the cluster
-    #[arg(long, value_name = "ADDR", default_value = client::DEFAULT_SERVER, env = "GROKPIPE_SERVER", value_parser = client::parse_server)]
-    server: String,
+    #[command(flatten)]
+    server: ServerArgs,
     /// Most tokens to generate [the server's default: 128]
     #[arg(long, value_name = "N")]
     max_tokens: Option<u32>,
@@ -77,21 +79,31 @@ fn parse_time(text: &str) -> Result<Duration, String> {
 /// [`CliError`] with the exit code of the failure.
 pub(crate) fn run(args: Args) -> Result<(), CliError> {
     let json = args.json;
-    let server = args.server.clone();
+    let patience = args.timeout.map(|time| time + ANSWER_WITHIN);
+    let server = args.server.address()?;
     let request = request(args)?;
     client::block_on(async {
         let client = Client::connect(&server).await?;
         let work = async {
             if json {
-                let generation = generate(&client, request, |_text| Ok(())).await?;
-                print(&format!("{}\n", generation.to_json()))
+                let generation = generate(&client, request, async |_text| Ok(())).await?;
+                print_aside(format!("{}\n", generation.to_json())).await
             } else {
-                generate(&client, request, print).await?;
-                print("\n")
+                generate(&client, request, async |text| print_aside(text).await).await?;
+                print_aside("\n".to_owned()).await
+            }
+        };
+        let too_late = async {
+            match patience {
+                Some(patience) => tokio::time::sleep(patience).await,
+                None => std::future::pending().await,
             }
         };
         tokio::select! {
             done = work => done,
+            () = too_late => {
+                Err(CliError::no_answer(&server, "the time of --timeout is over, and the server has not said so"))
+            }
             // Dropping the call cancels the request on the server.
             interrupted = tokio::signal::ctrl_c() => Err(match interrupted {
                 Ok(()) => CliError::failed("cancelled"),
@@ -201,7 +213,7 @@ impl Generation {
 pub(crate) async fn generate(
     client: &Client,
     request: GenerateRequest,
-    mut on_text: impl FnMut(&str) -> Result<(), CliError>,
+    mut on_text: impl AsyncFnMut(String) -> Result<(), CliError>,
 ) -> Result<Generation, CliError> {
     let failed = |status: tonic::Status| CliError::from_status(client.server(), &status);
     let mut events = client.inference().generate(request).await.map_err(failed)?.into_inner();
@@ -219,11 +231,11 @@ pub(crate) async fn generate(
                 generation.output_token_ids.push(token.token_id);
                 generation.logprobs.push(token.logprob);
                 generation.text.push_str(&token.text);
-                on_text(&token.text)?;
+                on_text(token.text).await?;
             }
             Some(Event::Finished(finished)) => {
                 generation.text.push_str(&finished.text);
-                on_text(&finished.text)?;
+                on_text(finished.text.clone()).await?;
                 generation.finished = finished;
                 return Ok(generation);
             }

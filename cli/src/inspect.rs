@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::{
     config::ByteSize,
     error::CliError,
+    paths,
     text::{Table, print},
 };
 
@@ -15,6 +16,7 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder or file of the model
+    #[arg(value_parser = paths::parser())]
     path: PathBuf,
     /// Print one JSON object
     #[arg(long)]

@@ -20,7 +20,7 @@ use crate::{
     common,
     config::{parse_precision, parse_prefill},
     error::CliError,
-    machine,
+    machine, paths,
 };
 
 /// Rows of a step: enough to read each weight rarely, few enough for little scratch memory.
@@ -30,7 +30,7 @@ const CHUNK_ROWS: usize = 128;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder or file of the model
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = paths::parser())]
     model: PathBuf,
     /// The sequence, as numbers separated by commas
     #[arg(long, value_name = "IDS", value_delimiter = ',', required = true)]
@@ -48,7 +48,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "invariant|fast", value_parser = parse_prefill, default_value = "invariant")]
     prefill: Prefill,
     /// File to write, safetensors
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = paths::parser())]
     out: PathBuf,
     /// Also write hidden states and chosen experts of every layer
     #[arg(long)]

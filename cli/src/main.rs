@@ -11,17 +11,21 @@ mod config;
 mod convert;
 mod coordinator;
 mod descriptors;
+mod ending;
 mod error;
 mod generate;
 mod host_names;
 mod inspect;
+mod listen;
 mod logging;
 mod logits;
 mod machine;
+mod paths;
 mod plan;
 mod progress;
 mod rates;
 mod status;
+mod stderr;
 mod text;
 mod tokenizer;
 mod up;
@@ -29,18 +33,25 @@ mod verify;
 mod weights;
 mod worker;
 
-use std::{
-    io::{self, Write},
-    process::ExitCode,
-};
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 use crate::error::CliError;
 
+const VARIABLES: &str = "\
+Environment (a variable that is empty counts as unset):
+  GROKPIPE_CONFIG          configuration file, as --config
+  GROKPIPE_SERVER          gRPC address of the cluster to ask, as --server
+  GROKPIPE_LOG             what is logged: a level, or levels by target, as warn,grokpipe_worker=debug
+  GROKPIPE_LOG_STYLE       how: pretty or json [default: pretty on a terminal]
+  GROKPIPE__SECTION__KEY   a key of the configuration, as GROKPIPE__KV__TOKENS=16384
+  NO_COLOR                 no colours
+Exit codes: 0 ok, 1 failed, 2 usage, 3 unreachable, 4 time-out, 5 out of memory";
+
 /// Runs Grok-1 on a cluster of ordinary machines.
 #[derive(Debug, Parser)]
-#[command(name = "grokpipe", version, about, disable_help_subcommand = true)]
+#[command(name = "grokpipe", version, about, disable_help_subcommand = true, after_help = VARIABLES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -76,12 +87,29 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match run(cli.command) {
+    keep_drivers_quiet();
+    let code = match run(cli.command) {
         Ok(code) => code,
+        Err(error) if error.is_closed_output() => ExitCode::SUCCESS,
         Err(error) => {
-            // Nobody may read standard error any more; the exit code still tells.
-            let _ = writeln!(io::stderr(), "error: {error}");
+            stderr::line(&format!("error: {error}"));
             ExitCode::from(error.code() as u8)
+        }
+    };
+    stderr::flush();
+    code
+}
+
+/// Mesa asks the desktop which GPU it uses, and where there is none, Wayland's library writes a bare line to standard error each time.
+/// Which device is used is for our own flags to say.
+fn keep_drivers_quiet() {
+    const NO_DESKTOP: &str = "NODEVICE_SELECT";
+    let is_asked_for = common::variable("MESA_VK_DEVICE_SELECT").is_some() || common::variable(NO_DESKTOP).is_some();
+    if common::variable("XDG_RUNTIME_DIR").is_none() && !is_asked_for {
+        #[expect(unsafe_code, reason = "C libraries read the environment themselves")]
+        // SAFETY: no other thread runs yet that could read the environment meanwhile.
+        unsafe {
+            std::env::set_var(NO_DESKTOP, "1");
         }
     }
 }
@@ -135,9 +163,14 @@ mod tests {
             "status --server node:7070 --json",
             "plan --config c.toml --json",
             "plan --server node:7070",
+            "plan --server [fd00::1]:7070",
+            "plan --synthetic Grok1 --type Q8_0",
+            "plan --model m",
             "inspect m --json",
             "verify m --write --json",
             "convert m out.gguf --type q8_0",
+            "convert m out.gguf --type Q8_0",
+            "up --device CPU --precision Exact --prefill FAST",
             "convert m out.gguf --type mixed --split-max-size 40GB",
             "tokenize --tokenizer t --json --decode",
             "logits --model m --token-ids 1,2,3 --device cpu --threads 2 --prefill fast --out f.safetensors --trace",
@@ -157,11 +190,17 @@ mod tests {
     }
 
     #[test]
-    fn the_launch_script_passes_every_subcommand_on() {
-        let script = include_str!("../../launch.sh");
-        let list = script.lines().find(|line| line.contains("--version |")).expect("a list of subcommands");
-        for subcommand in Cli::command().get_subcommands() {
-            assert!(list.split([' ', '|', ')']).any(|word| word == subcommand.get_name()), "{}", subcommand.get_name());
+    fn the_launch_script_can_tell_subcommands_from_flags_of_up() {
+        use clap::error::ErrorKind;
+        let answer =
+            |first: &str| Cli::try_parse_from(["grokpipe", first, "--help"]).map_err(|error| error.kind()).err();
+        let command = Cli::command();
+        for subcommand in command.get_subcommands() {
+            assert_eq!(answer(subcommand.get_name()), Some(ErrorKind::DisplayHelp), "{}", subcommand.get_name());
+        }
+        let up = command.find_subcommand("up").expect("up");
+        for flag in up.get_arguments().filter_map(clap::Arg::get_long) {
+            assert_eq!(answer(&format!("--{flag}")), Some(ErrorKind::UnknownArgument), "{flag}");
         }
     }
 
@@ -182,6 +221,8 @@ mod tests {
             "generate PROMPT --server http://node:7070",
             "worker --name w1",
             "worker --coordinator node",
+            "worker --coordinator fd00::1:7070",
+            "inspect ~somebody/model",
             "worker --coordinator node:1 --device tpu",
             "worker --coordinator node:1 --synthetic grok1 --model m",
             "bench pipeline --workers 1",

@@ -7,6 +7,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fmt::Write as _,
     ops::Range,
+    path::PathBuf,
 };
 
 use grokpipe_coordinator::{
@@ -25,8 +26,9 @@ use crate::{
     common::ConfigArgs,
     config::{ByteSize, Config, Objective, Split},
     error::CliError,
-    machine,
+    machine, paths,
     text::{Table, print},
+    weights::{SyntheticArgs, Weights},
 };
 
 /// Assumed read bandwidth of a machine that nobody has measured: two channels of ordinary memory.
@@ -39,6 +41,11 @@ const ASSUMED_FLOPS: f64 = 200e9;
 pub(crate) struct Args {
     #[command(flatten)]
     config: ConfigArgs,
+    /// Folder or file of the model
+    #[arg(long, value_name = "PATH", value_parser = paths::parser())]
+    model: Option<PathBuf>,
+    #[command(flatten)]
+    synthetic: SyntheticArgs,
     /// Show the plan of the running cluster with this gRPC address instead
     #[arg(long, value_name = "ADDR", value_parser = client::parse_server)]
     server: Option<String>,
@@ -64,7 +71,13 @@ pub(crate) struct PlanView {
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let view = match &args.server {
         Some(server) => client::block_on(async { PlanView::of_cluster(&Client::connect(server).await?).await })?,
-        None => PlanView::predicted(&args.config.layers().load()?)?,
+        None => {
+            let mut config = args.config.layers().load()?;
+            if let Some(path) = &args.model {
+                config.model.path.clone_from(path);
+            }
+            PlanView::predicted(&config, args.synthetic.weights()?)?
+        }
     };
     let text = if args.json { format!("{}\n", view.to_json()) } else { view.render() };
     print(&text)
@@ -80,9 +93,12 @@ impl PlanView {
         Ok(Self { plan, offered: offered(&snapshot), assumed: false })
     }
 
-    /// The plan that the configuration's workers would get.
-    fn predicted(config: &Config) -> Result<Self, CliError> {
-        let facts = ModelFacts::of(&Model::open(&config.model.path)?)?;
+    /// The plan that the configuration's workers would get, for these weights or the configuration's model.
+    fn predicted(config: &Config, weights: Option<Weights>) -> Result<Self, CliError> {
+        let facts = match weights {
+            Some(Weights { config, source, digest }) => ModelFacts::of_weights(config, digest, source.as_ref())?,
+            None => ModelFacts::of(&Model::open(&config.model.path)?)?,
+        };
         let mut workers = resources(config)?;
         let names: Vec<String> = workers.iter().map(|worker| worker.name.clone()).collect();
         for (worker, pinned) in workers.iter_mut().zip(pins(config, &names, facts.config.num_hidden_layers)) {
@@ -227,7 +243,12 @@ fn refused(refusal: &Refusal) -> CliError {
     if refusal.is_out_of_memory() {
         CliError::no_room(refusal)
     } else {
-        CliError::usage("there is no plan for these workers").because(refusal)
+        let error = CliError::usage("there is no plan for these workers").because(refusal);
+        match refusal {
+            Refusal::PinsLeaveGaps { .. } => error
+                .advise("add a worker, or change the layers of the [[worker]] tables until all layers are among them"),
+            _ => error,
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use grokpipe_proto::snapshot::{ClusterSnapshot, Prediction, SnapshotNode};
 use serde_json::{Value, json};
 
 use crate::{
-    client::{self, Client},
+    client::{self, Client, ServerArgs},
     config::ByteSize,
     error::CliError,
     text::{Table, print},
@@ -18,9 +18,8 @@ use crate::{
 /// Arguments of `status`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// gRPC address of the cluster
-    #[arg(long, value_name = "ADDR", default_value = client::DEFAULT_SERVER, env = "GROKPIPE_SERVER", value_parser = client::parse_server)]
-    server: String,
+    #[command(flatten)]
+    server: ServerArgs,
     /// Print the snapshot as JSON
     #[arg(long)]
     json: bool,
@@ -31,9 +30,11 @@ pub(crate) struct Args {
 /// # Errors
 /// [`CliError`] with the exit code of the failure.
 pub(crate) fn run(args: &Args) -> Result<bool, CliError> {
-    let snapshot = client::block_on(async { Client::connect(&args.server).await?.status().await })?;
+    let server = args.server.address()?;
+    let snapshot = client::block_on(async { Client::connect(&server).await?.status().await })?;
     let text = if args.json { format!("{:#}\n", to_json(&snapshot)?) } else { render(&snapshot) };
-    print(&text)?;
+    // Whether it serves is answered also when `head` has read enough.
+    print(&text).or_else(|error| if error.is_closed_output() { Ok(()) } else { Err(error) })?;
     Ok(snapshot.verdict.serving)
 }
 

@@ -14,6 +14,7 @@ use crate::{
     common::ConfigArgs,
     config::ModelSection,
     error::{CliError, output},
+    paths,
 };
 
 /// Name of the file in a model's folder.
@@ -23,7 +24,7 @@ const FILE: &str = "tokenizer.model";
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The tokenizer.model [default: the one of the configured model]
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", value_parser = paths::parser())]
     tokenizer: Option<PathBuf>,
     /// A JSON string in, a JSON list of ids out; texts keep their line ends
     #[arg(long)]

@@ -5,6 +5,7 @@
 
 pub(crate) mod child;
 pub(crate) mod command;
+mod picture;
 mod reach;
 pub(crate) mod screen;
 
@@ -19,7 +20,7 @@ use std::{
 
 use grokpipe_kernels::{Precision, Prefill};
 use grokpipe_proto::{
-    snapshot::VerdictPhase,
+    snapshot::{ClusterSnapshot, VerdictPhase},
     v1::{GenerateRequest, generate_request::Prompt},
 };
 use serde::Deserialize;
@@ -37,13 +38,15 @@ use self::{
 };
 use crate::{
     client::Client,
-    common::{self, ConfigArgs, parse_device},
+    common::{ConfigArgs, parse_device},
     config::{Config, WorkerSection, parse_precision, parse_prefill},
+    ending::{Stdin, shutdown_token},
     error::{CliError, Code},
     generate::generate,
-    machine,
+    listen::dialled_here,
+    machine, paths,
     plan::PlanView,
-    text::print,
+    text::print_aside,
 };
 
 /// Name of the coordinator's process in messages.
@@ -54,6 +57,10 @@ const POLL_INTERVAL: Duration = Duration::from_millis(200);
 const LISTEN_WITHIN: Duration = Duration::from_secs(60);
 /// How long a cluster with all its workers may go without a plan before that is worth a word, or with `--once` an end.
 const PLAN_WITHIN: Duration = Duration::from_secs(20);
+/// How long with `--once` a cluster with all its workers may get no further before it counts as stuck.
+const PROGRESS_WITHIN: Duration = Duration::from_secs(30);
+/// How long the coordinator may take to tell its clients that it ends, before the workers end too.
+const FAREWELL_WITHIN: Duration = Duration::from_secs(1);
 /// What the first generated text continues.
 const FIRST_PROMPT: &str = "The capital of France is";
 /// Its length, and that of `--once`.
@@ -69,7 +76,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
     workers: Option<u32>,
     /// Folder or file of the model
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = paths::parser())]
     model: Option<PathBuf>,
     /// Device of all workers: auto, cpu, gpu or gpu:PART OF ITS NAME
     #[arg(long, value_name = "D", value_parser = parse_device)]
@@ -84,7 +91,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "invariant|fast", value_parser = parse_prefill)]
     prefill: Option<Prefill>,
     /// The tokenizer.model
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", value_parser = paths::parser())]
     tokenizer: Option<PathBuf>,
     /// Address of the page and the HTTP routes
     #[arg(long, value_name = "ADDR")]
@@ -151,7 +158,7 @@ fn check_addresses(config: &Config, roster: &[WorkerSection], insecure: bool) ->
     }
     for worker in roster {
         let reach = reach::of(worker, roster, config, listen.grpc)?;
-        config.check_exposure(&format!("the address of worker {}", worker.name), &reach.listen, insecure)?;
+        config.check_exposure(&format!("the address of worker {}", worker.name), &reach.exposed(), insecure)?;
     }
     // Held together, so that the two are not one address; both are closed again when this ends.
     let _held =
@@ -177,15 +184,22 @@ struct Up<'a> {
     program: PathBuf,
     screen: Arc<Screen>,
     events: mpsc::Sender<Event>,
-    stop: CancellationToken,
+    stop: Stop,
     children: JoinSet<child::Ended>,
+}
+
+/// Ends the processes: first the coordinator, so that it is what its clients hear the last of, not the loss of a worker.
+#[derive(Default)]
+struct Stop {
+    coordinator: CancellationToken,
+    workers: CancellationToken,
 }
 
 impl<'a> Up<'a> {
     async fn start(args: &'a Args, config: Config, roster: Vec<WorkerSection>) -> Result<(), CliError> {
         let program = std::env::current_exe()
             .map_err(|error| CliError::failed("this program's own path is not known").because(error))?;
-        let interrupted = common::shutdown_token(false)?;
+        let interrupted = shutdown_token(&Stdin::default())?;
         let (events, mut inbox) = mpsc::channel(256);
         let mut up = Self {
             args,
@@ -194,7 +208,7 @@ impl<'a> Up<'a> {
             program,
             screen: Arc::new(Screen::new()),
             events,
-            stop: CancellationToken::new(),
+            stop: Stop::default(),
             children: JoinSet::new(),
         };
         let outcome = tokio::select! {
@@ -213,8 +227,8 @@ impl<'a> Up<'a> {
     async fn live(&mut self, inbox: &mut mpsc::Receiver<Event>) -> Result<(), CliError> {
         let listening = self.start_coordinator(inbox).await?;
         self.start_workers(listening)?;
-        let grpc = reach::dialled_here(listening.grpc).to_string();
-        let client = attended(Client::connect(&grpc), inbox, |event| self.early(event)).await?;
+        let grpc = dialled_here(listening.grpc).to_string();
+        let client = attended(connected(&grpc), inbox, |event| self.early(event)).await?;
         attended(self.until_serving(&client), inbox, |event| self.early(event)).await?;
         self.screen.clear();
         if let Some(prompt) = &self.args.once {
@@ -284,13 +298,14 @@ impl<'a> Up<'a> {
     }
 
     fn keep_alive(&mut self, name: String, launch: Box<dyn Fn() -> command::Launch + Send + Sync>) {
+        let stop = if name == COORDINATOR { &self.stop.coordinator } else { &self.stop.workers };
         let child = Child {
+            stop: stop.clone(),
             name,
             launch,
             restart: !self.args.no_restart,
             screen: Arc::clone(&self.screen),
             events: self.events.clone(),
-            stop: self.stop.clone(),
         };
         self.children.spawn(child.supervise());
     }
@@ -321,9 +336,16 @@ impl<'a> Up<'a> {
                 let kind = if remote.is_some() && code == 255 { Code::Unreachable } else { Code::from_exit(code) };
                 let error = CliError::new(kind, format!("{name} {how} before the cluster served"));
                 Err(match remote {
-                    Some(host) => {
-                        error.at(host.to_owned()).advise(format!("try it by hand: ssh -o BatchMode=yes {host}"))
-                    }
+                    Some(host) => match (self.no_program(&name, code), code) {
+                        (Some(why), _) => error
+                            .at(host.to_owned())
+                            .because(why)
+                            .advise(format!("install it on {host}, or set binary under its [[worker]] to where it is")),
+                        (None, 255) => {
+                            error.at(host.to_owned()).advise(format!("try it by hand: ssh -o BatchMode=yes {host}"))
+                        }
+                        (None, _) => error.at(host.to_owned()).because("its own message stands above"),
+                    },
                     None => error.because("its own message stands above"),
                 })
             }
@@ -335,7 +357,12 @@ impl<'a> Up<'a> {
     fn late(&self, event: Event) -> Result<(), CliError> {
         let next = if self.args.no_restart { "it stays down" } else { "it is started again in 1 s" };
         match event {
-            Event::Exited { name, how, .. } => self.screen.say(&format!("{name} {how}; {next}")),
+            Event::Exited { name, code, how } => {
+                let why = code
+                    .and_then(|code| self.no_program(&name, code))
+                    .map_or_else(String::new, |why| format!(" ({why})"));
+                self.screen.say(&format!("{name} {how}{why}; {next}"));
+            }
             Event::NotStarted { name, error } => self.screen.say(&format!("{name} cannot be started: {error}; {next}")),
             Event::Line { name, text } => {
                 // A coordinator that was started again says where it listens; that has not changed.
@@ -347,10 +374,22 @@ impl<'a> Up<'a> {
         Ok(())
     }
 
+    /// What the exit codes mean by which the shell of another host says that it has no such program, or may not run it.
+    fn no_program(&self, name: &str, code: i32) -> Option<String> {
+        let worker = self.roster.iter().find(|worker| worker.name == name)?;
+        let (host, program) = (worker.host.as_ref()?, &worker.binary);
+        match code {
+            126 => Some(format!("{program} cannot be run on {host}")),
+            127 => Some(format!("there is no program {program} on {host}")),
+            _ => None,
+        }
+    }
+
     /// Shows progress until all layers are loaded.
     async fn until_serving(&self, client: &Client) -> Result<(), CliError> {
         let mut waiting_since: Option<Instant> = None;
         let mut told = false;
+        let mut most_loaded: Option<(u64, Instant)> = None;
         loop {
             match client.status().await {
                 Ok(snapshot) if snapshot.verdict.serving => return Ok(()),
@@ -362,9 +401,7 @@ impl<'a> Up<'a> {
                         if since.elapsed() >= PLAN_WITHIN && self.args.once.is_some() {
                             // The plan's refusal tells a lack of memory from other reasons.
                             let refused = client.plan().await.err().filter(|error| error.code() == Code::OutOfMemory);
-                            return Err(refused.unwrap_or_else(|| {
-                                CliError::failed("the cluster cannot serve").because(snapshot.verdict.text)
-                            }));
+                            return Err(refused.unwrap_or_else(|| stuck(&snapshot, PLAN_WITHIN)));
                         }
                         if since.elapsed() >= PLAN_WITHIN && !told {
                             told = true;
@@ -373,9 +410,19 @@ impl<'a> Up<'a> {
                     } else {
                         waiting_since = None;
                     }
+                    let all_joined = all_here && snapshot.nodes.iter().all(|node| node.joins > 0);
+                    let loaded = snapshot.nodes.iter().filter_map(|node| node.load.bytes).fold(0, u64::saturating_add);
+                    match most_loaded {
+                        Some((before, since)) if all_joined && loaded <= before => {
+                            if since.elapsed() >= PROGRESS_WITHIN && self.args.once.is_some() {
+                                return Err(stuck(&snapshot, PROGRESS_WITHIN));
+                            }
+                        }
+                        _ => most_loaded = Some((loaded, Instant::now())),
+                    }
                 }
                 // A coordinator that is being started again does not answer for a moment.
-                Err(error) if matches!(error.code(), Code::Unreachable | Code::TimedOut) => {}
+                Err(error) if error.is_passing() => {}
                 Err(error) => return Err(error),
             }
             time::sleep(POLL_INTERVAL).await;
@@ -384,23 +431,40 @@ impl<'a> Up<'a> {
 
     /// Prints the plan, the addresses and a first generated text.
     async fn introduce(&self, client: &Client, listening: Listening) -> Result<(), CliError> {
-        let plan = PlanView::of_cluster(client).await?;
-        let http = reach::dialled_here(listening.http);
-        let mut text = plan.render();
+        let mut text = match PlanView::of_cluster(client).await {
+            Ok(plan) => plan.render(),
+            // It serves; that nobody can say how is no reason to end it.
+            Err(error) => format!("the plan is not known: {error}\n"),
+        };
+        let http = dialled_here(listening.http);
         text.push_str(&format!("\ngRPC  {}\npage  http://{http}/\n", listening.grpc));
-        print(&format!("{text}\n"))?;
-        match generate(client, prompt(FIRST_PROMPT, FIRST_TOKENS), |_text| Ok(())).await {
-            Ok(generation) => print(&format!("{FIRST_PROMPT}{}\n\n", generation.text.trim_end()))?,
+        print_aside(format!("{text}\n")).await?;
+        match generate(client, prompt(FIRST_PROMPT, FIRST_TOKENS), async |_text| Ok(())).await {
+            Ok(generation) => print_aside(format!("{FIRST_PROMPT}{}\n\n", generation.text.trim_end())).await?,
             Err(error) => self.screen.say(&format!("no first text: {error}")),
         }
-        print("Ctrl-C ends the cluster.\n")
+        print_aside("Ctrl-C ends the cluster.\n".to_owned()).await
     }
 
     /// Ends every process and says which ones had to be killed.
     async fn end(mut self) {
         self.screen.clear();
-        self.stop.cancel();
-        while let Some(ended) = self.children.join_next().await {
+        self.stop.coordinator.cancel();
+        let workers = self.stop.workers.clone();
+        let farewell = time::sleep(FAREWELL_WITHIN);
+        tokio::pin!(farewell);
+        loop {
+            let ended = tokio::select! {
+                ended = self.children.join_next() => ended,
+                () = &mut farewell, if !workers.is_cancelled() => {
+                    workers.cancel();
+                    continue;
+                }
+            };
+            let Some(ended) = ended else { break };
+            if ended.as_ref().is_ok_and(|ended| ended.name == COORDINATOR) {
+                workers.cancel();
+            }
             match ended {
                 Ok(ended) if ended.killed => {
                     self.screen.say(&format!("{} did not end within 5 s and was killed", ended.name))
@@ -413,6 +477,32 @@ impl<'a> Up<'a> {
             self.screen.say("all processes have ended");
         }
     }
+}
+
+/// A client of the coordinator, which may be started again or be silent for a moment.
+async fn connected(grpc: &str) -> Result<Client, CliError> {
+    let until = Instant::now() + LISTEN_WITHIN;
+    loop {
+        match Client::connect(grpc).await {
+            Err(error) if error.is_passing() && Instant::now() < until => time::sleep(POLL_INTERVAL).await,
+            done => return done,
+        }
+    }
+}
+
+/// A cluster that got no further for so long.
+fn stuck(snapshot: &ClusterSnapshot, waited: Duration) -> CliError {
+    let mut why = snapshot.verdict.text.clone();
+    for node in &snapshot.nodes {
+        if let Some(error) = node.last_error.as_ref().filter(|error| !why.contains(error.as_str())) {
+            why.push_str(&format!("; {}: {error}", node.name));
+        }
+    }
+    CliError::new(
+        Code::TimedOut,
+        format!("the cluster is not ready and has made no progress for {} s", waited.as_secs()),
+    )
+    .because(why)
 }
 
 /// Waits for `work` while events are told to `on_event`, whose error ends the wait.
@@ -432,8 +522,8 @@ async fn attended<T>(
 
 /// Prints the continuation of a prompt and nothing else.
 async fn once(client: &Client, text: &str) -> Result<(), CliError> {
-    generate(client, prompt(text, ONCE_TOKENS), print).await?;
-    print("\n")
+    generate(client, prompt(text, ONCE_TOKENS), async |text| print_aside(text).await).await?;
+    print_aside("\n".to_owned()).await
 }
 
 fn prompt(text: &str, max_tokens: u32) -> GenerateRequest {

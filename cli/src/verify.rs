@@ -6,12 +6,13 @@ use std::{fmt::Write as _, path::PathBuf};
 use grokpipe_model::verify::{self, Checked, Options, State, Verified};
 use serde_json::{Value, json};
 
-use crate::{config::ByteSize, error::CliError, machine, progress::Screen, text::print};
+use crate::{config::ByteSize, error::CliError, machine, paths, progress::Screen, text::print};
 
 /// Arguments of `verify`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder or file of the model
+    #[arg(value_parser = paths::parser())]
     path: PathBuf,
     /// Write a manifest, by which later checks and every worker that loads the model notice a change
     #[arg(long)]

@@ -17,7 +17,7 @@ const SEED: u64 = 1;
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct SyntheticArgs {
     /// Weights from a seed instead of a model's, of this shape
-    #[arg(long, value_name = "SHAPE", conflicts_with = "model")]
+    #[arg(long, value_name = "SHAPE", ignore_case = true, conflicts_with = "model")]
     pub(crate) synthetic: Option<Shape>,
     /// How weights from a seed are stored: a type of GGUF files [default: int8, as xAI published them]
     #[arg(long, value_name = "TYPE", value_parser = parse_type, conflicts_with = "model")]

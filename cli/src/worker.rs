@@ -13,7 +13,10 @@ use grokpipe_kernels::{
     CpuBackend, Device, KernelError, MemoryNeed, Precision, Prefill, Stage, StageModel, StageOptions, select_device,
 };
 use grokpipe_model::{MatrixSpec, ModelConfig, layer_matrices};
-use grokpipe_proto::transport::Tcp;
+use grokpipe_proto::{
+    address::{Address, socket_addr},
+    transport::Tcp,
+};
 use grokpipe_worker::{
     Settings, WorkerError,
     executor::ThreadExecutor,
@@ -22,12 +25,12 @@ use grokpipe_worker::{
 use tracing::{info, warn};
 
 use crate::{
-    client,
     common::{self, ConfigArgs, parse_device},
     config::{self, ByteSize, SecretText, WorkerSection, parse_precision, parse_prefill},
     descriptors,
+    ending::Stdin,
     error::CliError,
-    machine,
+    listen, machine, paths,
     rates::{self, Rates},
     weights::{SyntheticArgs, Weights},
 };
@@ -39,15 +42,15 @@ const SECRET_BYTES_MAX: u64 = 2048;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// gRPC address of the coordinator
-    #[arg(long, value_name = "ADDR", value_parser = client::parse_server)]
-    coordinator: String,
+    #[arg(long, value_name = "ADDR")]
+    coordinator: Address,
     /// Name within the cluster [default: this machine's name]
     #[arg(long, value_name = "NAME", value_parser = parse_name)]
     name: Option<String>,
     #[command(flatten)]
     config: ConfigArgs,
     /// Folder or file of the model
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = paths::parser())]
     model: Option<PathBuf>,
     #[command(flatten)]
     synthetic: SyntheticArgs,
@@ -66,12 +69,12 @@ pub(crate) struct Args {
     /// Memory that it may fill, as 8GiB [default: what the device has free]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<ByteSize>,
-    /// Where it listens for the previous stage [default: 127.0.0.1:0, any free port]
+    /// Where it listens for the previous stage [default: a free port, on loopback if the coordinator is there, else everywhere]
     #[arg(long, value_name = "ADDR", value_parser = parse_listen)]
     listen: Option<SocketAddr>,
-    /// Where others reach it, if not where it listens; port 0 stands for the port it listens on
-    #[arg(long, value_name = "ADDR", value_parser = client::parse_server)]
-    advertise: Option<String>,
+    /// Where others reach it, port 0 standing for the port it listens on [default: its own end of the way to the coordinator]
+    #[arg(long, value_name = "ADDR")]
+    advertise: Option<Address>,
     /// Allow an address that others can reach without a secret
     #[arg(long)]
     insecure: bool,
@@ -98,7 +101,7 @@ fn parse_size(text: &str) -> Result<ByteSize, String> {
 }
 
 fn parse_listen(text: &str) -> Result<SocketAddr, String> {
-    config::socket_addr(text).ok_or_else(|| "expected an IP address and a port, as 127.0.0.1:0".to_owned())
+    socket_addr(text).ok_or_else(|| "expected an IP address and a port, as 127.0.0.1:0 or [::]:0".to_owned())
 }
 
 /// Runs `worker` until it is told to end.
@@ -110,17 +113,22 @@ pub(crate) fn run(args: Args) -> Result<(), CliError> {
     if args.secret_stdin {
         config.secret = secret_from_stdin()?;
     }
+    let stdin = Stdin::watched(args.exit_with_stdin)?;
     let name = args.name.clone().unwrap_or_else(machine::worker_name);
     let described = config.worker(&name);
-    let listen = args.listen.or(described.listen).unwrap_or_else(|| own_address(&args.coordinator));
+    let listen = args.listen.or(described.listen).unwrap_or_else(|| listen::for_worker_of(&args.coordinator));
     config.check_exposure("the worker's address", &listen, args.insecure)?;
     let weights = match args.synthetic.weights()? {
         Some(weights) => weights,
-        None => Weights::of_model(args.model.as_ref().or(described.model.as_ref()).unwrap_or(&config.model.path))?,
+        None => {
+            let path = args.model.as_ref().or(described.model.as_ref()).unwrap_or(&config.model.path);
+            let refuse = |why: String| CliError::usage("the model's path cannot be used").because(why);
+            Weights::of_model(&paths::expanded(path).map_err(refuse)?)?
+        }
     };
     let loader = DeviceLoader::open(&args, &described, weights)?;
     let settings = Settings {
-        coordinator: args.coordinator.clone(),
+        coordinator: args.coordinator.to_string(),
         name,
         listen: listen.to_string(),
         advertise: args.advertise.or(described.advertise),
@@ -139,23 +147,11 @@ pub(crate) fn run(args: Args) -> Result<(), CliError> {
     let executor =
         ThreadExecutor::start().map_err(|error| CliError::failed("the device's thread cannot start").because(error))?;
     // One thread suffices for frames and heartbeats; the device has its own.
-    common::serve(1, args.exit_with_stdin, |shutdown| async move {
+    common::serve(1, &stdin, |shutdown| async move {
         let coordinator = settings.coordinator.clone();
         let ran = grokpipe_worker::run(settings, Arc::new(Tcp), Arc::new(executor), Box::new(loader), shutdown).await;
         ran.map_err(|error| explain(error, &coordinator))
     })
-}
-
-/// The address of this machine that the coordinator would see, with a port of the system's choice; loopback when that is where the
-/// coordinator is, or when nobody knows.
-fn own_address(coordinator: &str) -> SocketAddr {
-    let loopback = SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 0));
-    // Connecting a datagram socket sends nothing; it only asks the system for the way.
-    let asked = std::net::UdpSocket::bind("0.0.0.0:0").and_then(|socket| {
-        socket.connect(coordinator)?;
-        socket.local_addr()
-    });
-    asked.map_or(loopback, |own| SocketAddr::new(own.ip(), 0))
 }
 
 fn secret_from_stdin() -> Result<SecretText, CliError> {
@@ -170,10 +166,10 @@ fn explain(error: WorkerError, coordinator: &str) -> CliError {
         WorkerError::Listen { address, source } => CliError::failed(format!("{address} cannot be opened"))
             .because(source)
             .advise("end what uses it, or choose another one with --listen"),
-        WorkerError::Advertise { found } => CliError::usage("nobody could reach this worker")
-            .at(found)
-            .because("expected an address that other stages can dial")
-            .advise("give --advertise HOST:0"),
+        WorkerError::Advertise { found, why } => CliError::usage("nobody could reach this worker")
+            .at(format!("{found}, {why}"))
+            .because("expected an address that other machines can dial")
+            .advise("give --advertise HOST:0, or another --listen"),
         WorkerError::NameTaken { name } => CliError::usage(format!("another live worker has the name {name}"))
             .at(coordinator.to_owned())
             .advise("give this one another name with --name"),

@@ -3,6 +3,8 @@
 //!
 //! Coordinator and worker meet only here. Nothing here decides what to compute or where.
 
+pub mod address;
+mod dial;
 pub mod hidden_states;
 pub mod link;
 pub mod secret;

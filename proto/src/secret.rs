@@ -5,6 +5,8 @@ use std::{fmt, net::SocketAddr};
 use subtle::ConstantTimeEq;
 use tonic::{Request, Status, metadata::MetadataValue, service::Interceptor};
 
+use crate::address::is_loopback;
+
 const HEADER: &str = "authorization";
 
 /// The shared secret, or none for a cluster on loopback. Never printed.
@@ -89,7 +91,7 @@ impl fmt::Debug for Secret {
 
 /// An address that others can reach may only be opened with a secret.
 pub fn needs_secret(address: &SocketAddr) -> bool {
-    !address.ip().is_loopback()
+    !is_loopback(address.ip())
 }
 
 #[cfg(test)]

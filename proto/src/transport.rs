@@ -8,7 +8,7 @@ use std::{
     io,
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     task::{Context, Poll},
     time::Duration,
 };
@@ -17,7 +17,7 @@ use futures_util::Stream;
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
 };
 use tonic::transport::{Channel, Endpoint, Server, Uri};
 
@@ -28,6 +28,11 @@ pub mod places;
 pub use connections::{Connection, Peer};
 pub use places::ConnectionLimits;
 
+use crate::{
+    address::{Address, AddressError},
+    dial::dial,
+};
+
 /// A future that owns what it needs.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
@@ -35,41 +40,58 @@ pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 pub trait Io: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Io for T {}
 
+/// The addresses of a connection's two ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ends {
+    /// This process's.
+    pub own: SocketAddr,
+    /// The other one's.
+    pub peer: SocketAddr,
+}
+
 /// One connection, of whatever kind.
-pub struct BoxIo(Box<dyn Io>);
+pub struct BoxIo {
+    io: Box<dyn Io>,
+    ends: Option<Ends>,
+}
 
 impl BoxIo {
-    /// Wraps a connection.
+    /// Wraps a connection of which no addresses are known.
     pub fn new(io: impl Io) -> Self {
-        Self(Box::new(io))
+        Self { io: Box::new(io), ends: None }
+    }
+
+    /// Wraps a connection between these addresses.
+    pub fn between(ends: Ends, io: impl Io) -> Self {
+        Self { io: Box::new(io), ends: Some(ends) }
     }
 }
 
 impl AsyncRead for BoxIo {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.0).poll_read(cx, buf)
+        Pin::new(&mut *self.io).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for BoxIo {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut *self.0).poll_write(cx, buf)
+        Pin::new(&mut *self.io).poll_write(cx, buf)
     }
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.0).poll_flush(cx)
+        Pin::new(&mut *self.io).poll_flush(cx)
     }
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.0).poll_shutdown(cx)
+        Pin::new(&mut *self.io).poll_shutdown(cx)
     }
     fn poll_write_vectored(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut *self.0).poll_write_vectored(cx, bufs)
+        Pin::new(&mut *self.io).poll_write_vectored(cx, bufs)
     }
     fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
+        self.io.is_write_vectored()
     }
 }
 
@@ -99,9 +121,12 @@ pub struct Tcp;
 impl Net for Tcp {
     fn connect(&self, address: String) -> BoxFuture<io::Result<BoxIo>> {
         Box::pin(async move {
-            let stream = TcpStream::connect(address).await?;
+            let address: Address =
+                address.parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+            let stream = dial(&address).await?;
             stream.set_nodelay(true)?;
-            Ok(BoxIo::new(stream))
+            let ends = Ends { own: stream.local_addr()?, peer: stream.peer_addr()? };
+            Ok(BoxIo::between(ends, stream))
         })
     }
 
@@ -159,8 +184,13 @@ impl Keepalive {
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// Not `host:port`.
-    #[error("expected an address as host:port, found {0:?}")]
-    Address(String),
+    #[error("{source}, found {found:?}")]
+    Address {
+        /// The text.
+        found: String,
+        /// What is wrong with it.
+        source: AddressError,
+    },
     /// Nobody there, or not in time.
     #[error("{address}: {}", root_cause(source))]
     Unreachable {
@@ -185,18 +215,34 @@ fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
 /// # Errors
 /// [`ConnectError`]; trying again may help unless the address makes no sense.
 pub async fn connect(net: &Arc<dyn Net>, address: &str, keepalive: Keepalive) -> Result<Channel, ConnectError> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))
-        .map_err(|_invalid| ConnectError::Address(address.to_owned()))?
+    connect_between(net, address, keepalive).await.map(|(channel, _ends)| channel)
+}
+
+/// As [`connect`], and between which addresses, where the network knows.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_between(
+    net: &Arc<dyn Net>,
+    address: &str,
+    keepalive: Keepalive,
+) -> Result<(Channel, Option<Ends>), ConnectError> {
+    let refuse = |source| ConnectError::Address { found: address.to_owned(), source };
+    let authority = address.parse::<Address>().map_err(refuse)?.authority();
+    let endpoint = Endpoint::from_shared(format!("http://{authority}"))
+        .map_err(|_invalid| refuse(AddressError::Host))?
         .http2_keep_alive_interval(keepalive.interval())
         .keep_alive_timeout(keepalive.timeout())
         .keep_alive_while_idle(true)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW);
-    let connector = Connector { net: Arc::clone(net), address: address.to_owned() };
-    endpoint
+    let ends: Arc<OnceLock<Ends>> = Arc::default();
+    let connector = Connector { net: Arc::clone(net), address: address.to_owned(), ends: Arc::clone(&ends) };
+    let channel = endpoint
         .connect_with_connector(connector)
         .await
-        .map_err(|source| ConnectError::Unreachable { address: address.to_owned(), source })
+        .map_err(|source| ConnectError::Unreachable { address: address.to_owned(), source })?;
+    Ok((channel, ends.get().copied()))
 }
 
 /// A server with the limits that every port of a cluster has.
@@ -213,6 +259,8 @@ pub fn server(keepalive: Keepalive) -> Server {
 struct Connector {
     net: Arc<dyn Net>,
     address: String,
+    /// Those of the first connection.
+    ends: Arc<OnceLock<Ends>>,
 }
 
 impl tower_service::Service<Uri> for Connector {
@@ -226,12 +274,16 @@ impl tower_service::Service<Uri> for Connector {
 
     fn call(&mut self, _uri: Uri) -> Self::Future {
         let connecting = self.net.connect(self.address.clone());
+        let ends = Arc::clone(&self.ends);
         Box::pin(async move {
-            let connected = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(|_late| {
+            let connection = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_elapsed| {
                 let text = format!("connection timed out after {} s", CONNECT_TIMEOUT.as_secs());
-                Err(io::Error::new(io::ErrorKind::TimedOut, text))
-            });
-            connected.map(TokioIo::new)
+                io::Error::new(io::ErrorKind::TimedOut, text)
+            })??;
+            if let Some(found) = connection.ends {
+                let _ = ends.set(found);
+            }
+            Ok(TokioIo::new(connection))
         })
     }
 }

@@ -191,7 +191,7 @@ pub fn worker_settings(index: usize, incarnation: u64, secret: Secret) -> grokpi
     grokpipe_worker::Settings {
         coordinator: address("coordinator", GRPC_PORT),
         listen: format!("0.0.0.0:{DATA_PORT}"),
-        advertise: Some(address(&name, DATA_PORT)),
+        advertise: address(&name, DATA_PORT).parse().ok(),
         name,
         connections: ConnectionLimits::default(),
         secret,

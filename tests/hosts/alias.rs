@@ -19,7 +19,6 @@ fn alias(sshd: &Sshd, alias: &str, host: &str) -> String {
 }
 
 #[test]
-#[ignore = "an alias is still taken for an address"]
 fn an_alias_of_the_ssh_configuration_with_a_port_and_a_user_is_no_network_address() {
     let Some(hosts) = TwoHosts::make(Family::V4) else { return };
     let Some(sshd) = Sshd::on(&hosts, 1) else { return };

@@ -8,7 +8,6 @@ use super::{
 };
 
 #[test]
-#[ignore = "addresses of IPv6 are not found yet"]
 fn workers_find_their_own_addresses_where_there_is_ipv6_only() {
     let Some(hosts) = TwoHosts::make(Family::V6) else { return };
     let files = Files::new();
@@ -19,7 +18,6 @@ fn workers_find_their_own_addresses_where_there_is_ipv6_only() {
 }
 
 #[test]
-#[ignore = "addresses of IPv6 are not found yet"]
 fn up_starts_a_worker_over_ssh_where_there_is_ipv6_only() {
     let Some(hosts) = TwoHosts::make(Family::V6) else { return };
     let Some(sshd) = Sshd::on(&hosts, 1) else { return };

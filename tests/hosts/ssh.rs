@@ -7,7 +7,7 @@ use grokpipe_tests::{
     processes::{binary, grokpipe},
 };
 
-use super::{ANSWER, PROMPT, Running, processes_with, sshd::Sshd, wait_for};
+use super::{ANSWER, PROMPT, Running, processes_with, said, sshd::Sshd, wait_for};
 
 /// Where the far worker is, and how `ssh` gets there.
 pub(crate) struct Way<'a> {
@@ -50,4 +50,21 @@ fn up_starts_a_worker_over_ssh_and_ends_it() {
     let ssh_options = ["-p", &port, "-i", &key, "-o", &known_hosts];
     let way = Way { host: "root@127.0.0.1", options: &ssh_options };
     up_once(&sshd, &way, grokpipe(["up", "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--once", PROMPT]));
+}
+
+#[test]
+fn a_program_that_is_missing_on_the_other_host_is_named() {
+    let Some(sshd) = Sshd::here() else { return };
+    let (port, known_hosts) = (sshd.port.to_string(), format!("UserKnownHostsFile={}", sshd.path("known_hosts")));
+    let text = format!(
+        "[model]\npath = {:?}\n[cluster]\nssh_options = {:?}\n[[worker]]\nname = \"far\"\nhost = \"root@127.0.0.1\"\n\
+         binary = \"/no/such/grokpipe\"\n",
+        demo_model(),
+        ["-p", &port, "-i", &sshd.path("user_key"), "-o", &known_hosts],
+    );
+    let config = sshd.files.write("cluster.toml", &text);
+    let ports = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"];
+    let output = grokpipe(["up", "--config", &config]).args(ports).stdin(Stdio::null()).output().expect("up runs");
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    assert!(said(&output).contains("there is no program /no/such/grokpipe on root@127.0.0.1"), "{}", said(&output));
 }

@@ -20,7 +20,6 @@ fn child_of(process: u32) -> Option<u32> {
 }
 
 #[test]
-#[ignore = "logs are still waited for"]
 fn a_terminal_that_nobody_reads_stops_nothing() {
     if command("script").is_none() {
         return;

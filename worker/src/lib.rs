@@ -11,6 +11,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use grokpipe_proto::{
+    address::Address,
     max_frame_bytes,
     secret::Secret,
     transport::{self, ConnectionLimits, Keepalive, Net},
@@ -20,6 +21,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
 
+pub mod address;
 pub mod controller;
 pub mod executor;
 pub mod loader;
@@ -47,8 +49,8 @@ pub struct Settings {
     pub name: String,
     /// Address to listen on for frames; port 0 lets the system choose.
     pub listen: String,
-    /// Address that others reach it by, if not the one it listens on; port 0 stands for the port it listens on.
-    pub advertise: Option<String>,
+    /// Address that others reach it by, if it is not to find that out by itself; port 0 stands for the port it listens on.
+    pub advertise: Option<Address>,
     /// How many connections its port takes.
     pub connections: ConnectionLimits,
     /// The cluster's secret.
@@ -69,10 +71,12 @@ pub enum WorkerError {
         source: std::io::Error,
     },
     /// Nobody could reach this worker there.
-    #[error("expected an address that others can reach, found {found}: give --advertise HOST:PORT")]
+    #[error("expected an address that other machines can dial, found {found}, {why}")]
     Advertise {
         /// The address.
         found: String,
+        /// What is wrong with it.
+        why: &'static str,
     },
     /// Two workers with one name.
     #[error("another live worker has the name {name}: give this one another name")]
@@ -108,7 +112,7 @@ pub async fn run(
         .bind(settings.listen.clone())
         .await
         .map_err(|source| WorkerError::Listen { address: settings.listen.clone(), source })?;
-    let data_address = advertised(&settings, listening.address)?;
+    let own = address::OwnAddress { advertise: settings.advertise.clone(), listening: listening.address };
     let connections = listening.connections(settings.connections);
     let (device, config) = (loader.device().clone(), loader.config().clone());
     let model_digest = loader.model_digest().to_owned();
@@ -148,7 +152,7 @@ pub async fn run(
         net,
         device,
         model_digest,
-        data_address,
+        own,
         stats,
         held_layers: held_rx,
         orders: orders_tx,
@@ -173,15 +177,4 @@ pub async fn run(
     let (served, belonged, ()) = tokio::join!(serving, belonging, controller.run(orders_rx, ending.clone()));
     drop(loader.lock().unwrap_or_else(PoisonError::into_inner));
     belonged.and(served)
-}
-
-fn advertised(settings: &Settings, listening: std::net::SocketAddr) -> Result<String, WorkerError> {
-    match &settings.advertise {
-        Some(address) => Ok(match address.strip_suffix(":0") {
-            Some(host) => format!("{host}:{}", listening.port()),
-            None => address.clone(),
-        }),
-        None if listening.ip().is_unspecified() => Err(WorkerError::Advertise { found: listening.to_string() }),
-        None => Ok(listening.to_string()),
-    }
 }

@@ -22,6 +22,7 @@ use tracing::{info, warn};
 
 use crate::{
     Settings, WorkerError,
+    address::OwnAddress,
     controller::Order,
     loader::DeviceFacts,
     stats::{Stats, rss_bytes},
@@ -43,8 +44,8 @@ pub struct Membership {
     pub device: DeviceFacts,
     /// The model's digest.
     pub model_digest: String,
-    /// Where the previous stage finds this worker.
-    pub data_address: String,
+    /// Where other stages find this worker.
+    pub own: OwnAddress,
     /// Counters.
     pub stats: Arc<Stats>,
     /// Layers on the device.
@@ -105,13 +106,18 @@ impl Membership {
     }
 
     async fn belong(&mut self, shutdown: &CancellationToken, wait: &mut Duration, told: &mut bool) -> Ended {
-        let channel = match transport::connect(&self.net, &self.settings.coordinator, Keepalive::Cluster).await {
-            Ok(channel) => channel,
+        let coordinator = &self.settings.coordinator;
+        let (channel, ends) = match transport::connect_between(&self.net, coordinator, Keepalive::Cluster).await {
+            Ok(connected) => connected,
             Err(error) => return Ended::Lost(error.to_string()),
+        };
+        let data_address = match self.own.towards(ends) {
+            Ok(address) => address.to_string(),
+            Err(error) => return Ended::Fatal(error),
         };
         let mut client = MembershipServiceClient::with_interceptor(channel, self.settings.secret.attach());
         let (outgoing, stream) = mpsc::channel(64);
-        if outgoing.send(request(Message::Hello(self.hello()))).await.is_err() {
+        if outgoing.send(request(Message::Hello(self.hello(&data_address)))).await.is_err() {
             return Ended::Lost("the stream was closed".into());
         }
         let answers = match timeout(WELCOME_WITHIN, client.join(ReceiverStream::new(stream))).await {
@@ -121,7 +127,7 @@ impl Membership {
         };
         match self.welcome(answers).await {
             Ok((welcome, answers)) => {
-                info!(cluster = welcome.cluster, data_address = self.data_address, "joined");
+                info!(cluster = welcome.cluster, data_address, "joined");
                 *wait = REDIAL_FIRST;
                 *told = false;
                 self.serve(&welcome, answers, outgoing, shutdown).await
@@ -204,7 +210,7 @@ impl Membership {
         }
     }
 
-    fn hello(&self) -> Hello {
+    fn hello(&self, data_address: &str) -> Hello {
         let held = self.held_layers.borrow().clone().unwrap_or(0..0);
         Hello {
             name: self.settings.name.clone(),
@@ -216,7 +222,7 @@ impl Membership {
             memory_bytes: self.device.memory_bytes,
             read_bandwidth: self.device.read_bandwidth,
             flop_rate: self.device.flop_rate,
-            data_address: self.data_address.clone(),
+            data_address: data_address.to_owned(),
             pid: std::process::id(),
             build: env!("CARGO_PKG_VERSION").into(),
             model_digest: self.model_digest.clone(),

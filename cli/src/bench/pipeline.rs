@@ -27,8 +27,9 @@ use super::{TestArgs, open, parse_layers, progress_bar, reads::Reads};
 use crate::{
     common,
     config::{precision_name, prefill_name},
+    ending::{Stdin, shutdown_token},
     error::CliError,
-    machine,
+    machine, paths,
     plan::even_shares,
     text::print,
     weights::{SyntheticArgs, Weights},
@@ -37,7 +38,7 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Model to measure; without one, weights from a seed
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = paths::parser())]
     model: Option<PathBuf>,
     #[command(flatten)]
     synthetic: SyntheticArgs,
@@ -119,7 +120,7 @@ async fn measure(args: &Args, weights: &Weights, layers: Range<u32>) -> Result<R
         kv_blocks: tests.iter().map(|test| test.kv_blocks()).max().unwrap_or(1),
         max_batch_tokens: tests.iter().map(|test| test.rows()).max().unwrap_or(1),
     };
-    let interrupted = common::shutdown_token(false)?;
+    let interrupted = shutdown_token(&Stdin::default())?;
     let mut cluster = Cluster::open(setup).await?;
     let outcome = tokio::select! {
         outcome = async {

@@ -13,7 +13,7 @@ use grokpipe_model::{Model, ModelConfig};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
-use crate::{error::CliError, machine, text::print};
+use crate::{error::CliError, machine, paths, text::print};
 
 /// Tokens of a text at most; the rest is left out.
 const MOST_TOKENS: usize = 512;
@@ -21,10 +21,10 @@ const MOST_TOKENS: usize = 512;
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Model to measure
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = paths::parser())]
     model: PathBuf,
     /// Texts as token ids: a JSON list of lists of ids, or of objects with such a list as "ids"
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = paths::parser())]
     tokens: PathBuf,
     /// Threads; all cores if not given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     common,
     error::CliError,
-    machine,
+    machine, paths,
     text::print,
     weights::{SyntheticArgs, Weights},
 };
@@ -30,7 +30,7 @@ type Failure = Box<dyn Error + Send + Sync>;
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Model to measure; without one, weights from a seed
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = paths::parser())]
     model: Option<PathBuf>,
     #[command(flatten)]
     synthetic: SyntheticArgs,

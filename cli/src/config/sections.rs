@@ -4,17 +4,18 @@
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     ops::Range,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
 use grokpipe_kernels::{Precision, Prefill};
+use grokpipe_proto::address::{self, Address};
 
 use super::{
     table::Table,
     units::{self, ByteSize},
 };
-use crate::error::CliError;
+use crate::{error::CliError, paths};
 
 /// Most layers that a worker's pin may name; Grok-1 has 64.
 const LAYERS_MAX: u32 = 4096;
@@ -88,7 +89,7 @@ pub(crate) struct CoordinatorSection {
     /// HTTP: page and health.
     pub(crate) http: SocketAddr,
     /// Where workers on other hosts reach `grpc`; absent: `grpc` itself.
-    pub(crate) advertise: Option<String>,
+    pub(crate) advertise: Option<Address>,
     /// Further names by which `http` may be called.
     pub(crate) http_names: Vec<String>,
     /// How long a lost worker may take to return before its layers are planned anew.
@@ -149,7 +150,9 @@ impl KvSection {
         let read = Self {
             tokens: whole(&mut table, "tokens", 16..=67_108_864)?.unwrap_or(default.tokens),
             dtype: table
-                .get("dtype", r#""f32" ("f16" is not built yet)"#, |v| (v.text()? == "f32").then_some(KvDtype::F32))?
+                .get("dtype", r#""f32" ("f16" is not built yet)"#, |v| {
+                    v.text()?.eq_ignore_ascii_case("f32").then_some(KvDtype::F32)
+                })?
                 .unwrap_or(default.dtype),
         };
         table.finish().map(|()| read)
@@ -228,7 +231,7 @@ pub(crate) enum Objective {
 
 /// `exact` or `fast`.
 pub(crate) fn precision(text: &str) -> Option<Precision> {
-    match text {
+    match text.to_ascii_lowercase().as_str() {
         "exact" => Some(Precision::Exact),
         "fast" => Some(Precision::Fast),
         _ => None,
@@ -253,7 +256,7 @@ pub(crate) fn parse_precision(text: &str) -> Result<Precision, String> {
 
 /// `invariant` or `fast`.
 pub(crate) fn prefill(text: &str) -> Option<Prefill> {
-    match text {
+    match text.to_ascii_lowercase().as_str() {
         "invariant" => Some(Prefill::Invariant),
         "fast" => Some(Prefill::Fast),
         _ => None,
@@ -303,12 +306,14 @@ impl Default for PlanSection {
 impl PlanSection {
     pub(super) fn read(mut table: Table<'_>) -> Result<Self, CliError> {
         let default = Self::default();
-        let objective = table.get("objective", r#""throughput" or "latency""#, |v| match v.text()? {
-            "throughput" => Some(Objective::Throughput),
-            "latency" => Some(Objective::Latency),
-            _ => None,
+        let objective = table.get("objective", r#""throughput" or "latency""#, |v| {
+            match v.text()?.to_ascii_lowercase().as_str() {
+                "throughput" => Some(Objective::Throughput),
+                "latency" => Some(Objective::Latency),
+                _ => None,
+            }
         })?;
-        let split = table.get("split", r#""best" or "even""#, |v| match v.text()? {
+        let split = table.get("split", r#""best" or "even""#, |v| match v.text()?.to_ascii_lowercase().as_str() {
             "best" => Some(Split::Best),
             "even" => Some(Split::Even),
             _ => None,
@@ -339,8 +344,8 @@ pub(crate) struct WorkerSection {
     pub(crate) layers: Option<Range<u32>>,
     /// Where it waits for the previous stage; absent: any port, on loopback here and on all interfaces of another host.
     pub(crate) listen: Option<SocketAddr>,
-    /// Where others reach it; absent: as it listens.
-    pub(crate) advertise: Option<String>,
+    /// Where others reach it; absent: as it finds out itself.
+    pub(crate) advertise: Option<Address>,
     /// The program on its host.
     pub(crate) binary: String,
     /// Where the model lies on its host; absent: the same path as here.
@@ -398,8 +403,13 @@ pub(crate) const DEVICES: &str = r#""auto", "cpu", "gpu" or "gpu:PART OF ITS NAM
 
 /// A device's name, if it is one.
 pub(crate) fn device(text: &str) -> Option<String> {
-    let named = text.strip_prefix("gpu:").is_some_and(|name| !name.trim().is_empty());
-    (matches!(text, "auto" | "cpu" | "gpu") || named).then(|| text.to_owned())
+    let (kind, name) = text.split_once(':').map_or((text, None), |(kind, name)| (kind, Some(name)));
+    let kind = kind.to_ascii_lowercase();
+    match (kind.as_str(), name) {
+        ("auto" | "cpu" | "gpu", None) => Some(kind),
+        ("gpu", Some(name)) if !name.trim().is_empty() => Some(format!("gpu:{name}")),
+        _ => None,
+    }
 }
 
 /// Whether a text is a worker's name.
@@ -422,11 +432,11 @@ fn is_host(text: &str) -> bool {
 }
 
 fn address(table: &mut Table<'_>, key: &'static str) -> Result<Option<SocketAddr>, CliError> {
-    table.get(key, r#"an IP address and a port, as "127.0.0.1:7070""#, |v| units::socket_addr(v.text()?))
+    table.get(key, r#"an IP address and a port, as "127.0.0.1:7070""#, |v| address::socket_addr(v.text()?))
 }
 
-fn reachable(table: &mut Table<'_>, key: &'static str) -> Result<Option<String>, CliError> {
-    table.get(key, r#"a host and a port, as "node1:7070""#, |v| units::host_port(v.text()?))
+fn reachable(table: &mut Table<'_>, key: &'static str) -> Result<Option<Address>, CliError> {
+    table.get(key, r#"a host and a port, as "node1:7070" or "[fd00::1]:7070""#, |v| v.text()?.parse().ok())
 }
 
 /// Names or addresses as a `Host` header has them, without the port.
@@ -446,13 +456,16 @@ fn http_names(table: &mut Table<'_>) -> Result<Option<Vec<String>>, CliError> {
     }
 }
 
+/// What a path may be, for messages.
+const PATH: &str = "a path; of the homes only the own one is known, as ~/, where HOME is set";
+
 fn path(
     table: &mut Table<'_>,
     key: &'static str,
     resolve: &dyn Fn(bool, PathBuf) -> PathBuf,
 ) -> Result<Option<PathBuf>, CliError> {
     let outside = table.is_from_outside(key);
-    let found = table.get(key, "a path", |v| v.filled().map(PathBuf::from))?;
+    let found = table.get(key, PATH, |v| paths::expanded(Path::new(&v.filled()?)).ok())?;
     Ok(found.map(|path| resolve(outside, path)))
 }
 

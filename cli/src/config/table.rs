@@ -40,8 +40,8 @@ impl<'a> Table<'a> {
         Self::of(name.to_owned(), name, value, self.places)
     }
 
-    /// A list of sections, as `[[worker]]`.
-    pub(crate) fn sections(&mut self, name: &'static str) -> Result<Vec<Self>, CliError> {
+    /// A list of at most `most` sections, as `[[worker]]`.
+    pub(crate) fn sections(&mut self, name: &'static str, most: usize) -> Result<Vec<Self>, CliError> {
         self.known.push(name);
         let Some(value) = self.values.remove(name) else { return Ok(Vec::new()) };
         let place = self.places.of("", name, &value);
@@ -50,6 +50,11 @@ impl<'a> Table<'a> {
                 .at(place)
                 .because(format!("expected a list of tables, each under [[{name}]]")));
         };
+        if items.len() > most {
+            return Err(CliError::usage(format!("there are {} tables [[{name}]]", items.len()))
+                .at(place)
+                .because(format!("expected at most {most}")));
+        }
         let of = |(index, item)| Self::of(format!("{name}[{index}]"), name, item, self.places);
         items.into_iter().enumerate().map(of).collect()
     }

@@ -100,6 +100,7 @@ fn bad_values_name_key_value_place_and_what_is_allowed() {
             &["w1 is to run layers 0..9", "w2 layers 8..16"],
         ),
         ("[kv\ntokens = 1", &["is not TOML", "cluster.toml"]),
+        ("[model]\npath = \"~somebody/grok\"", &["model.path is \"~somebody/grok\"", "only the own one"]),
     ];
     for (text, parts) in cases {
         let error = load(text, &[], &[]).expect_err(text);
@@ -135,6 +136,52 @@ fn bad_environment_and_flags_are_named_as_such() {
             assert!(message.contains(part), "{environment:?} {flags:?} gives\n{message}\nwithout {part:?}");
         }
     }
+}
+
+#[test]
+fn more_workers_than_a_plan_may_have_are_refused_before_they_are_read() {
+    let tables = |count: usize| "[[worker]]\n".repeat(count);
+    assert_eq!(load(&tables(256), &[], &[]).unwrap().workers.len(), 256);
+    let message = load(&tables(257), &[], &[]).expect_err("too many").to_string();
+    assert!(message.contains("257 tables [[worker]]") && message.contains("at most 256"), "{message}");
+}
+
+#[test]
+fn what_is_no_configuration_file_is_refused_unopened() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let _socket = std::os::unix::net::UnixListener::bind(path("socket")).unwrap();
+    let large = fs::File::create(path("large.toml")).unwrap();
+    large.set_len(2 << 30).unwrap();
+    let cases = [
+        (path("socket"), "a socket"),
+        (path("."), "a folder"),
+        ("/dev/zero".into(), "device"),
+        (path("large.toml"), "2.0 GiB"),
+    ];
+    for (file, why) in cases {
+        let message = layers(Some(file), &[], &[]).load().expect_err(why).to_string();
+        assert!(message.contains(why), "{message}");
+    }
+}
+
+#[test]
+fn the_empty_device_is_no_file_at_all() {
+    let config = layers(Some("/dev/null".into()), &[], &[]).load().unwrap();
+    assert_eq!((config.file, config.model), (None, ModelSection::default()));
+}
+
+#[test]
+fn a_variable_that_is_empty_counts_as_unset() {
+    let config = load("[kv]\ntokens = 100", &[("GROKPIPE__KV__TOKENS", ""), ("GROKPIPE__A", " ")], &[]).unwrap();
+    assert_eq!(config.kv.tokens, 100);
+}
+
+#[test]
+fn words_of_the_file_may_have_capitals() {
+    let text = "[plan]\nobjective = \"Latency\"\n[[worker]]\ndevice = \"GPU:H200\"\nprecision = \"EXACT\"";
+    let config = load(text, &[], &[]).unwrap();
+    assert_eq!((config.plan.objective, config.workers[0].device.as_str()), (Objective::Latency, "gpu:H200"));
 }
 
 #[test]

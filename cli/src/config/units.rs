@@ -1,13 +1,8 @@
-//! Values with units as people write them: "5s", "8 GiB", "0..16", "127.0.0.1:7070".
+//! Values with units as people write them: "5s", "8 GiB", "0..16".
 //!
 //! Each parser returns `None` for what it does not understand; the caller knows the key and says what is allowed.
 
-use std::{
-    fmt,
-    net::{Ipv4Addr, SocketAddr},
-    ops::Range,
-    time::Duration,
-};
+use std::{fmt, ops::Range, time::Duration};
 
 use grokpipe_model::Bytes;
 
@@ -65,24 +60,6 @@ pub(crate) fn layer_range(text: &str) -> Option<Range<u32>> {
     let (start, end) = text.trim().split_once("..")?;
     let (start, end) = (start.trim().parse().ok()?, end.trim().parse().ok()?);
     (start < end).then_some(start..end)
-}
-
-/// `127.0.0.1:7070`, `[::1]:7070`, `localhost:7070`.
-pub(crate) fn socket_addr(text: &str) -> Option<SocketAddr> {
-    let text = text.trim();
-    match text.strip_prefix("localhost:") {
-        Some(port) => Some(SocketAddr::from((Ipv4Addr::LOCALHOST, port.parse().ok()?))),
-        None => text.parse().ok(),
-    }
-}
-
-/// An address to dial, "node:7070": a name or address and a port, without a scheme.
-pub(crate) fn host_port(text: &str) -> Option<String> {
-    let text = text.trim();
-    let (host, port) = text.rsplit_once(':')?;
-    port.parse::<u16>().ok()?;
-    let plain = !host.is_empty() && host.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c));
-    (plain || text.parse::<SocketAddr>().is_ok()).then(|| text.to_owned())
 }
 
 /// "16", "8192": a whole number.
@@ -158,21 +135,6 @@ mod tests {
         let cases = [("0..16", Some(0..16)), (" 3 .. 4 ", Some(3..4)), ("4..4", None), ("9..3", None), ("0-16", None)];
         for (text, expected) in cases {
             assert_eq!(layer_range(text), expected, "{text:?}");
-        }
-    }
-
-    #[test]
-    fn addresses_need_a_port() {
-        assert_eq!(socket_addr("localhost:80").map(|a| a.to_string()).as_deref(), Some("127.0.0.1:80"));
-        assert_eq!(socket_addr("[::1]:7070").map(|a| a.to_string()).as_deref(), Some("[::1]:7070"));
-        for text in ["127.0.0.1", "node:7070", "127.0.0.1:99999", ""] {
-            assert_eq!(socket_addr(text), None, "{text:?}");
-        }
-        for text in ["node-1.example:7070", "[::1]:7070", "10.0.0.1:1"] {
-            assert_eq!(host_port(text).as_deref(), Some(text));
-        }
-        for text in ["node", "http://node:7070", ":7070", "node:port", "a b:1"] {
-            assert_eq!(host_port(text), None, "{text:?}");
         }
     }
 }

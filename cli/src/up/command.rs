@@ -11,6 +11,7 @@ use tokio::process::Command;
 
 use super::reach::Reach;
 use crate::{
+    common::variable,
     config::{Config, WorkerSection, precision_name, prefill_name},
     error::CliError,
     logging,
@@ -51,7 +52,7 @@ impl Launch {
 /// How a process is to log: in which style, and with which filter where the environment has none.
 fn environment(pretty: bool, filter: &'static str) -> Vec<(&'static str, &'static str)> {
     let mut environment = vec![(logging::STYLE, if pretty { "pretty" } else { "json" })];
-    if std::env::var_os(logging::FILTER).is_none() {
+    if variable(logging::FILTER).is_none() {
         environment.push((logging::FILTER, filter));
     }
     environment
@@ -131,11 +132,13 @@ impl Common<'_> {
         let model = worker.model.clone().map_or_else(|| std::path::absolute(&self.config.model.path), Ok);
         let model = model.map_err(|error| CliError::usage("the model's path cannot be used").because(error))?;
         let mut words: Vec<OsString> = ["exec", "env"].map(OsString::from).to_vec();
-        let filter = std::env::var(logging::FILTER).unwrap_or_else(|_| self.filter.to_owned());
+        let filter = variable(logging::FILTER).unwrap_or_else(|| self.filter.to_owned());
         let style = format!("{}={}", logging::STYLE, if self.pretty { "pretty" } else { "json" });
-        let mut args: Vec<OsString> = vec![style.into(), format!("{}={filter}", logging::FILTER).into()];
-        args.push(worker.binary.clone().into());
-        args.extend(["worker", "--exit-with-stdin", "--no-config"].map(OsString::from));
+        for setting in [style, format!("{}={filter}", logging::FILTER)] {
+            words.push(quoted(OsStr::new(&setting)));
+        }
+        words.push(quoted_path(&worker.binary));
+        let mut args: Vec<OsString> = ["worker", "--exit-with-stdin", "--no-config"].map(OsString::from).to_vec();
         args.extend(["--model".into(), model.into()]);
         args.extend(worker_args(worker, reach).into_iter().map(OsString::from));
         if let Some(threads) = worker.threads {
@@ -153,10 +156,9 @@ impl Common<'_> {
         // The first value of an option wins: batch mode is fixed, the rest are the user's before ours.
         let mut ssh: Vec<OsString> = ["-o", "BatchMode=yes", "-T"].map(OsString::from).to_vec();
         ssh.extend(self.config.cluster.ssh_options.iter().map(OsString::from));
-        ssh.extend(
-            ["-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3", "--", host]
-                .map(OsString::from),
-        );
+        let limits = ["-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3", "--"];
+        ssh.extend(limits.map(OsString::from));
+        ssh.push(destination(host).into());
         ssh.push(words.join(OsStr::new(" ")));
         Ok(Launch { program: "ssh".into(), args: ssh, first_line, relayed: true, environment: Vec::new() })
     }
@@ -165,16 +167,17 @@ impl Common<'_> {
 fn worker_args(worker: &WorkerSection, reach: &Reach) -> Vec<String> {
     let mut args = vec![
         "--coordinator".to_owned(),
-        reach.coordinator.clone(),
+        reach.coordinator.to_string(),
         "--name".to_owned(),
         worker.name.clone(),
         "--device".to_owned(),
         worker.device.clone(),
-        "--listen".to_owned(),
-        reach.listen.to_string(),
     ];
+    if let Some(listen) = &reach.listen {
+        args.extend(["--listen".to_owned(), listen.to_string()]);
+    }
     if let Some(advertise) = &reach.advertise {
-        args.extend(["--advertise".to_owned(), advertise.clone()]);
+        args.extend(["--advertise".to_owned(), advertise.to_string()]);
     }
     if let Some(memory) = worker.memory {
         args.extend(["--memory".to_owned(), memory.0.to_string()]);
@@ -186,6 +189,21 @@ fn worker_args(worker: &WorkerSection, reach: &Reach) -> Vec<String> {
         args.extend(["--prefill".to_owned(), prefill_name(prefill).to_owned()]);
     }
     args
+}
+
+/// A host as `ssh` wants it: an IPv6 address without the brackets that people put around it.
+fn destination(host: &str) -> String {
+    let (user, node) = host.rsplit_once('@').map_or((None, host), |(user, node)| (Some(user), node));
+    let node = node.strip_prefix('[').and_then(|node| node.strip_suffix(']')).unwrap_or(node);
+    user.map_or_else(|| node.to_owned(), |user| format!("{user}@{node}"))
+}
+
+/// As [`quoted`], for a path: a `~/` at its beginning stays what the other host's shell takes for the home there.
+fn quoted_path(path: &str) -> OsString {
+    let (home, rest) = path.strip_prefix("~/").map_or(("", path), |rest| ("~/", rest));
+    let mut word = OsString::from(home);
+    word.push(quoted(OsStr::new(rest)));
+    word
 }
 
 /// A word as a POSIX shell reads it back, byte for byte.
@@ -223,11 +241,7 @@ mod tests {
         worker.model = Some("/it's here".into());
         worker.device = "gpu:A B; rm".into();
         worker.prefill = Some(Prefill::Fast);
-        let reach = Reach {
-            coordinator: "n1:7070".into(),
-            listen: "0.0.0.0:0".parse().unwrap(),
-            advertise: Some("n3:0".into()),
-        };
+        let reach = Reach { coordinator: "n1:7070".parse().unwrap(), listen: None, advertise: "n3:0".parse().ok() };
         let launch = common.remote_worker(&worker, "me@n3", &reach).unwrap();
         let words = words(&launch);
         assert_eq!(launch.program, "ssh");
@@ -257,8 +271,8 @@ mod tests {
         let program = Path::new("grokpipe");
         let common = Common { config: &config, program, insecure: false, pretty: false, filter: "info" };
         let worker = WorkerSection::named("w1");
-        let listen = "127.0.0.1:0".parse().unwrap();
-        let reach = Reach { coordinator: "127.0.0.1:7070".into(), listen, advertise: None };
+        let listen = "127.0.0.1:0".parse().ok();
+        let reach = Reach { coordinator: "127.0.0.1:7070".parse().unwrap(), listen, advertise: None };
         for launch in [common.coordinator("a", "b", &[]), common.local_worker(&worker, &reach, 1, None)] {
             assert!(launch.args.iter().any(|arg| arg == odd.as_os_str()), "{:?}", launch.args);
         }
@@ -274,8 +288,8 @@ mod tests {
         let program = Path::new("grokpipe");
         let common = Common { config: &config, program, insecure: false, pretty: false, filter: "info" };
         let mut worker = WorkerSection::named("w1");
-        let listen = "127.0.0.1:0".parse().unwrap();
-        let reach = Reach { coordinator: "127.0.0.1:7070".into(), listen, advertise: None };
+        let listen = "127.0.0.1:0".parse().ok();
+        let reach = Reach { coordinator: "127.0.0.1:7070".parse().unwrap(), listen, advertise: None };
         let model = |worker: &WorkerSection| {
             let words = words(&common.local_worker(worker, &reach, 1, None));
             words.iter().position(|word| word == "--model").map(|at| words[at + 1].clone())
@@ -283,6 +297,26 @@ mod tests {
         assert_eq!(model(&worker), Some(config.model.path.display().to_string()));
         worker.model = Some("/elsewhere".into());
         assert_eq!(model(&worker), Some("/elsewhere".to_owned()));
+    }
+
+    #[test]
+    fn ssh_gets_hosts_as_it_wants_them() {
+        for (host, expected) in [
+            ("gpu1", "gpu1"),
+            ("me@node", "me@node"),
+            ("me@fd00::2", "me@fd00::2"),
+            ("me@[fd00::2]", "me@fd00::2"),
+            ("[fe80::2%eth0]", "fe80::2%eth0"),
+        ] {
+            assert_eq!(destination(host), expected);
+        }
+    }
+
+    #[test]
+    fn a_home_on_the_other_host_is_left_to_its_shell() {
+        for (path, quote) in [("~/bin/grokpipe", "~/bin/grokpipe"), ("~/my bin/x", "~/'my bin/x'"), ("a b", "'a b'")] {
+            assert_eq!(quoted_path(path), quote);
+        }
     }
 
     #[test]

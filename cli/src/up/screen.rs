@@ -2,15 +2,16 @@
 
 use std::{
     collections::HashMap,
-    io::{self, IsTerminal, Write},
+    io::{self, IsTerminal},
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use grokpipe_proto::snapshot::{ClusterSnapshot, SnapshotNode};
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::config::ByteSize;
+use super::picture::Canvas;
+use crate::{config::ByteSize, stderr};
 
 /// Time between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -30,8 +31,8 @@ struct State {
 impl Screen {
     /// Bars if standard error is a terminal.
     pub(crate) fn new() -> Self {
-        let is_terminal = io::stderr().is_terminal();
-        Self { bars: is_terminal.then(MultiProgress::new), state: Mutex::default() }
+        let bars = || MultiProgress::with_draw_target(ProgressDrawTarget::term_like(Box::new(Canvas::new())));
+        Self { bars: io::stderr().is_terminal().then(bars), state: Mutex::default() }
     }
 
     /// Whether people watch.
@@ -41,13 +42,9 @@ impl Screen {
 
     /// Shows a line above the bars.
     pub(crate) fn say(&self, line: &str) {
-        let print = || {
-            // Nobody may read standard error any more; that is no reason to end.
-            let _ = writeln!(io::stderr(), "{line}");
-        };
         match &self.bars {
-            Some(bars) => bars.suspend(print),
-            None => print(),
+            Some(bars) => bars.suspend(|| stderr::line(line)),
+            None => stderr::line(line),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Whether a worker's hello makes sense.
 
-use grokpipe_proto::v1::Hello;
+use grokpipe_proto::{address::Address, v1::Hello};
 
 use super::JoinRefusal;
 
@@ -28,11 +28,11 @@ pub(super) fn check_hello(hello: &Hello) -> Result<(), JoinRefusal> {
         return invalid("flop_rate", "a positive number", hello.flop_rate.to_string());
     }
     check_rates(hello)?;
-    let port = hello.data_address.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse::<u16>().ok()?)));
-    if !port.is_some_and(|(host, port)| !host.is_empty() && port > 0) || hello.data_address.len() > 256 {
+    let address = hello.data_address.parse::<Address>();
+    if !address.is_ok_and(|address| address.port() > 0) {
         return invalid(
             "data_address",
-            "host:port",
+            "host:port, an IPv6 address in brackets",
             format!("{:?}", hello.data_address.chars().take(80).collect::<String>()),
         );
     }

@@ -274,6 +274,18 @@ pub enum Refusal {
         /// Its pin.
         second_pinned: Range<u32>,
     },
+    /// The pins leave layers out for which there are too few other workers: one runs a single run of layers.
+    #[error(
+        "the workers' pins leave out layers {}: expected a worker without a pin for each of these {}, found {unpinned}",
+        runs(gaps),
+        gaps.len()
+    )]
+    PinsLeaveGaps {
+        /// The layers, in order.
+        gaps: Vec<Range<u32>>,
+        /// Workers without a pin.
+        unpinned: usize,
+    },
     /// A pinned range is too large for its worker.
     #[error("worker {worker:?} is pinned to layers {}..{}, which need {}; it has {}: {} are missing", pinned.start, pinned.end, Bytes(*needed_bytes), Bytes(*memory_bytes), Bytes(*missing_bytes))]
     PinDoesNotFit {
@@ -324,6 +336,12 @@ impl Refusal {
             _ => None,
         }
     }
+}
+
+/// "3..7, 9..10".
+fn runs(layers: &[Range<u32>]) -> String {
+    let runs: Vec<String> = layers.iter().map(|run| format!("{}..{}", run.start, run.end)).collect();
+    runs.join(", ")
 }
 
 /// "layers 3..7 (12.0 GiB), 9..10 (3.0 GiB)".

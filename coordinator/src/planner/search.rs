@@ -59,7 +59,26 @@ impl<'a> Terrain<'a> {
         }
         let unpinned =
             (0..problem.workers.len()).filter(|&worker| problem.workers[worker].pinned_layers.is_none()).collect();
-        Ok(Self { costs, unpinned, pins, landing, wall })
+        let terrain = Self { costs, unpinned, pins, landing, wall };
+        let gaps = terrain.gaps();
+        if gaps.len() > terrain.unpinned.len() {
+            return Err(Refusal::PinsLeaveGaps { gaps, unpinned: terrain.unpinned.len() });
+        }
+        Ok(terrain)
+    }
+
+    /// The runs of layers that no pin has.
+    fn gaps(&self) -> Vec<Range<u32>> {
+        let mut gaps = Vec::new();
+        let mut reached = 0;
+        let end = self.num_layers()..self.num_layers();
+        for layers in self.pins.iter().map(|(_, layers)| layers).chain([&end]) {
+            if reached < layers.start {
+                gaps.push(narrow(&(reached..layers.start)));
+            }
+            reached = layers.end;
+        }
+        gaps
     }
 
     /// Layers of the model.
