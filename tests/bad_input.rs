@@ -17,8 +17,9 @@ use grokpipe_coordinator::{Coordinator, CoordinatorError, Settings as Coordinato
 use grokpipe_model::{ModelConfig, tokenizer::Tokenizer};
 use grokpipe_proto::{
     hidden_states,
+    link_token::{LinkKey, LinkToken},
     secret::Secret,
-    snapshot::ClusterSnapshot,
+    snapshot::{ClusterSnapshot, SnapshotEvent},
     transport::{self, ConnectionLimits, Keepalive, Net, Tcp},
     v1::{
         ActivationDtype, Assignment, DeliverRequest, DetokenizeRequest, DrawnToken, FormatRate, Frame, FrameFailed,
@@ -39,7 +40,7 @@ use grokpipe_proto::{
 use grokpipe_tests::{
     demo_model,
     processes::PATIENCE,
-    simulated::{SmallLoader, coordinator_settings, request, small_config, small_facts, token_of},
+    simulated::{SmallLoader, coordinator_settings, link_key, request, small_config, small_facts, token_of},
 };
 use grokpipe_worker::{WorkerError, executor::InlineExecutor};
 use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
@@ -238,6 +239,7 @@ async fn bad_input_gets_a_typed_error_and_harms_no_other_request() {
     reports(&live, &mut table).await;
     frames(&live, &mut table).await;
     results(&live, &mut table).await;
+    tokens(&live, &mut table).await;
     secrets(&live, &mut table).await;
     ports(&live, &mut table).await;
     assignments(&mut table).await;
@@ -378,11 +380,13 @@ fn saying(message: join_request::Message) -> JoinRequest {
 }
 
 async fn hellos(live: &Live, table: &mut Table) {
-    use Code::{AlreadyExists, FailedPrecondition, InvalidArgument as Invalid};
+    use Code::{AlreadyExists, FailedPrecondition, InvalidArgument as Invalid, OutOfRange};
     let cases: Vec<Case<Hello, Code>> = vec![
         ("no name", hello(|h| h.name.clear()), Invalid, &["name"]),
         ("name too long", hello(|h| h.name = "n".repeat(65)), Invalid, &["name"]),
-        ("name of a megabyte", hello(|h| h.name = "n".repeat(1 << 20)), Invalid, &["name"]),
+        ("name of a megabyte", hello(|h| h.name = "n".repeat(1 << 20)), OutOfRange, &["too large"]),
+        ("device of a page", hello(|h| h.device = "d".repeat(4096)), Invalid, &["device", "4096"]),
+        ("device of a megabyte", hello(|h| h.device = "d".repeat(1 << 20)), OutOfRange, &["too large"]),
         ("name with capitals", hello(|h| h.name = "Worker".into()), Invalid, &["name", "Worker"]),
         ("name with a path", hello(|h| h.name = "../w1".into()), Invalid, &["name"]),
         ("name with markup", hello(|h| h.name = "<b>".into()), Invalid, &["name"]),
@@ -549,11 +553,18 @@ fn wanting(wanted: Vec<WantedLogits>) -> SequenceSlice {
 }
 
 /// The refusal of one frame sent straight to a worker.
-async fn refusal(address: &str, secret: &Secret, frame: Option<Frame>) -> Result<(RefusalReason, String), Status> {
+async fn refusal(
+    address: &str,
+    secret: &Secret,
+    token: Option<&LinkToken>,
+    frame: Option<Frame>,
+) -> Result<(RefusalReason, String), Status> {
     let mut client = PipelineServiceClient::with_interceptor(channel(address).await, secret.attach());
     let (sender, stream) = mpsc::channel(1);
     sender.try_send(RunRequest { frame }).expect("room");
-    let mut answers = client.run(ReceiverStream::new(stream)).await?.into_inner();
+    let stream = ReceiverStream::new(stream);
+    let request = token.map_or_else(|| Request::new(()), |token| token.present(())).map(|()| stream);
+    let mut answers = client.run(request).await?.into_inner();
     match answers.message().await?.and_then(|response| response.answer) {
         Some(Answer::Refusal(refusal)) => Ok((refusal.reason(), refusal.message)),
         other => Err(Status::ok(format!("no refusal but {other:?}"))),
@@ -684,7 +695,8 @@ async fn frames(live: &Live, table: &mut Table) {
         ),
     ];
     for (name, (stage, frame), reason, words) in cases {
-        let found = soon(refusal(&live.node(stage).await, &secret(), Some(frame))).await;
+        let token = link_key().frames(epoch, stage);
+        let found = soon(refusal(&live.node(stage).await, &secret(), Some(&token), Some(frame))).await;
         let outcome = match found {
             Ok((found, message)) if found == reason && words.iter().all(|word| message.contains(word)) => Ok(()),
             other => Err(format!("expected {reason:?} with {words:?}, found {other:?}")),
@@ -692,7 +704,7 @@ async fn frames(live: &Live, table: &mut Table) {
         table.note(format!("frame: {name}"), outcome);
     }
     let address = live.node(0).await;
-    let found = soon(refusal(&address, &secret(), None)).await;
+    let found = soon(refusal(&address, &secret(), Some(&link_key().frames(epoch, 0)), None)).await;
     table.note("frame: none in the request", refused(found, Code::InvalidArgument, &["expected a frame"]));
 }
 
@@ -719,13 +731,39 @@ async fn results(live: &Live, table: &mut Table) {
         let (sender, stream) = mpsc::channel(1);
         sender.try_send(DeliverRequest { result }).expect("room");
         drop(sender);
-        let mut answers = soon(client.deliver(ReceiverStream::new(stream))).await.expect("a stream").into_inner();
+        let request = link_key().results(epoch).present(ReceiverStream::new(stream));
+        let mut answers = soon(client.deliver(request)).await.expect("a stream").into_inner();
         // The answer stream ends when the coordinator has taken what came.
         let ended = soon(answers.message()).await;
         let after = snapshot(&live.coordinator).await;
         let kept = after.verdict.serving && after.plan.is_some_and(|plan| plan.epoch == epoch);
         let outcome = if matches!(ended, Ok(None)) && kept { Ok(()) } else { Err(format!("{ended:?}, kept {kept}")) };
         table.note(format!("result: {name}"), outcome);
+    }
+}
+
+/// Who has the secret but not the token of a link may send neither frames nor results.
+async fn tokens(live: &Live, table: &mut Table) {
+    let epoch = live.epoch().await;
+    let key = link_key();
+    let others = [
+        ("none", None),
+        ("of another stage", Some(key.frames(epoch, 2))),
+        ("of the epoch before", Some(key.frames(epoch - 1, 1))),
+        ("of another coordinator", Some(LinkKey::new([8; 32]).frames(epoch, 1))),
+        ("of another use", Some(key.results(epoch - 1))),
+    ];
+    for (name, token) in others {
+        let frame = Frame { plan_epoch: epoch, sender_generation: 11, ..Frame::default() };
+        let found = soon(refusal(&live.node(1).await, &secret(), token.as_ref(), Some(frame))).await;
+        table.note(format!("token for frames: {name}"), refused(found, Code::PermissionDenied, &["token"]));
+        let mut client = ResultServiceClient::with_interceptor(channel(&live.coordinator).await, secret().attach());
+        let result =
+            DeliverRequest { result: Some(MicroBatchResult { plan_epoch: epoch, ..MicroBatchResult::default() }) };
+        let stream = tokio_stream::iter([result]);
+        let request = token.map_or_else(|| Request::new(()), |token| token.present(())).map(|()| stream);
+        let found = soon(client.deliver(request)).await;
+        table.note(format!("token for results: {name}"), refused(found, Code::PermissionDenied, &["token"]));
     }
 }
 
@@ -743,7 +781,7 @@ async fn secrets(live: &Live, table: &mut Table) {
         let messages = vec![saying(join_request::Message::Hello(hello(|_| ())))];
         let found = soon(joined(&live.coordinator, &secret, messages)).await;
         table.note(format!("secret to join: {name}"), refused(found, Code::Unauthenticated, &[word]));
-        let found = soon(refusal(&live.node(1).await, &secret, None)).await;
+        let found = soon(refusal(&live.node(1).await, &secret, None, None)).await;
         table.note(format!("secret for frames: {name}"), refused(found, Code::Unauthenticated, &[word]));
         let mut client = ResultServiceClient::with_interceptor(channel(&live.coordinator).await, secret.attach());
         let found = soon(client.deliver(tokio_stream::empty())).await;
@@ -752,7 +790,30 @@ async fn secrets(live: &Live, table: &mut Table) {
     let stranger = grokpipe_worker::Settings { secret: Secret::none(), ..worker_settings(&live.coordinator, 9) };
     table.note("secret: a whole worker without one", refused_worker(stranger, &["secret", &live.coordinator]).await);
     let namesake = grokpipe_worker::Settings { generation: 99, ..worker_settings(&live.coordinator, 3) };
-    table.note("hello: a whole worker with a name that is taken", refused_worker(namesake, &["name w3"]).await);
+    table.note("hello: a whole worker with a name that is taken", waits_for_its_name(live, namesake).await);
+}
+
+/// The other one may be a stranger, or dead and not yet known to be: people are told, and the worker tries on.
+async fn waits_for_its_name(live: &Live, settings: grokpipe_worker::Settings) -> Outcome {
+    let loader = Box::new(SmallLoader::new(config(), MODEL_SEED));
+    let shutdown = CancellationToken::new();
+    let run = grokpipe_worker::run(settings, net(), Arc::new(InlineExecutor), loader, shutdown.clone());
+    let worker = tokio::spawn(run);
+    soon(async {
+        let told = |events: &[SnapshotEvent]| {
+            events.iter().any(|event| event.code == "name_taken" && event.text.contains("w3"))
+        };
+        while !told(&snapshot(&live.coordinator).await.events) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+    let waits = !worker.is_finished();
+    shutdown.cancel();
+    match soon(worker).await.expect("no panic") {
+        Ok(()) if waits => Ok(()),
+        other => Err(format!("expected a worker that waits, found {other:?}, waiting {waits}")),
+    }
 }
 
 /// A worker that ends by itself with an error of these words.
@@ -853,6 +914,8 @@ async fn assignments(table: &mut Table) {
             max_batch_tokens: 64,
             max_frames_in_flight: 4,
             activation_dtype: ActivationDtype::F32 as i32,
+            link_token: vec![1; 32].into(),
+            next_token: vec![2; 32].into(),
             ..Assignment::default()
         };
         change(&mut assignment);
@@ -870,6 +933,8 @@ async fn assignments(table: &mut Table) {
         ("too many tokens a frame", assignment(&|a| a.max_batch_tokens = u32::MAX), &["1 to 65536"]),
         ("no frames", assignment(&|a| a.max_frames_in_flight = 0), &["1 to 4096"]),
         ("too many frames", assignment(&|a| a.max_frames_in_flight = u32::MAX), &["1 to 4096"]),
+        ("no token of its link", assignment(&|a| a.link_token.clear()), &["32 bytes", "found 0"]),
+        ("a short token of the next link", assignment(&|a| a.next_token.truncate(31)), &["32 bytes", "found 31"]),
         ("no dtype", assignment(&|a| a.activation_dtype = 0), &["f32"]),
         ("a dtype of tomorrow", assignment(&|a| a.activation_dtype = 77), &["f32"]),
         ("a stage after the last", assignment(&|a| a.next_address = "127.0.0.1:9".into()), &["next stage"]),

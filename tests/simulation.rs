@@ -22,7 +22,8 @@ use grokpipe_proto::{
     },
 };
 use grokpipe_tests::simulated::{
-    GRPC_PORT, SimulatedNet, address, reference_tokens, request, run_coordinator, run_worker, small_config, token_of,
+    GRPC_PORT, SimulatedNet, address, link_key, reference_tokens, request, run_coordinator, run_worker, small_config,
+    token_of,
 };
 use grokpipe_worker::service::{ActiveStage, Pipeline};
 use tokio::{
@@ -238,12 +239,9 @@ fn a_link_to_a_stage_that_has_left_the_epoch_is_lost_when_nobody_says_why() {
             let net: Arc<dyn Net> = Arc::new(SimulatedNet);
             let listening = net.bind(format!("0.0.0.0:{GRPC_PORT}")).await?;
             // No stage is at work here.
-            let pipeline = Pipeline {
-                worker: "w2".into(),
-                active: ActiveStage::default(),
-                max_answers: 4,
-                shutdown: CancellationToken::new(),
-            };
+            let active = ActiveStage::default();
+            active.expect(7, link_key().frames(7, 1));
+            let pipeline = Pipeline { worker: "w2".into(), active, max_answers: 4, shutdown: CancellationToken::new() };
             let served = transport::server(Keepalive::Cluster)
                 .add_service(PipelineServiceServer::new(pipeline))
                 .serve_with_incoming(listening.connections(ConnectionLimits::default()));
@@ -255,6 +253,7 @@ fn a_link_to_a_stage_that_has_left_the_epoch_is_lost_when_nobody_says_why() {
                 address: address("w2", GRPC_PORT),
                 worker: "w2".into(),
                 secret: secret(),
+                token: link_key().frames(7, 1),
                 max_frame_bytes: 1 << 20,
                 max_in_flight: 2,
             };

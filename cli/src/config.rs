@@ -27,7 +27,7 @@ use self::{
     table::Table,
 };
 pub(crate) use self::{
-    secret::SecretText,
+    secret::{SecretText, link_key},
     sections::{
         ClusterSection, CoordinatorSection, DEVICES, KvSection, LimitsSection, ModelSection, Objective, PlanSection,
         Split, WorkerSection, device, is_name, parse_precision, parse_prefill, precision_name, prefill_name,

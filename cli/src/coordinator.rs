@@ -14,7 +14,7 @@ use tracing::info;
 
 use crate::{
     common::{self, ConfigArgs},
-    config::{Config, is_name},
+    config::{self, Config, SecretText, is_name},
     descriptors,
     ending::Stdin,
     error::CliError,
@@ -49,6 +49,9 @@ pub(crate) struct Args {
     /// Names of the workers to wait for before the first plan [default: those described in the configuration]
     #[arg(long, value_name = "NAMES", value_delimiter = ',', hide = true)]
     expect: Option<Vec<String>>,
+    /// The first line of standard input is the cluster's secret
+    #[arg(long, hide = true)]
+    secret_stdin: bool,
     /// End when standard input closes
     #[arg(long, hide = true)]
     exit_with_stdin: bool,
@@ -59,7 +62,7 @@ pub(crate) struct Args {
 /// # Errors
 /// [`CliError`] with the exit code of what failed.
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
-    let config = args
+    let mut config = args
         .config
         .layers()
         .path_flag("model.path", args.model.as_deref())
@@ -67,6 +70,9 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         .flag("coordinator.grpc", args.grpc.as_ref())
         .flag("coordinator.http", args.http.as_ref())
         .load()?;
+    if args.secret_stdin {
+        config.secret = SecretText::from_stdin()?;
+    }
     for (key, address) in [("coordinator.grpc", config.coordinator.grpc), ("coordinator.http", config.coordinator.http)]
     {
         config.check_exposure(key, &address, args.insecure)?;
@@ -103,6 +109,7 @@ fn settings(config: &Config, expect: Option<&[String]>, num_layers: u32) -> Resu
         grpc_connections,
         http_connections,
         secret: config.secret.to_secret(),
+        link_key: config::link_key()?,
         generation: machine::generation(),
         expected,
         replan_after: coordinator.replan_after,

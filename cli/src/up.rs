@@ -39,7 +39,7 @@ use self::{
 use crate::{
     client::Client,
     common::{ConfigArgs, parse_device},
-    config::{Config, WorkerSection, parse_precision, parse_prefill},
+    config::{Config, SecretText, WorkerSection, parse_precision, parse_prefill},
     ending::{Stdin, shutdown_token},
     error::{CliError, Code},
     generate::generate,
@@ -122,7 +122,7 @@ struct Listening {
 /// # Errors
 /// [`CliError`] with the exit code of what failed; nothing is left running.
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
-    let config = load(args)?;
+    let mut config = load(args)?;
     let mut roster = config.roster(args.workers);
     for worker in &mut roster {
         worker.device = args.device.clone().unwrap_or_else(|| worker.device.clone());
@@ -131,6 +131,10 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         worker.prefill = args.prefill.or(worker.prefill);
     }
     check_addresses(&config, &roster, args.insecure)?;
+    // Others on this machine could join, or play a worker. Who gives --insecure may want to start workers by hand.
+    if !config.secret.is_set() && !args.insecure {
+        config.secret = SecretText::random()?;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

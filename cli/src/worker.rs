@@ -2,12 +2,7 @@
 //!
 //! Decides what a worker offers: its device, threads and memory. Layers come from the coordinator.
 
-use std::{
-    io::{self, BufRead, Read},
-    net::SocketAddr,
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 
 use grokpipe_kernels::{
     CpuBackend, Device, KernelError, MemoryNeed, Precision, Prefill, Stage, StageModel, StageOptions, select_device,
@@ -34,9 +29,6 @@ use crate::{
     rates::{self, Rates},
     weights::{SyntheticArgs, Weights},
 };
-
-/// Longest secret that is read from a pipe, with its line end.
-const SECRET_BYTES_MAX: u64 = 2048;
 
 /// Arguments of `worker`.
 #[derive(Debug, clap::Args)]
@@ -111,7 +103,7 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
 pub(crate) fn run(args: Args) -> Result<(), CliError> {
     let mut config = args.config.layers().path_flag("model.path", args.model.as_deref()).load()?;
     if args.secret_stdin {
-        config.secret = secret_from_stdin()?;
+        config.secret = SecretText::from_stdin()?;
     }
     let stdin = Stdin::watched(args.exit_with_stdin)?;
     let name = args.name.clone().unwrap_or_else(machine::worker_name);
@@ -148,20 +140,12 @@ pub(crate) fn run(args: Args) -> Result<(), CliError> {
         ThreadExecutor::start().map_err(|error| CliError::failed("the device's thread cannot start").because(error))?;
     // One thread suffices for frames and heartbeats; the device has its own.
     common::serve(1, &stdin, |shutdown| async move {
-        let coordinator = settings.coordinator.clone();
         let ran = grokpipe_worker::run(settings, Arc::new(Tcp), Arc::new(executor), Box::new(loader), shutdown).await;
-        ran.map_err(|error| explain(error, &coordinator))
+        ran.map_err(explain)
     })
 }
 
-fn secret_from_stdin() -> Result<SecretText, CliError> {
-    let mut line = String::new();
-    let read = io::stdin().lock().take(SECRET_BYTES_MAX).read_line(&mut line);
-    read.map_err(|error| CliError::usage("the secret cannot be read").at("standard input").because(error))?;
-    SecretText::new(&line, "standard input")
-}
-
-fn explain(error: WorkerError, coordinator: &str) -> CliError {
+fn explain(error: WorkerError) -> CliError {
     match error {
         WorkerError::Listen { address, source } => CliError::failed(format!("{address} cannot be opened"))
             .because(source)
@@ -170,9 +154,6 @@ fn explain(error: WorkerError, coordinator: &str) -> CliError {
             .at(format!("{found}, {why}"))
             .because("expected an address that other machines can dial")
             .advise("give --advertise HOST:0, or another --listen"),
-        WorkerError::NameTaken { name } => CliError::usage(format!("another live worker has the name {name}"))
-            .at(coordinator.to_owned())
-            .advise("give this one another name with --name"),
         WorkerError::Refused { coordinator, said } => {
             CliError::failed("the coordinator refused this worker").at(coordinator).because(said)
         }
@@ -310,16 +291,18 @@ impl StageLoader for DeviceLoader {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
     use crate::error::Code;
 
     #[test]
     fn refusals_say_what_to_do() {
-        let taken = explain(WorkerError::NameTaken { name: "w1".into() }, "node:7070");
-        assert_eq!(taken.code(), Code::Usage);
-        assert!(taken.to_string().contains("--name"), "{taken}");
+        let nowhere = explain(WorkerError::Advertise { found: "0.0.0.0:7101".into() });
+        assert_eq!(nowhere.code(), Code::Usage);
+        assert!(nowhere.to_string().contains("--advertise"), "{nowhere}");
         let source = io::Error::from(io::ErrorKind::AddrInUse);
-        let listen = explain(WorkerError::Listen { address: "127.0.0.1:7101".into(), source }, "node:7070");
+        let listen = explain(WorkerError::Listen { address: "127.0.0.1:7101".into(), source });
         assert!(listen.to_string().contains("127.0.0.1:7101") && listen.to_string().contains("--listen"), "{listen}");
     }
 

@@ -8,7 +8,8 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use grokpipe_model::tokenizer::Tokenizer;
 use grokpipe_proto::{
-    DESCRIPTORS,
+    DESCRIPTORS, bounds,
+    link_token::LinkKey,
     secret::Secret,
     transport::{self, ConnectionLimits, Keepalive, Net},
     v1::{
@@ -62,6 +63,8 @@ pub struct Settings {
     pub http_connections: ConnectionLimits,
     /// The cluster's secret.
     pub secret: Secret,
+    /// What the tokens of links are derived from: random bytes of this process.
+    pub link_key: LinkKey,
     /// Larger than that of every earlier coordinator of this cluster: milliseconds since 1970 will do.
     pub generation: u64,
     /// Workers to wait for before the first plan.
@@ -179,7 +182,12 @@ impl Coordinator {
             shutdown: ending.clone(),
             connections: Arc::default(),
         };
-        let results = api::results::Results { engine: handle.clone(), shutdown: ending.clone() };
+        let membership = MembershipServiceServer::new(membership).max_decoding_message_size(bounds::MEMBERSHIP_MESSAGE);
+        let results = api::results::Results {
+            engine: handle.clone(),
+            link_key: settings.link_key.clone(),
+            shutdown: ending.clone(),
+        };
         let (context, limits) = (config.max_position_embeddings, settings.limits);
         let text = tokenizer.map(|tokenizer| Arc::new(TextDesk::new(tokenizer, context, limits.max_prompt_bytes)));
         let pool_tokens = usize::try_from(settings.kv_tokens).unwrap_or(usize::MAX);
@@ -190,7 +198,7 @@ impl Coordinator {
             .add_service(health)
             .add_service(reflection_v1)
             .add_service(reflection_v1alpha)
-            .add_service(InterceptedService::new(MembershipServiceServer::new(membership), settings.secret.require()))
+            .add_service(InterceptedService::new(membership, settings.secret.require()))
             .add_service(InterceptedService::new(ResultServiceServer::new(results), settings.secret.require()))
             .add_service(Timed(inference))
             .add_service(Timed(ClusterServiceServer::new(api::cluster::Cluster { engine: handle.clone() })))
@@ -247,6 +255,7 @@ fn engine(
             },
             kv_block_tokens: KV_BLOCK_TOKENS,
             max_frames_in_flight: MAX_FRAMES_IN_FLIGHT as u32,
+            link_key: settings.link_key.clone(),
         },
         facts.clone(),
     );

@@ -4,9 +4,11 @@
 //! Coordinator and worker meet only here. Nothing here decides what to compute or where.
 
 pub mod address;
+pub mod bounds;
 mod dial;
 pub mod hidden_states;
 pub mod link;
+pub mod link_token;
 pub mod secret;
 pub mod snapshot;
 pub mod status;

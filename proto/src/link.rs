@@ -23,6 +23,7 @@ use tracing::{debug, warn};
 
 use crate::{
     LOST_AFTER,
+    link_token::LinkToken,
     secret::Secret,
     transport::{self, ConnectError, Keepalive, Net},
     v1::{
@@ -43,6 +44,8 @@ pub struct LinkSettings {
     pub worker: String,
     /// The cluster's secret.
     pub secret: Secret,
+    /// What the next stage knows this link by.
+    pub token: LinkToken,
     /// Largest frame, see [`crate::max_frame_bytes`].
     pub max_frame_bytes: usize,
     /// Most unanswered frames.
@@ -129,7 +132,8 @@ impl Link {
         let mut client = PipelineServiceClient::with_interceptor(channel, settings.secret.attach())
             .max_encoding_message_size(settings.max_frame_bytes);
         let (wire_tx, wire_rx) = mpsc::channel(settings.max_in_flight);
-        let answers = match timeout(LOST_AFTER, client.run(ReceiverStream::new(wire_rx))).await {
+        let frames = settings.token.present(ReceiverStream::new(wire_rx));
+        let answers = match timeout(LOST_AFTER, client.run(frames)).await {
             Ok(Ok(answers)) => answers.into_inner(),
             Ok(Err(status)) => return Err(LinkError::Refused { worker, address, status: Box::new(status) }),
             Err(_late) => return Err(LinkError::Silent { worker, address }),

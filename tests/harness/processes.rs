@@ -44,7 +44,20 @@ pub fn binary() -> &'static Path {
 /// `grokpipe` with these arguments, environment of settings cleared.
 pub fn grokpipe<I: IntoIterator<Item = S>, S: AsRef<std::ffi::OsStr>>(arguments: I) -> Command {
     let mut command = Command::new(binary());
-    command.args(arguments).current_dir(root()).env("NO_COLOR", "1");
+    command.args(arguments);
+    with_clear_settings(command)
+}
+
+/// As [`grokpipe`], with so many file descriptors if a number is given.
+fn limited<I: IntoIterator<Item = S>, S: AsRef<std::ffi::OsStr>>(descriptors: Option<u64>, arguments: I) -> Command {
+    let Some(descriptors) = descriptors else { return grokpipe(arguments) };
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!(r#"ulimit -n {descriptors} && exec "$@""#), "sh"]).arg(binary()).args(arguments);
+    with_clear_settings(command)
+}
+
+fn with_clear_settings(mut command: Command) -> Command {
+    command.current_dir(root()).env("NO_COLOR", "1");
     for (key, _) in std::env::vars_os() {
         if key.to_string_lossy().starts_with("GROKPIPE__") {
             command.env_remove(key);
@@ -70,6 +83,8 @@ pub struct ClusterOptions {
     pub prefill_chunk_tokens: usize,
     /// Tokens in the KV pool.
     pub kv_tokens: usize,
+    /// File descriptors that each process may have, if not as many as this one.
+    pub descriptors: Option<u64>,
     /// Filter of the workers' logs.
     pub log: String,
 }
@@ -85,6 +100,7 @@ impl ClusterOptions {
             threads: 1,
             prefill_chunk_tokens: 64,
             kv_tokens: 4096,
+            descriptors: None,
             log: "info".into(),
         }
     }
@@ -119,7 +135,7 @@ impl Cluster {
         let config = folder.path().join("cluster.toml");
         std::fs::write(&config, config_text(&options)).expect("a file in a temporary folder");
         let log = File::create(folder.path().join("coordinator.log")).expect("a log");
-        let mut coordinator = grokpipe(["coordinator", "--config"])
+        let mut coordinator = limited(options.descriptors, ["coordinator", "--config"])
             .arg(&config)
             .args(["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"])
             .env("GROKPIPE_LOG", &options.log)
@@ -154,17 +170,19 @@ impl Cluster {
             .append(true)
             .open(self.folder.path().join(format!("{name}.log")))
             .expect("a log");
-        let child =
-            grokpipe(["worker", "--coordinator", &self.grpc, "--name", &name, "--device", &self.options.device])
-                .arg("--model")
-                .arg(model)
-                .args(["--threads", &self.options.threads.to_string(), "--precision", &self.options.precision])
-                .env("GROKPIPE_LOG", &self.options.log)
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(log)
-                .spawn()
-                .expect("a worker starts");
+        let child = limited(
+            self.options.descriptors,
+            ["worker", "--coordinator", &self.grpc, "--name", &name, "--device", &self.options.device],
+        )
+        .arg("--model")
+        .arg(model)
+        .args(["--threads", &self.options.threads.to_string(), "--precision", &self.options.precision])
+        .env("GROKPIPE_LOG", &self.options.log)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .expect("a worker starts");
         if index == self.workers.len() {
             self.workers.push(None);
         }

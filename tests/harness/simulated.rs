@@ -14,6 +14,7 @@ use grokpipe_kernels::{
 };
 use grokpipe_model::{ModelConfig, WeightSource};
 use grokpipe_proto::{
+    link_token::LinkKey,
     secret::Secret,
     transport::{BoxFuture, BoxIo, ConnectionLimits, Listening, Net},
     v1::{
@@ -146,6 +147,11 @@ pub fn address(host: &str, port: u16) -> String {
 pub const GRPC_PORT: u16 = 7070;
 const DATA_PORT: u16 = 7100;
 
+/// What the tokens of links are derived from in a test.
+pub fn link_key() -> LinkKey {
+    LinkKey::new([7; 32])
+}
+
 /// Settings of a coordinator that expects the workers w1, w2, …
 pub fn coordinator_settings(grpc: String, secret: Secret, workers: usize) -> CoordinatorSettings {
     CoordinatorSettings {
@@ -156,6 +162,7 @@ pub fn coordinator_settings(grpc: String, secret: Secret, workers: usize) -> Coo
         grpc_connections: ConnectionLimits::default(),
         http_connections: ConnectionLimits::default(),
         secret,
+        link_key: link_key(),
         generation: 1,
         expected: (1..=workers).map(|index| ExpectedWorker { name: format!("w{index}"), layers: None }).collect(),
         replan_after: Duration::from_secs(30),

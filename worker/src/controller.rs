@@ -9,8 +9,9 @@ use std::{ops::Range, sync::Arc, time::Duration};
 use grokpipe_kernels::KernelError;
 use grokpipe_model::{ModelConfig, ModelError, contents::PartSum};
 use grokpipe_proto::{
-    LOST_AFTER,
+    LOST_AFTER, bounds,
     link::{Link, LinkEvent, LinkSettings},
+    link_token::LinkToken,
     max_frame_bytes,
     secret::Secret,
     transport::{self, Keepalive, Net},
@@ -170,6 +171,7 @@ impl Controller {
             if !stop.is_cancelled() {
                 warn!(reason = failure.message, "stage failed");
                 let Failure { message, retryable, lost_peer, out_of_memory } = failure;
+                let message = bounds::cut(message, bounds::REASON);
                 let failed =
                     StageFailed { plan_epoch, coordinator_generation, message, retryable, lost_peer, out_of_memory };
                 self.report(Message::StageFailed(failed)).await;
@@ -184,6 +186,7 @@ impl Controller {
         stop: CancellationToken,
     ) -> Result<(), Failure> {
         let request = self.check(&assignment)?;
+        let next_token = self.expect(&assignment)?;
         let mut held = held.lock().await;
         self.hold(&assignment, &request, &mut held).await?;
         let Some(held) = &*held else { return Err(Failure::passing("expected loaded layers, found none")) };
@@ -191,7 +194,7 @@ impl Controller {
             return Ok(());
         }
         let (events, lost) = mpsc::channel(64);
-        let Some(outlet) = self.open_outlet(&assignment, events, &stop).await? else { return Ok(()) };
+        let Some(outlet) = self.open_outlet(&assignment, &next_token, events, &stop).await? else { return Ok(()) };
         self.stats.start_epoch(held.weights_bytes, held.kv_bytes);
         let (queue, jobs) = mpsc::channel(assignment.max_frames_in_flight as usize);
         let runner = Runner {
@@ -259,6 +262,16 @@ impl Controller {
             kv_blocks: assignment.kv_blocks,
             max_batch_tokens: assignment.max_batch_tokens as usize,
         })
+    }
+
+    /// Takes links of this assignment from now on; what its own link is to present.
+    fn expect(&self, assignment: &Assignment) -> Result<LinkToken, Failure> {
+        let token = |bytes: &[u8]| {
+            let found = format!("expected link tokens of 32 bytes, found {}", bytes.len());
+            LinkToken::from_wire(bytes).ok_or_else(|| Failure::fatal(found))
+        };
+        self.active.expect(assignment.plan_epoch, token(&assignment.link_token)?);
+        token(&assignment.next_token)
     }
 
     fn limits(&self, assignment: &Assignment, request: &LoadRequest) -> StageLimits {
@@ -361,6 +374,7 @@ impl Controller {
     async fn open_outlet(
         &self,
         assignment: &Assignment,
+        token: &LinkToken,
         events: mpsc::Sender<LinkEvent>,
         stop: &CancellationToken,
     ) -> Result<Option<Outlet>, Failure> {
@@ -369,7 +383,7 @@ impl Controller {
         loop {
             let opened = tokio::select! {
                 () = stop.cancelled() => return Ok(None),
-                opened = self.try_open_outlet(assignment, events.clone(), stop) => opened,
+                opened = self.try_open_outlet(assignment, token, events.clone(), stop) => opened,
             };
             match opened {
                 Ok(outlet) => return Ok(Some(outlet)),
@@ -397,6 +411,7 @@ impl Controller {
     async fn try_open_outlet(
         &self,
         assignment: &Assignment,
+        token: &LinkToken,
         events: mpsc::Sender<LinkEvent>,
         stop: &CancellationToken,
     ) -> Result<Outlet, String> {
@@ -405,6 +420,7 @@ impl Controller {
                 address: assignment.next_address.clone(),
                 worker: assignment.next_worker.clone(),
                 secret: self.secret.clone(),
+                token: token.clone(),
                 max_frame_bytes: max_frame_bytes(assignment.max_batch_tokens as usize, self.config.hidden_size),
                 max_in_flight: assignment.max_frames_in_flight as usize,
             };
@@ -417,7 +433,7 @@ impl Controller {
         let mut client = ResultServiceClient::with_interceptor(channel, self.secret.attach());
         let (results, outgoing) = mpsc::channel::<MicroBatchResult>(assignment.max_frames_in_flight as usize);
         let outgoing = ReceiverStream::new(outgoing).map(|result| DeliverRequest { result: Some(result) });
-        let answers = timeout(LOST_AFTER, client.deliver(outgoing)).await;
+        let answers = timeout(LOST_AFTER, client.deliver(token.present(outgoing))).await;
         let mut answers = answers
             .map_err(|_late| format!("cannot reach the coordinator: no answer within {} s", LOST_AFTER.as_secs()))?
             .map_err(|status| {
@@ -445,6 +461,7 @@ impl Controller {
         loop {
             match events.recv().await {
                 Some(LinkEvent::FrameFailed { micro_batch_id, worker, message }) => {
+                    let message = bounds::cut(message, bounds::REASON);
                     let failed = FrameFailed { plan_epoch, coordinator_generation, micro_batch_id, worker, message };
                     self.report(Message::FrameFailed(failed)).await;
                 }

@@ -78,12 +78,6 @@ pub enum WorkerError {
         /// What is wrong with it.
         why: &'static str,
     },
-    /// Two workers with one name.
-    #[error("another live worker has the name {name}: give this one another name")]
-    NameTaken {
-        /// The name.
-        name: String,
-    },
     /// The coordinator does not want this worker.
     #[error("coordinator {coordinator} refused this worker: {said}")]
     Refused {

@@ -4,7 +4,7 @@
 use std::{ops::Range, sync::Arc, time::Duration};
 
 use grokpipe_proto::{
-    LOST_AFTER, PROTOCOL_VERSIONS,
+    LOST_AFTER, PROTOCOL_VERSIONS, bounds,
     transport::{self, Keepalive, Net},
     v1::{
         FormatRate, Hello, JoinRequest, JoinResponse, StepOverhead, Welcome, join_request::Message, join_response,
@@ -13,7 +13,7 @@ use grokpipe_proto::{
 };
 use tokio::{
     sync::{mpsc, watch},
-    time::{Instant, MissedTickBehavior, timeout},
+    time::{MissedTickBehavior, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -31,8 +31,6 @@ use crate::{
 const WELCOME_WITHIN: Duration = Duration::from_secs(5);
 const REDIAL_FIRST: Duration = Duration::from_millis(100);
 const REDIAL_LONGEST: Duration = Duration::from_secs(2);
-/// A worker of the same name may be a process of ours that died a moment ago and is not yet known to be lost.
-const NAME_TAKEN_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What [`Membership`] works with.
 pub struct Membership {
@@ -59,6 +57,7 @@ pub struct Membership {
 enum Ended {
     Shutdown,
     Lost(String),
+    NameTaken,
     Fatal(WorkerError),
 }
 
@@ -69,7 +68,6 @@ impl Membership {
     /// [`WorkerError`] when the coordinator refuses this worker for good.
     pub async fn run(mut self, shutdown: CancellationToken) -> Result<(), WorkerError> {
         let mut wait = REDIAL_FIRST;
-        let mut name_taken_since: Option<Instant> = None;
         let mut told = false;
         loop {
             let ended = tokio::select! {
@@ -80,17 +78,19 @@ impl Membership {
             self.orders.send_replace(Order::Idle);
             match ended {
                 Ended::Shutdown => return Ok(()),
-                Ended::Fatal(WorkerError::NameTaken { name })
-                    if name_taken_since.get_or_insert_with(Instant::now).elapsed() < NAME_TAKEN_PATIENCE =>
-                {
+                // It may be a process of ours that died a moment ago, or a stranger that will leave: this one tries on.
+                Ended::NameTaken => {
                     if !told {
-                        warn!(name, "another worker has this name, waiting in case it is a process that has just died");
+                        let name = &self.settings.name;
+                        warn!(
+                            name,
+                            "another live worker has this name: end it, or give this one another name with --name"
+                        );
                         told = true;
                     }
                 }
                 Ended::Fatal(error) => return Err(error),
                 Ended::Lost(reason) => {
-                    name_taken_since = None;
                     if !told {
                         warn!(coordinator = self.settings.coordinator, reason, "no coordinator, dialling again");
                         told = true;
@@ -148,7 +148,7 @@ impl Membership {
     fn refused(&self, status: &Status) -> Ended {
         let said = status.message().to_owned();
         match status.code() {
-            Code::AlreadyExists => Ended::Fatal(WorkerError::NameTaken { name: self.settings.name.clone() }),
+            Code::AlreadyExists => Ended::NameTaken,
             Code::Unauthenticated | Code::InvalidArgument | Code::FailedPrecondition => {
                 Ended::Fatal(WorkerError::Refused { coordinator: self.settings.coordinator.clone(), said })
             }
@@ -211,14 +211,15 @@ impl Membership {
     }
 
     fn hello(&self, data_address: &str) -> Hello {
+        let notes = self.device.notes.iter().take(bounds::NOTES).map(|note| bounds::cut(note.clone(), bounds::NOTE));
         let held = self.held_layers.borrow().clone().unwrap_or(0..0);
         Hello {
             name: self.settings.name.clone(),
             generation: self.settings.generation,
             version_min: *PROTOCOL_VERSIONS.start(),
             version_max: *PROTOCOL_VERSIONS.end(),
-            device: self.device.name.clone(),
-            fingerprint: self.device.fingerprint.clone(),
+            device: bounds::cut(self.device.name.clone(), bounds::DEVICE),
+            fingerprint: bounds::cut(self.device.fingerprint.clone(), bounds::FINGERPRINT),
             memory_bytes: self.device.memory_bytes,
             read_bandwidth: self.device.read_bandwidth,
             flop_rate: self.device.flop_rate,
@@ -228,7 +229,7 @@ impl Membership {
             model_digest: self.model_digest.clone(),
             held_layer_start: held.start,
             held_layer_end: held.end,
-            notes: self.device.notes.clone(),
+            notes: notes.collect(),
             format_rates: self.device.format_rates.iter().map(format_rate).collect(),
             step_overhead: Some(StepOverhead {
                 step_seconds: self.device.overhead.step_seconds,

@@ -1,45 +1,84 @@
 //! The worker's port: frames come in from the previous stage, answers go back.
 //!
-//! Knows nothing of epochs beyond whether a stage is at work; the runner checks every frame.
+//! Only the previous stage may send, by the token that came with the assignment. Knows nothing of epochs beyond that and whether a
+//! stage is at work; the runner checks every frame.
 
 use std::{
     pin::Pin,
     sync::{Arc, PoisonError, RwLock},
+    time::Duration,
 };
 
 use futures_util::Stream;
-use grokpipe_proto::v1::{
-    Frame, FrameRefusal, RefusalReason, RunRequest, RunResponse, pipeline_service_server::PipelineService,
-    run_response::Answer,
+use grokpipe_proto::{
+    link_token::{self, LinkToken},
+    v1::{
+        Frame, FrameRefusal, RefusalReason, RunRequest, RunResponse, pipeline_service_server::PipelineService,
+        run_response::Answer,
+    },
 };
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
 use tracing::debug;
 
 use crate::runner::Job;
 
+/// A link whose token is not known by then is a stranger's.
+const ASSIGNED_WITHIN: Duration = Duration::from_secs(1);
+/// Pause between two looks at the newest assignment.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
 /// An epoch, and where its frames go.
 type EpochQueue = (u64, mpsc::Sender<Job>);
 
-/// The stage at work, if there is one.
+/// The stage at work, if there is one, and who may send it frames.
 #[derive(Clone, Debug, Default)]
-pub struct ActiveStage(Arc<RwLock<Option<EpochQueue>>>);
+pub struct ActiveStage(Arc<RwLock<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// The epoch of the newest assignment, and what its previous stage presents.
+    expected: Option<(u64, LinkToken)>,
+    queue: Option<EpochQueue>,
+}
 
 impl ActiveStage {
-    /// Frames of `epoch` go here from now on.
-    pub fn set(&self, epoch: u64, queue: mpsc::Sender<Job>) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some((epoch, queue));
+    /// Links of `epoch` are those that present this token.
+    pub fn expect(&self, epoch: u64, token: LinkToken) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).expected = Some((epoch, token));
     }
 
-    /// No frame is taken from now on.
+    /// Frames of `epoch` go here from now on.
+    pub fn set(&self, epoch: u64, queue: mpsc::Sender<Job>) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).queue = Some((epoch, queue));
+    }
+
+    /// No link and no frame is taken from now on.
     pub fn clear(&self) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = State::default();
     }
 
     fn queue(&self) -> Option<EpochQueue> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.read().unwrap_or_else(PoisonError::into_inner).queue.clone()
+    }
+
+    /// As [`ActiveStage::epoch_of`]; the assignment may come a moment after the previous stage's, which dials at once.
+    async fn link_epoch(&self, metadata: &MetadataMap) -> Option<u64> {
+        for _ in 0..ASSIGNED_WITHIN.as_millis() / LOOK_AGAIN.as_millis() {
+            match self.epoch_of(metadata) {
+                None => tokio::time::sleep(LOOK_AGAIN).await,
+                found => return found,
+            }
+        }
+        self.epoch_of(metadata)
+    }
+
+    /// The epoch of a link that presents the right token.
+    fn epoch_of(&self, metadata: &MetadataMap) -> Option<u64> {
+        let state = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        state.expected.as_ref().filter(|(_, token)| token.is_presented(metadata)).map(|(epoch, _)| *epoch)
     }
 }
 
@@ -67,8 +106,17 @@ impl Pipeline {
         RunResponse { answer: Some(Answer::Refusal(refusal)) }
     }
 
-    /// Queues a frame, or says why not.
-    fn take(&self, frame: Frame, answers: &mpsc::Sender<Result<RunResponse, Status>>) -> Option<RunResponse> {
+    /// Queues a frame of a link of epoch `link_epoch`, or says why not.
+    fn take(
+        &self,
+        link_epoch: u64,
+        frame: Frame,
+        answers: &mpsc::Sender<Result<RunResponse, Status>>,
+    ) -> Option<RunResponse> {
+        if frame.plan_epoch != link_epoch {
+            let message = format!("expected a frame of plan epoch {link_epoch}, found {}", frame.plan_epoch);
+            return Some(self.refusal(&frame, RefusalReason::StaleEpoch, message));
+        }
         let Some((epoch, queue)) = self.active.queue() else {
             let message = format!("expected no frame before a stage is ready, found one of epoch {}", frame.plan_epoch);
             return Some(self.refusal(&frame, RefusalReason::StaleEpoch, message));
@@ -96,6 +144,7 @@ impl PipelineService for Pipeline {
     type RunStream = Pin<Box<dyn Stream<Item = Result<RunResponse, Status>> + Send>>;
 
     async fn run(&self, request: Request<Streaming<RunRequest>>) -> Result<Response<Self::RunStream>, Status> {
+        let link_epoch = self.active.link_epoch(request.metadata()).await.ok_or_else(link_token::refused)?;
         let mut frames = request.into_inner();
         let (answers, outgoing) = mpsc::channel(self.max_answers);
         let pipeline = self.clone();
@@ -124,7 +173,7 @@ impl PipelineService for Pipeline {
                         return;
                     }
                 };
-                if let Some(refusal) = pipeline.take(frame, &answers)
+                if let Some(refusal) = pipeline.take(link_epoch, frame, &answers)
                     && answers.send(Ok(refusal)).await.is_err()
                 {
                     return;

@@ -77,10 +77,18 @@ impl Common<'_> {
             None => args.push("--no-config".into()),
         }
         args.extend(["--model".into(), model.into()]);
+        if self.config.secret.is_set() {
+            args.push("--secret-stdin".into());
+        }
         if self.insecure {
             args.push("--insecure".into());
         }
         args
+    }
+
+    /// The secret goes through a pipe: nobody else can read it there, as they can a command line.
+    fn first_line(&self) -> Option<String> {
+        self.config.secret.text().map(str::to_owned)
     }
 
     /// The coordinator, listening at these addresses.
@@ -95,7 +103,7 @@ impl Common<'_> {
         Launch {
             program: self.program.into(),
             args,
-            first_line: None,
+            first_line: self.first_line(),
             relayed: self.pretty,
             environment: environment(self.pretty, self.filter),
         }
@@ -118,7 +126,7 @@ impl Common<'_> {
         Launch {
             program: self.program.into(),
             args,
-            first_line: None,
+            first_line: self.first_line(),
             relayed: self.pretty,
             environment: environment(self.pretty, self.filter),
         }
@@ -144,7 +152,7 @@ impl Common<'_> {
         if let Some(threads) = worker.threads {
             args.extend(["--threads".into(), threads.to_string().into()]);
         }
-        let first_line = self.config.secret.text().map(str::to_owned);
+        let first_line = self.first_line();
         if first_line.is_some() {
             args.push("--secret-stdin".into());
         }
@@ -280,6 +288,25 @@ mod tests {
         let line = remote.args.last().unwrap().as_bytes();
         let told = b"--model '/gr\xf6k'\\''s/m'";
         assert!(line.windows(told.len()).any(|words| words == told), "{}", String::from_utf8_lossy(line));
+    }
+
+    #[test]
+    fn processes_here_get_the_secret_through_the_pipe() {
+        let mut config = Layers { no_file: true, ..Layers::default() }.load().unwrap();
+        config.secret = SecretText::random().unwrap();
+        let secret = config.secret.text().unwrap().to_owned();
+        let program = Path::new("grokpipe");
+        let common = Common { config: &config, program, insecure: false, pretty: false, filter: "info" };
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let reach = Reach { coordinator: "127.0.0.1:7070".into(), listen, advertise: None };
+        let worker = WorkerSection::named("w1");
+        let coordinator = common.coordinator("127.0.0.1:0", "127.0.0.1:0", std::slice::from_ref(&worker));
+        for launch in [coordinator, common.local_worker(&worker, &reach, 1, None)] {
+            assert_eq!(launch.first_line.as_deref(), Some(secret.as_str()));
+            let words = words(&launch);
+            assert!(words.contains(&"--secret-stdin".to_owned()), "{words:?}");
+            assert!(!words.iter().any(|word| word.contains(&secret)));
+        }
     }
 
     #[test]

@@ -10,8 +10,12 @@ use std::{
 };
 
 use futures_util::Stream;
-use grokpipe_proto::v1::{
-    Hello, JoinRequest, JoinResponse, join_request, join_response, membership_service_server::MembershipService,
+use grokpipe_proto::{
+    bounds,
+    v1::{
+        FrameFailed, Heartbeat, Hello, JoinRequest, JoinResponse, StageBlocked, StageFailed, join_request,
+        join_response, membership_service_server::MembershipService,
+    },
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -83,6 +87,7 @@ fn refused(refusal: &JoinRefusal) -> Status {
     match refusal {
         JoinRefusal::Invalid { .. } => Status::invalid_argument(said),
         JoinRefusal::NameTaken(_) => Status::already_exists(said),
+        JoinRefusal::Full(_) => Status::resource_exhausted(said),
         JoinRefusal::Version { .. } => Status::failed_precondition(said),
     }
 }
@@ -115,7 +120,7 @@ impl Worker {
                 message = messages.message() => match message {
                     Ok(Some(JoinRequest { message: Some(message) })) => {
                         let (connection, name, generation) = (self.connection, self.name.clone(), self.generation);
-                        let message = Box::new(message);
+                        let message = Box::new(bounded(message));
                         self.engine.send(Event::FromWorker { connection, name, generation, message }).await;
                     }
                     Ok(Some(JoinRequest { message: None })) => {}
@@ -129,6 +134,37 @@ impl Worker {
     }
 }
 
+/// What a worker says, with texts and figures that a snapshot can hold.
+fn bounded(message: join_request::Message) -> join_request::Message {
+    use join_request::Message;
+    let figure = |value: f64| if value.is_finite() { value.max(0.0) } else { 0.0 };
+    match message {
+        Message::Heartbeat(beat) => Message::Heartbeat(Heartbeat {
+            step_seconds_p50: figure(beat.step_seconds_p50),
+            tokens_per_second: figure(beat.tokens_per_second),
+            idle_ratio: figure(beat.idle_ratio).min(1.0),
+            step_age_seconds: figure(beat.step_age_seconds),
+            ..beat
+        }),
+        Message::StageFailed(failed) => Message::StageFailed(StageFailed {
+            message: bounds::cut(failed.message, bounds::REASON),
+            lost_peer: bounds::cut(failed.lost_peer, bounds::NAME),
+            ..failed
+        }),
+        Message::FrameFailed(failed) => Message::FrameFailed(FrameFailed {
+            message: bounds::cut(failed.message, bounds::REASON),
+            worker: bounds::cut(failed.worker, bounds::NAME),
+            ..failed
+        }),
+        Message::StageBlocked(blocked) => Message::StageBlocked(StageBlocked {
+            peer: bounds::cut(blocked.peer, bounds::NAME),
+            reason: bounds::cut(blocked.reason, bounds::REASON),
+            ..blocked
+        }),
+        other => other,
+    }
+}
+
 /// How a stream broke, for people: tonic's words for a dead peer speak of HTTP/2 frames.
 fn broken(status: &Status) -> String {
     let said = status.message();
@@ -136,5 +172,29 @@ fn broken(status: &Status) -> String {
         "its connection was reset".to_owned()
     } else {
         format!("its connection broke: {said}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_worker_says_later_is_bounded_as_its_hello_is() {
+        use join_request::Message;
+        let long = "é".repeat(3 << 20);
+        let failed = StageFailed { message: long.clone(), lost_peer: long.clone(), ..StageFailed::default() };
+        let Message::StageFailed(failed) = bounded(Message::StageFailed(failed)) else { panic!("another message") };
+        assert!(failed.message.len() <= bounds::REASON && failed.lost_peer.len() <= bounds::NAME);
+        let failed = FrameFailed { message: long, ..FrameFailed::default() };
+        let Message::FrameFailed(failed) = bounded(Message::FrameFailed(failed)) else { panic!("another message") };
+        assert!(failed.message.len() <= bounds::REASON);
+        let beat = Heartbeat {
+            step_seconds_p50: f64::NAN,
+            tokens_per_second: f64::INFINITY,
+            idle_ratio: -1.0,
+            ..Heartbeat::default()
+        };
+        assert_eq!(bounded(Message::Heartbeat(beat)), Message::Heartbeat(Heartbeat::default()));
     }
 }

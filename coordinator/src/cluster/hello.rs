@@ -1,6 +1,6 @@
 //! Whether a worker's hello makes sense.
 
-use grokpipe_proto::{address::Address, v1::Hello};
+use grokpipe_proto::{address::Address, bounds, v1::Hello};
 
 use super::JoinRefusal;
 
@@ -9,7 +9,7 @@ pub(super) fn check_hello(hello: &Hello) -> Result<(), JoinRefusal> {
     let invalid = |field, expected: &str, found: String| {
         Err(JoinRefusal::Invalid { field, expected: expected.to_owned(), found })
     };
-    let name_ok = (1..=64).contains(&hello.name.len())
+    let name_ok = (1..=bounds::NAME).contains(&hello.name.len())
         && hello.name.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'));
     if !name_ok {
         return invalid(
@@ -28,6 +28,7 @@ pub(super) fn check_hello(hello: &Hello) -> Result<(), JoinRefusal> {
         return invalid("flop_rate", "a positive number", hello.flop_rate.to_string());
     }
     check_rates(hello)?;
+    check_texts(hello)?;
     let address = hello.data_address.parse::<Address>();
     if !address.is_ok_and(|address| address.port() > 0) {
         return invalid(
@@ -44,6 +45,27 @@ pub(super) fn check_hello(hello: &Hello) -> Result<(), JoinRefusal> {
         );
     }
     Ok(())
+}
+
+/// Checks that texts which only people read are no longer than people read.
+fn check_texts(hello: &Hello) -> Result<(), JoinRefusal> {
+    let invalid = |field, most: usize, found: usize| {
+        Err(JoinRefusal::Invalid { field, expected: format!("at most {most}"), found: found.to_string() })
+    };
+    if hello.notes.len() > bounds::NOTES {
+        return invalid("notes", bounds::NOTES, hello.notes.len());
+    }
+    let texts = [
+        ("device", &hello.device, bounds::DEVICE),
+        ("fingerprint", &hello.fingerprint, bounds::FINGERPRINT),
+        ("build", &hello.build, bounds::BUILD),
+        ("model_digest", &hello.model_digest, bounds::DIGEST),
+    ];
+    let notes = hello.notes.iter().map(|note| ("notes", note, bounds::NOTE));
+    match texts.into_iter().chain(notes).find(|(_, text, most)| text.len() > *most) {
+        Some((field, text, most)) => invalid(field, most, text.len()),
+        None => Ok(()),
+    }
 }
 
 /// Most formats that a hello may have rates of; there are some twenty.

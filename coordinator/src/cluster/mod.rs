@@ -15,6 +15,7 @@ use std::{
 
 use grokpipe_proto::{
     HEARTBEAT_INTERVAL, LOST_AFTER, PROTOCOL_VERSIONS,
+    link_token::{LinkKey, LinkToken},
     status::RequestError,
     v1::{Heartbeat, Hello, LoadProgress, StageReady, StageTiming, Welcome, join_response::Message},
 };
@@ -27,6 +28,7 @@ use crate::{
 
 mod contents;
 mod failures;
+mod gone;
 mod hello;
 mod measured;
 mod planning;
@@ -62,6 +64,8 @@ pub struct ClusterSettings {
     pub kv_block_tokens: u32,
     /// Most unanswered frames on a link.
     pub max_frames_in_flight: u32,
+    /// What the tokens of links are derived from.
+    pub link_key: LinkKey,
 }
 
 /// What the outside is to do.
@@ -86,6 +90,8 @@ pub enum Command {
         address: String,
         /// First stage's worker.
         worker: String,
+        /// What the first stage knows the link by.
+        token: LinkToken,
         /// Number of stages.
         stages: usize,
     },
@@ -112,6 +118,9 @@ pub enum JoinRefusal {
     /// A live worker has the name.
     #[error("expected a free name, found a live worker named {0}")]
     NameTaken(String),
+    /// The cluster has as many workers as it takes.
+    #[error("expected fewer than {0} workers, found as many")]
+    Full(usize),
     /// Built too far apart.
     #[error("expected protocol version {ours}, found {theirs_min} to {theirs_max}")]
     Version {
@@ -257,6 +266,12 @@ impl Cluster {
         self.epoch
     }
 
+    /// Generation of the last stage's worker, whose results are taken.
+    pub fn last_generation(&self) -> Option<u64> {
+        let last = self.active.as_ref()?.stages.last()?;
+        self.nodes.get(&last.node).map(|node| node.hello.generation)
+    }
+
     /// Whether requests can run: a token has gone through every stage, and nothing broke since.
     pub fn is_serving(&self) -> bool {
         self.active.as_ref().is_some_and(|active| active.proven && active.broken_since.is_none())
@@ -278,7 +293,15 @@ impl Cluster {
         }
         let known = self.nodes.get(&hello.name);
         if known.is_some_and(|node| node.present) {
+            let text = format!("another worker asks for the name {}, which a live one has", hello.name);
+            // It asks again and again.
+            if self.events.back().is_none_or(|last| last.text != text) {
+                self.record(now, "name_taken", Some(&hello.name), text);
+            }
             return Err(JoinRefusal::NameTaken(hello.name));
+        }
+        if self.present_count() >= gone::PRESENT_MAX {
+            return Err(JoinRefusal::Full(gone::PRESENT_MAX));
         }
         let node = Node {
             present: true,
@@ -389,7 +412,8 @@ impl Cluster {
             let first = active.stages[0].node.clone();
             let stages = active.stages.len();
             let address = self.nodes.get(&first).map(|node| node.hello.data_address.clone()).unwrap_or_default();
-            self.commands.push(Command::OpenPipeline { epoch, address, worker: first, stages });
+            let token = self.settings.link_key.frames(epoch, 0);
+            self.commands.push(Command::OpenPipeline { epoch, address, worker: first, token, stages });
         }
     }
 
@@ -457,6 +481,7 @@ impl Cluster {
             self.leave(now, &name, generation, &reason);
         }
         self.watch_stages(now);
+        self.forget_gone(now);
         self.advance(now);
     }
 

@@ -166,7 +166,7 @@ impl Cluster {
         let mut previous_generation = self.settings.generation;
         for (index, stage) in stages.iter().enumerate() {
             let next = stages.get(index + 1).and_then(|next| self.nodes.get(&next.node));
-            let assignment = self.assignment(stage, next, previous_generation);
+            let assignment = self.assignment(index, stage, next, previous_generation);
             let before =
                 self.active.as_ref().and_then(|active| active.stages.iter().find(|old| old.node == stage.node));
             let kept = before.is_some_and(|before| before.layers == stage.layers);
@@ -205,8 +205,19 @@ impl Cluster {
         });
     }
 
-    fn assignment(&self, stage: &StageState, next: Option<&Node>, previous_generation: u64) -> Assignment {
+    fn assignment(
+        &self,
+        index: usize,
+        stage: &StageState,
+        next: Option<&Node>,
+        previous_generation: u64,
+    ) -> Assignment {
         let settings = &self.settings;
+        let key = &settings.link_key;
+        let next_token = match next {
+            Some(_) => key.frames(self.epoch, index + 1),
+            None => key.results(self.epoch),
+        };
         Assignment {
             plan_epoch: self.epoch,
             layer_start: stage.layers.start,
@@ -222,6 +233,8 @@ impl Cluster {
             max_frames_in_flight: settings.max_frames_in_flight,
             activation_dtype: ActivationDtype::F32 as i32,
             coordinator_generation: settings.generation,
+            link_token: key.frames(self.epoch, index).to_wire(),
+            next_token: next_token.to_wire(),
         }
     }
 }

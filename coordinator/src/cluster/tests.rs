@@ -1,7 +1,10 @@
 //! The cluster's life, step by step, without clocks and sockets.
 
 use grokpipe_model::{ModelConfig, contents::Sum};
-use grokpipe_proto::snapshot::{NodeState, SnapshotRequests, VerdictPhase};
+use grokpipe_proto::{
+    bounds,
+    snapshot::{NodeState, SnapshotRequests, VerdictPhase},
+};
 
 use grokpipe_proto::v1::{Assignment, ContentSum, FormatRate, StageBlocked, StageFailed, StageReady, StepOverhead};
 
@@ -35,6 +38,7 @@ fn cluster(expected: &[&str]) -> Cluster {
         wishes: PlanWishes { kv_tokens: 1024, max_batch_tokens: 64, batch_tokens: 1, objective: Objective::Throughput },
         kv_block_tokens: 16,
         max_frames_in_flight: 8,
+        link_key: LinkKey::new([7; 32]),
     };
     Cluster::new(settings, facts())
 }
@@ -665,4 +669,77 @@ fn pauses_grow_until_a_request_has_come_through() {
     let epoch = cluster.epoch();
     cluster.step_done(epoch, 1, 0.01, &[StageTiming::default(), StageTiming::default()]);
     assert_eq!(pause_after_failure(&mut cluster, 15.0), first);
+}
+
+#[test]
+fn every_stage_is_told_the_token_of_its_own_link_and_of_the_next() {
+    let mut cluster = cluster(&["w1", "w2"]);
+    join(&mut cluster, at(0.0), "w1", 1);
+    join(&mut cluster, at(0.0), "w2", 2);
+    let told = assignments(&mut cluster);
+    let key = LinkKey::new([7; 32]);
+    let links = told.iter().map(|(_, assignment)| (assignment.link_token.clone(), assignment.next_token.clone()));
+    let last = told.len();
+    let expected = (0..last).map(|stage| {
+        let next = if stage + 1 == last { key.results(1) } else { key.frames(1, stage + 1) };
+        (key.frames(1, stage).to_wire(), next.to_wire())
+    });
+    assert!(links.eq(expected));
+}
+
+#[test]
+fn what_a_worker_says_of_itself_is_bounded() {
+    let long = |bytes: usize| "x".repeat(bytes);
+    let cases: [(&str, Hello, bool); 9] = [
+        ("device", Hello { device: long(bounds::DEVICE), ..hello("a", 1) }, true),
+        ("device", Hello { device: long(bounds::DEVICE + 1), ..hello("a", 1) }, false),
+        ("fingerprint", Hello { fingerprint: long(bounds::FINGERPRINT + 1), ..hello("a", 1) }, false),
+        ("build", Hello { build: long(bounds::BUILD + 1), ..hello("a", 1) }, false),
+        ("model_digest", Hello { model_digest: long(bounds::DIGEST + 1), ..hello("a", 1) }, false),
+        ("notes", Hello { notes: vec![long(bounds::NOTE); bounds::NOTES], ..hello("a", 1) }, true),
+        ("notes", Hello { notes: vec![String::new(); bounds::NOTES + 1], ..hello("a", 1) }, false),
+        ("notes", Hello { notes: vec![long(bounds::NOTE + 1)], ..hello("a", 1) }, false),
+        ("device", Hello { device: long(3 << 20), ..hello("a", 1) }, false),
+    ];
+    for (name, hello, taken) in cases {
+        match (cluster(&[]).join(at(0.0), hello), taken) {
+            (Ok(_), true) => {}
+            (Err(JoinRefusal::Invalid { field, .. }), false) => assert_eq!(field, name),
+            (other, _) => panic!("{name}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn workers_that_are_gone_are_forgotten_and_expected_ones_are_not() {
+    let mut cluster = cluster(&["w1", "w2"]);
+    join(&mut cluster, at(0.0), "w1", 1);
+    join(&mut cluster, at(0.0), "w2", 2);
+    for number in 0..2000 {
+        let (name, now) = (format!("n{number}"), at(f64::from(number) * 1e-3));
+        join(&mut cluster, now, &name, 9);
+        cluster.leave(now, &name, 9, "it left");
+    }
+    cluster.leave(at(2.0), "w2", 2, "it left");
+    let beat = |cluster: &mut Cluster, now| cluster.heartbeat(now, "w1", 1, Heartbeat::default());
+    beat(&mut cluster, at(2.0));
+    cluster.tick(at(2.1));
+    let names = |cluster: &Cluster| cluster.nodes.keys().cloned().collect::<Vec<_>>();
+    let kept = names(&cluster);
+    assert!(kept.len() <= 18 && kept.contains(&"n1999".to_owned()) && kept.contains(&"w2".to_owned()), "{kept:?}");
+    let snapshot = cluster.snapshot(at(2.1), SnapshotRequests::default());
+    let bytes = serde_json::to_vec(&snapshot).unwrap().len();
+    assert!(bytes < 64 << 10, "a snapshot of {bytes} bytes");
+    beat(&mut cluster, at(700.0));
+    cluster.tick(at(700.1));
+    assert_eq!(names(&cluster), ["w1", "w2"]);
+}
+
+#[test]
+fn there_are_so_many_workers_and_no_more() {
+    let mut cluster = cluster(&[]);
+    for number in 0..256 {
+        join(&mut cluster, at(0.0), &format!("n{number}"), 1);
+    }
+    assert_eq!(cluster.join(at(0.0), hello("one-more", 1)).unwrap_err(), JoinRefusal::Full(256));
 }

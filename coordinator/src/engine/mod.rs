@@ -13,6 +13,7 @@ use std::{
 use grokpipe_model::tokenizer::Tokenizer;
 use grokpipe_proto::{
     link::{Link, LinkEvent, LinkSettings},
+    link_token::LinkToken,
     max_frame_bytes,
     secret::Secret,
     snapshot::{ClusterSnapshot, SnapshotRequests},
@@ -406,8 +407,8 @@ impl Engine {
             match command {
                 Command::Send { node, generation, message } => self.tell(&node, generation, message),
                 Command::Interrupt(error) => self.interrupt(&error),
-                Command::OpenPipeline { epoch, address, worker, stages } => {
-                    self.open_pipeline(epoch, address, worker, stages);
+                Command::OpenPipeline { epoch, address, worker, token, stages } => {
+                    self.open_pipeline(epoch, address, worker, token, stages);
                 }
                 Command::Prove { epoch } => self.prove(epoch),
             }
@@ -424,7 +425,7 @@ impl Engine {
         }
     }
 
-    fn open_pipeline(&mut self, epoch: u64, address: String, worker: String, stages: usize) {
+    fn open_pipeline(&mut self, epoch: u64, address: String, worker: String, token: LinkToken, stages: usize) {
         self.epoch_stop.cancel();
         self.epoch_stop = CancellationToken::new();
         let (net, events, stop) = (Arc::clone(&self.net), self.events.clone(), self.epoch_stop.clone());
@@ -432,6 +433,7 @@ impl Engine {
             address,
             worker,
             secret: self.settings.secret.clone(),
+            token,
             max_frame_bytes: max_frame_bytes(self.settings.max_batch_tokens, self.settings.hidden_size),
             max_in_flight: self.settings.max_frames_in_flight,
         };

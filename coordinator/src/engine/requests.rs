@@ -139,6 +139,10 @@ impl Engine {
 
     pub(super) fn result(&mut self, result: MicroBatchResult) {
         let current = result.plan_epoch == self.cluster.epoch();
+        if current && self.cluster.last_generation() != Some(result.sender_generation) {
+            warn!(micro_batch = result.micro_batch_id, "a result of another process than the last stage's is ignored");
+            return;
+        }
         let Some(done) = current.then(|| self.in_flight.remove(&result.micro_batch_id)).flatten() else {
             debug!(epoch = result.plan_epoch, micro_batch = result.micro_batch_id, "a result of the past is ignored");
             return;

@@ -11,6 +11,7 @@ use grokpipe_model::ModelConfig;
 use grokpipe_proto::{
     hidden_states,
     link::{Link, LinkEvent, LinkSettings},
+    link_token::LinkKey,
     max_frame_bytes,
     transport::{Net, Tcp},
     v1::{ActivationDtype, Assignment, Frame, Hello, JoinResponse, join_request::Message, join_response},
@@ -25,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::port::{Event, Outbox, Port};
 use crate::{
-    config::SecretText,
+    config::{self, SecretText},
     error::{CliError, Code},
     machine,
     up::{
@@ -102,6 +103,7 @@ pub(super) struct Cluster {
     net: Arc<dyn Net>,
     secret: SecretText,
     generation: u64,
+    link_key: LinkKey,
     port: Port,
     processes: mpsc::Receiver<child::Event>,
     tell_processes: mpsc::Sender<child::Event>,
@@ -125,7 +127,7 @@ impl Cluster {
     /// When the system gives no port.
     pub(super) async fn open(setup: Setup) -> Result<Self, CliError> {
         let net: Arc<dyn Net> = Arc::new(Tcp);
-        let (secret, generation, closed) = (new_secret()?, machine::generation(), CancellationToken::new());
+        let (secret, generation, closed) = (SecretText::random()?, machine::generation(), CancellationToken::new());
         let port = Port::open(&net, &secret.to_secret(), generation, setup.max_frame_bytes(), closed.clone()).await?;
         let (tell_processes, processes) = mpsc::channel(256);
         let (tell_links, links) = mpsc::channel(64);
@@ -134,6 +136,7 @@ impl Cluster {
             net,
             secret,
             generation,
+            link_key: config::link_key()?,
             port,
             processes,
             tell_processes,
@@ -237,6 +240,7 @@ impl Cluster {
                 address: first.hello.data_address.clone(),
                 worker: first.hello.name.clone(),
                 secret: self.secret.to_secret(),
+                token: self.link_key.frames(arrangement.epoch, 0),
                 max_frame_bytes: self.setup.max_frame_bytes(),
                 max_in_flight: FRAMES_IN_FLIGHT,
             };
@@ -266,6 +270,8 @@ impl Cluster {
                 max_frames_in_flight: FRAMES_IN_FLIGHT as u32,
                 activation_dtype: ActivationDtype::F32 as i32,
                 coordinator_generation: self.generation,
+                link_token: self.link_key.frames(arrangement.epoch, index).to_wire(),
+                next_token: self.link_key.frames(arrangement.epoch, index + 1).to_wire(),
             };
             let order = JoinResponse { message: Some(join_response::Message::Assignment(assignment)) };
             let outbox = self.outboxes.get(&member.hello.name);
@@ -399,12 +405,4 @@ fn process_error(event: child::Event) -> Option<CliError> {
             Some(CliError::new(code, format!("worker {name} {how}")).because("its own message, if any, stands above"))
         }
     }
-}
-
-/// Keeps everybody else on this machine out.
-fn new_secret() -> Result<SecretText, CliError> {
-    let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(|error| CliError::failed("no secret could be made").because(error))?;
-    let text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    SecretText::new(&text, "a new secret")
 }

@@ -1,0 +1,34 @@
+//! Which workers that are gone are remembered.
+//!
+//! People want to see who was lost; a list that grows with every name that anybody ever had serves nobody. Workers that the
+//! configuration names, and those of the plan in force, are always remembered.
+
+use std::time::Duration;
+
+use super::Cluster;
+
+/// A worker that was gone for so long is forgotten.
+const FORGET_AFTER: Duration = Duration::from_secs(600);
+/// Most workers that are gone; beyond them, the one that was heard last the longest ago is forgotten.
+const GONE_MAX: usize = 16;
+/// Most workers at a time, as in the configuration.
+pub(super) const PRESENT_MAX: usize = 256;
+
+impl Cluster {
+    /// Forgets workers that are gone and of no use to anybody.
+    pub(super) fn forget_gone(&mut self, now: Duration) {
+        let expected = |name: &String| self.settings.expected.iter().any(|worker| worker.name == *name);
+        let gone = self.nodes.iter().filter(|(name, node)| !node.present && !expected(name) && !self.runs_stage(name));
+        let mut gone: Vec<(Duration, String)> = gone.map(|(name, node)| (node.last_heard, name.clone())).collect();
+        gone.sort_by(|a, b| b.cmp(a));
+        for (index, (heard, name)) in gone.into_iter().enumerate() {
+            if index >= GONE_MAX || now.saturating_sub(heard) > FORGET_AFTER {
+                self.nodes.remove(&name);
+            }
+        }
+    }
+
+    pub(super) fn present_count(&self) -> usize {
+        self.nodes.values().filter(|node| node.present).count()
+    }
+}
