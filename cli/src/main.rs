@@ -5,12 +5,14 @@
 //! 5 out of memory. Each subcommand is a file.
 
 mod bench;
+mod claim;
 mod client;
 mod common;
 mod config;
 mod convert;
 mod coordinator;
 mod descriptors;
+mod devices;
 mod ending;
 mod error;
 mod generate;
@@ -81,6 +83,8 @@ enum Command {
     Tokenize(tokenizer::Args),
     /// Compute the logits of token ids in this process, for parity checks
     Logits(logits::Args),
+    /// List the CPU and the GPUs of this machine, and how to ask for each
+    Devices(devices::Args),
     /// Measure
     Bench(bench::Args),
 }
@@ -135,6 +139,7 @@ fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::Convert(args) => convert::run(&args)?,
         Command::Tokenize(args) => tokenizer::run(&args)?,
         Command::Logits(args) => logits::run(args)?,
+        Command::Devices(args) => devices::run(&args)?,
         Command::Bench(args) => bench::run(args)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -179,6 +184,8 @@ mod tests {
             "bench pipeline --workers 2 --synthetic grok1 --layers 0..2 --type q4_0 --threads 1 --precision exact --gen 64 --batch 1,8 --prompt 128 --repeat 5 --json",
             "bench pipeline --model m --workers 3 --device gpu:H200",
             "bench stage --type q8_0 --seed 7",
+            "devices --json",
+            "worker --coordinator node:7070 --device gpu:0000:41:00.0",
             "worker --coordinator node:7070 --synthetic grok1 --type q8_0 --seed 7",
             "bench precision --model m --tokens t.json --threads 2 --json",
             "bench kernels --type q8_0,q4_k --inputs 6144 --outputs 32768 --rows 1,64 --threads 1 --precision fast --prefill fast --json",

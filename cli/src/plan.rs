@@ -26,7 +26,7 @@ use crate::{
     common::ConfigArgs,
     config::{ByteSize, Config, Objective, Split},
     error::CliError,
-    machine, paths,
+    paths,
     text::{Table, print},
     weights::{SyntheticArgs, Weights},
 };
@@ -211,7 +211,7 @@ pub(crate) fn objective(objective: Objective) -> planner::Objective {
 fn resources(config: &Config) -> Result<Vec<WorkerResources>, CliError> {
     let workers = config.roster(None);
     let local = workers.iter().filter(|worker| worker.host.is_none()).count().max(1) as u64;
-    let here = machine::available_memory_bytes();
+    let here = grokpipe_kernels::available_memory_bytes();
     let resource = |worker: &crate::config::WorkerSection| {
         let memory = match (worker.memory, &worker.host, here) {
             (Some(memory), _, _) => memory.0,

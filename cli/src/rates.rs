@@ -34,13 +34,18 @@ pub(crate) struct Rates {
 }
 
 impl Rates {
-    /// Measures now.
+    /// Measures now, with no more than `most_bytes` of memory at a time, or the least that a measurement takes.
     ///
     /// # Errors
     /// What the device reports.
-    pub(crate) fn measure(device: &mut dyn Device, weights: &Weights, layers: &[MatrixSpec]) -> Result<Self, CliError> {
+    pub(crate) fn measure(
+        device: &mut dyn Device,
+        weights: &Weights,
+        layers: &[MatrixSpec],
+        most_bytes: u64,
+    ) -> Result<Self, CliError> {
         let started = Instant::now();
-        let rates = settled(device, |device| Self::measure_once(device, weights, layers))?;
+        let rates = settled(device, |device| Self::measure_once(device, weights, layers, most_bytes))?;
         let Self { formats, overhead, draw_seconds, .. } = &rates;
         debug!(
             milliseconds = started.elapsed().as_millis() as u64,
@@ -52,12 +57,17 @@ impl Rates {
         Ok(rates)
     }
 
-    fn measure_once(device: &mut dyn Device, weights: &Weights, layers: &[MatrixSpec]) -> Result<Self, CliError> {
-        let (read_bandwidth, flop_rate) = (device.measure_read_bandwidth()?, device.measure_flop_rate()?);
+    fn measure_once(
+        device: &mut dyn Device,
+        weights: &Weights,
+        layers: &[MatrixSpec],
+        most_bytes: u64,
+    ) -> Result<Self, CliError> {
+        let (read_bandwidth, flop_rate) = (device.measure_read_bandwidth(most_bytes)?, device.measure_flop_rate()?);
         let head = weights.source.matrix(&TensorName::Head)?;
         let mut formats = BTreeMap::new();
         for (name, (shape, bytes)) in formats_of(layers.iter().chain([head.spec()])) {
-            formats.insert(name, device.measure_format(shape, bytes)?);
+            formats.insert(name, device.measure_format(shape, bytes.min(most_bytes))?);
         }
         let overhead = device.measure_overhead()?;
         let draw_seconds = draw_seconds(weights.config.vocab_size).as_secs_f64();
@@ -143,7 +153,7 @@ mod tests {
         let weights = Weights::synthetic(Shape::Tiny, kind, None).unwrap();
         let specs = all_matrices(&weights).unwrap();
         let mut device = select_device("cpu", 1, Precision::Fast, Prefill::Invariant).unwrap();
-        Rates::measure(device.as_mut(), &weights, &specs).unwrap()
+        Rates::measure(device.as_mut(), &weights, &specs, u64::MAX).unwrap()
     }
 
     #[test]
@@ -169,7 +179,7 @@ mod tests {
         fn info(&self) -> &DeviceInfo {
             &self.0
         }
-        fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {
+        fn measure_read_bandwidth(&mut self, _: u64) -> Result<f64, KernelError> {
             Ok(1e9)
         }
         fn measure_flop_rate(&mut self) -> Result<f64, KernelError> {
@@ -225,7 +235,7 @@ mod tests {
             memory_bytes: 0,
             invariant_below: Some(32),
         };
-        let rates = Rates::measure(&mut Refusing(info), &weights, &specs).unwrap();
+        let rates = Rates::measure(&mut Refusing(info), &weights, &specs, u64::MAX).unwrap();
         assert_eq!(rates.flop_rate, 1e9);
         assert!(rates.formats.values().all(|rate| rate.prefill_flops_per_second == 1e9), "{:?}", rates.formats);
     }

@@ -40,6 +40,7 @@ use crate::{
     client::Client,
     common::{ConfigArgs, parse_device},
     config::{Config, SecretText, WorkerSection, parse_precision, parse_prefill},
+    devices,
     ending::{Stdin, shutdown_token},
     error::{CliError, Code},
     generate::generate,
@@ -78,7 +79,7 @@ pub(crate) struct Args {
     /// Folder or file of the model
     #[arg(long, value_name = "PATH", value_parser = paths::parser())]
     model: Option<PathBuf>,
-    /// Device of all workers: auto, cpu, gpu or gpu:PART OF ITS NAME
+    /// Device of all workers: auto, cpu, gpu, or gpu: and an index, a PCI address or a part of its name
     #[arg(long, value_name = "D", value_parser = parse_device)]
     device: Option<String>,
     /// CPU threads of each worker
@@ -230,6 +231,7 @@ impl<'a> Up<'a> {
     /// Starts everything, serves, and returns only with `--once` or with an error.
     async fn live(&mut self, inbox: &mut mpsc::Receiver<Event>) -> Result<(), CliError> {
         let listening = self.start_coordinator(inbox).await?;
+        self.deal_gpus().await;
         self.start_workers(listening)?;
         let grpc = dialled_here(listening.grpc).to_string();
         let client = attended(connected(&grpc), inbox, |event| self.early(event)).await?;
@@ -282,10 +284,30 @@ impl<'a> Up<'a> {
         }
     }
 
+    /// Gives the workers of this machine that leave their GPU open one each.
+    async fn deal_gpus(&mut self) {
+        let mut local: Vec<_> = self.roster.iter_mut().filter(|worker| worker.host.is_none()).collect();
+        if local.len() < 2 || !local.iter().any(|worker| devices::is_open(&worker.device)) {
+            return;
+        }
+        let wish = |worker: &&mut WorkerSection| devices::Wish {
+            device: worker.device.clone(),
+            names_memory: worker.memory.is_some(),
+        };
+        let wishes: Vec<_> = local.iter().map(wish).collect();
+        let adapters = devices::adapters(&self.program).await;
+        for (worker, device) in local.iter_mut().zip(devices::deal(&adapters, &wishes)) {
+            if worker.device != device {
+                tracing::info!(worker = worker.name, device, "the GPUs of this machine are dealt");
+                worker.device = device;
+            }
+        }
+    }
+
     fn start_workers(&mut self, listening: Listening) -> Result<(), CliError> {
         let local = self.roster.iter().filter(|worker| worker.host.is_none()).count().max(1);
         let threads = (machine::cores() / u32::try_from(local).unwrap_or(u32::MAX)).max(1);
-        let share = machine::available_memory_bytes().map(|bytes| bytes / local as u64);
+        let share = grokpipe_kernels::available_memory_bytes().map(|bytes| bytes / local as u64);
         let mut launches = Vec::new();
         for worker in &self.roster {
             let reach = reach::of(worker, &self.roster, &self.config, listening.grpc)?;

@@ -5,7 +5,8 @@
 use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 
 use grokpipe_kernels::{
-    CpuBackend, Device, KernelError, MemoryNeed, Precision, Prefill, Stage, StageModel, StageOptions, select_device,
+    CpuBackend, Device, KernelError, MemoryNeed, Precision, Prefill, Stage, StageModel, StageOptions,
+    available_memory_bytes, select_device,
 };
 use grokpipe_model::{MatrixSpec, ModelConfig, layer_matrices};
 use grokpipe_proto::{
@@ -20,6 +21,8 @@ use grokpipe_worker::{
 use tracing::{info, warn};
 
 use crate::{
+    claim::{self, Claim, Claimed},
+    client,
     common::{self, ConfigArgs, parse_device},
     config::{self, ByteSize, SecretText, WorkerSection, parse_precision, parse_prefill},
     descriptors,
@@ -29,6 +32,10 @@ use crate::{
     rates::{self, Rates},
     weights::{SyntheticArgs, Weights},
 };
+
+/// Of the machine's free memory, what a worker leaves for everything that is not its layers.
+const MARGIN_PART: u64 = 20;
+const MARGIN_BYTES_MAX: u64 = 1 << 30;
 
 /// Arguments of `worker`.
 #[derive(Debug, clap::Args)]
@@ -46,7 +53,7 @@ pub(crate) struct Args {
     model: Option<PathBuf>,
     #[command(flatten)]
     synthetic: SyntheticArgs,
-    /// auto, cpu, gpu or gpu:PART OF ITS NAME
+    /// auto, cpu, gpu, or gpu: and an index, a PCI address or a part of its name; see `grokpipe devices`
     #[arg(long, value_name = "D", value_parser = parse_device)]
     device: Option<String>,
     /// CPU threads [default: all cores]
@@ -118,7 +125,7 @@ pub(crate) fn run(args: Args) -> Result<(), CliError> {
             Weights::of_model(&paths::expanded(path).map_err(refuse)?)?
         }
     };
-    let loader = DeviceLoader::open(&args, &described, weights)?;
+    let loader = DeviceLoader::open(&args, &name, &described, weights)?;
     let settings = Settings {
         coordinator: args.coordinator.to_string(),
         name,
@@ -169,23 +176,28 @@ struct DeviceLoader {
     prefill: Prefill,
     weights: Weights,
     facts: DeviceFacts,
+    /// Held as long as the worker lives.
+    _claim: Option<Claim>,
 }
 
 impl DeviceLoader {
-    fn open(args: &Args, described: &WorkerSection, weights: Weights) -> Result<Self, CliError> {
-        let device = args.device.clone().unwrap_or_else(|| described.device.clone());
+    fn open(args: &Args, name: &str, described: &WorkerSection, weights: Weights) -> Result<Self, CliError> {
+        let wanted = args.device.clone().unwrap_or_else(|| described.device.clone());
         let threads = args.threads.or(described.threads).unwrap_or_else(machine::cores) as usize;
         let precision = args.precision.or(described.precision).unwrap_or(Precision::Fast);
         let prefill = args.prefill.or(described.prefill).unwrap_or_default();
-        let mut opened = select_device(&device, threads, precision, prefill)?;
         let memory = args.memory.or(described.memory);
+        let open = |device: &str| select_device(device, threads, precision, prefill);
+        let Claimed { device: mut opened, name: device, claim } = claim::open(&wanted, memory.is_some(), name, open)?;
         let memory_bytes = memory_offered(memory, args.memory_share, opened.as_ref())?;
+        // What a worker measures with is a part of what it may fill.
+        let most_to_measure = memory_bytes / 2;
         // Plans count in stored bytes.
         let specs = rates::all_matrices(&weights)?;
         let memory_bytes = (memory_bytes as f64 / growth(&specs, opened.as_ref())) as u64;
         // First: kernels of a format that its driver refuses may change what the device says of itself.
         let Rates { read_bandwidth, flop_rate, formats: format_rates, overhead, draw_seconds } =
-            Rates::measure(opened.as_mut(), &weights, &specs)?;
+            Rates::measure(opened.as_mut(), &weights, &specs, most_to_measure)?;
         let invariance = opened.check_batch_invariance()?;
         let mut notes: Vec<String> = invariance.difference.into_iter().collect();
         for note in &notes {
@@ -209,7 +221,7 @@ impl DeviceLoader {
         };
         // What was said is what is run: a stage without the format that the driver refused would else be faster.
         let prefill = Prefill::of_fingerprint(&facts.fingerprint);
-        Ok(Self { device, threads, precision, prefill, weights, facts })
+        Ok(Self { device, threads, precision, prefill, weights, facts, _claim: claim })
     }
 }
 
@@ -232,8 +244,9 @@ fn memory_offered(said: Option<ByteSize>, share: Option<ByteSize>, device: &dyn 
     if info.is_gpu {
         warn!(device = info.name, "the device does not tell its memory, taking this machine's; give --memory");
     }
-    let here = share.map(|share| share.0).or_else(machine::available_memory_bytes);
-    here.or(Some(info.memory_bytes).filter(|&bytes| bytes > 0)).ok_or_else(|| {
+    let here = share.map(|share| share.0).or_else(available_memory_bytes);
+    // A system ends a process that takes the last of it, and a worker has more than its layers.
+    here.map(|bytes| bytes - (bytes / MARGIN_PART).min(MARGIN_BYTES_MAX)).ok_or_else(|| {
         CliError::usage("the memory of this worker is not known")
             .because("this system does not say how much is free")
             .advise("give --memory, as 8GiB")

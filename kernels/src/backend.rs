@@ -224,11 +224,12 @@ pub trait Backend: Send + 'static {
         Ok(None)
     }
 
-    /// Bytes a second that the device reads from its memory, measured now (a fraction of a second), beside what is loaded.
+    /// Bytes a second that the device reads from its memory, measured now (a fraction of a second), beside what is loaded. Takes no more
+    /// than `most_bytes` for it, or the least that is worth reading.
     ///
     /// # Errors
     /// As [`Backend::finish`]; [`KernelError::OutOfMemory`] when there is no room for what is to be read.
-    fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError>;
+    fn measure_read_bandwidth(&mut self, most_bytes: u64) -> Result<f64, KernelError>;
 
     /// Multiply-adds times two a second of a matrix product of 64 rows, measured now.
     ///

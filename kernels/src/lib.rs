@@ -9,6 +9,7 @@ mod device;
 mod error;
 mod forward;
 mod gpu;
+mod host;
 mod measure;
 mod open;
 mod ops;
@@ -24,10 +25,11 @@ pub use device::{DeviceInfo, Precision, Prefill};
 pub use error::KernelError;
 pub use forward::{MemoryNeed, StageModel, StageOptions, Trace, TracedStage};
 pub use gpu::{
-    GpuActivations, GpuBackend, GpuChoice, GpuKvPool, GpuMatrix, GpuOptions, GpuSelection, GpuVector, SHADERS, Shader,
-    gpu_kernels,
+    GpuActivations, GpuAdapter, GpuBackend, GpuChoice, GpuKind, GpuKvPool, GpuMatrix, GpuOptions, GpuSelection,
+    GpuVector, SHADERS, Shader, gpu_adapters, gpu_kernels,
 };
+pub use host::{available_memory_bytes, peak_memory_bytes, resident_memory_bytes};
 pub use measure::{FormatRate, StepOverhead};
-pub use open::{Device, device, select_device};
+pub use open::{DEVICES, Device, device, gpu_choice, select_device};
 pub use stage::{Stage, StepInput, StepOutput};
 pub use synthetic::SyntheticWeights;

@@ -1,7 +1,7 @@
 //! Opens a device by name, so that nobody above this crate needs to know which backend it is.
 //!
-//! `auto`: a hardware GPU if there is one, else the CPU. `gpu`: the best adapter, a software one too. `gpu:NAME`: an adapter by
-//! part of its name. `cpu`.
+//! `auto`: a hardware GPU if there is one, else the CPU. `gpu`: the best adapter, a software one too. `gpu:WHICH`: an adapter by its
+//! index, its PCI address or a part of its name. `cpu`.
 
 use std::{ops::Range, sync::Arc};
 
@@ -24,7 +24,7 @@ pub trait Device: Send {
     ///
     /// # Errors
     /// As there.
-    fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError>;
+    fn measure_read_bandwidth(&mut self, most_bytes: u64) -> Result<f64, KernelError>;
 
     /// See [`Backend::measure_flop_rate`].
     ///
@@ -99,8 +99,8 @@ impl<B: Backend> Device for Opened<B> {
         self.0.info()
     }
 
-    fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {
-        self.0.measure_read_bandwidth()
+    fn measure_read_bandwidth(&mut self, most_bytes: u64) -> Result<f64, KernelError> {
+        self.0.measure_read_bandwidth(most_bytes)
     }
 
     fn measure_flop_rate(&mut self) -> Result<f64, KernelError> {
@@ -160,7 +160,19 @@ pub fn device<B: Backend>(backend: B) -> Box<dyn Device> {
     Box::new(Opened(backend))
 }
 
-/// Opens the device that `spec` names: `auto`, `gpu`, `gpu:NAME` or `cpu`. `threads`, at least one, is for the CPU, `prefill` for GPUs.
+/// What a device may be, for messages.
+pub const DEVICES: &str = "auto, cpu, gpu, gpu:INDEX, gpu:PCI ADDRESS or gpu:PART OF ITS NAME";
+
+/// The adapters that a device's name accepts; `None` where it accepts none at all.
+pub fn gpu_choice(spec: &str) -> Option<GpuChoice> {
+    match spec {
+        "auto" => Some(GpuChoice::Hardware),
+        "gpu" => Some(GpuChoice::Best),
+        _ => spec.strip_prefix("gpu:").filter(|which| !which.trim().is_empty()).map(GpuChoice::of),
+    }
+}
+
+/// Opens the device that `spec` names, see [`DEVICES`]. `threads`, at least one, is for the CPU, `prefill` for GPUs.
 ///
 /// # Errors
 /// [`KernelError::NoDevice`] when `spec` is none of these, or no adapter matches.
@@ -171,22 +183,21 @@ pub fn select_device(
     prefill: Prefill,
 ) -> Result<Box<dyn Device>, KernelError> {
     let cpu = || CpuBackend::new(threads, precision).map(device);
-    let gpu = |choice| GpuBackend::open_with(&choice, &GpuOptions { precision, prefill, ..GpuOptions::default() });
-    match spec {
-        "cpu" => cpu(),
-        "auto" => match gpu(GpuChoice::Hardware) {
-            Ok(gpu) => Ok(device(gpu)),
-            Err(KernelError::NoDevice { .. }) => cpu(),
-            Err(error) => {
-                tracing::warn!(%error, "the GPU cannot be used, taking the CPU");
-                cpu()
-            }
-        },
-        "gpu" => gpu(GpuChoice::Best).map(device),
-        _ => match spec.strip_prefix("gpu:") {
-            Some(name) if !name.is_empty() => gpu(GpuChoice::Named(name.to_owned())).map(device),
-            _ => Err(KernelError::NoDevice { wanted: spec.to_owned(), found: "auto, gpu, gpu:NAME, cpu".to_owned() }),
-        },
+    if spec == "cpu" {
+        return cpu();
+    }
+    let Some(choice) = gpu_choice(spec) else {
+        return Err(KernelError::NoDevice { wanted: spec.to_owned(), found: DEVICES.to_owned() });
+    };
+    let options = GpuOptions { precision, prefill, ..GpuOptions::default() };
+    match GpuBackend::open_with(&choice, &options) {
+        Ok(gpu) => Ok(device(gpu)),
+        Err(KernelError::NoDevice { .. }) if choice == GpuChoice::Hardware => cpu(),
+        Err(error) if choice == GpuChoice::Hardware => {
+            tracing::warn!(%error, "the GPU cannot be used, taking the CPU");
+            cpu()
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -205,7 +216,7 @@ mod tests {
     fn an_unknown_name_is_refused_with_those_there_are() {
         for wanted in ["", "cuda", "gpu:", "CPU"] {
             let error = select_device(wanted, 1, Precision::Exact, Prefill::Invariant).err().unwrap().to_string();
-            assert!(error.contains("auto, gpu, gpu:NAME, cpu"), "{error}");
+            assert!(error.contains(DEVICES), "{error}");
         }
     }
 }

@@ -50,5 +50,5 @@ pub trait Stage: Send {
     ///
     /// # Errors
     /// As there.
-    fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError>;
+    fn measure_read_bandwidth(&mut self, most_bytes: u64) -> Result<f64, KernelError>;
 }

@@ -287,8 +287,8 @@ impl Stage for FaultyStage {
     fn kv_bytes(&self) -> u64 {
         self.inner.kv_bytes()
     }
-    fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {
-        self.inner.measure_read_bandwidth()
+    fn measure_read_bandwidth(&mut self, most_bytes: u64) -> Result<f64, KernelError> {
+        self.inner.measure_read_bandwidth(most_bytes)
     }
 }
 

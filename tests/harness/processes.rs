@@ -177,6 +177,8 @@ impl Cluster {
         .arg("--model")
         .arg(model)
         .args(["--threads", &self.options.threads.to_string(), "--precision", &self.options.precision])
+        // Workers that share an adapter say what they take of it.
+        .args(if self.options.device == "cpu" { &[][..] } else { &["--memory", "1GiB"] })
         .env("GROKPIPE_LOG", &self.options.log)
         .stdin(Stdio::null())
         .stdout(Stdio::null())

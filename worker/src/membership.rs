@@ -21,11 +21,7 @@ use tonic::{Code, Status, Streaming};
 use tracing::{info, warn};
 
 use crate::{
-    Settings, WorkerError,
-    address::OwnAddress,
-    controller::Order,
-    loader::DeviceFacts,
-    stats::{Stats, rss_bytes},
+    Settings, WorkerError, address::OwnAddress, controller::Order, loader::DeviceFacts, stats::Stats,
 };
 
 const WELCOME_WITHIN: Duration = Duration::from_secs(5);
@@ -179,7 +175,10 @@ impl Membership {
                     Ok(None) => return Ended::Lost("the coordinator closed the stream".into()),
                     Err(status) => return self.refused(&status),
                 },
-                _now = beat.tick() => Message::Heartbeat(self.stats.heartbeat(self.device.memory_bytes, rss_bytes())),
+                _now = beat.tick() => {
+                    let resident = grokpipe_kernels::resident_memory_bytes().unwrap_or(0);
+                    Message::Heartbeat(self.stats.heartbeat(self.device.memory_bytes, resident))
+                }
                 report = self.reports.recv() => match report {
                     Some(report) => report,
                     None => return Ended::Shutdown,

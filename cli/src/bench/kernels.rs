@@ -70,12 +70,12 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     }
     let times = settled(device.as_mut(), |device| {
         bar.set_position(0);
-        let mut before = device.measure_read_bandwidth()?;
+        let mut before = device.measure_read_bandwidth(u64::MAX)?;
         let of_type = |&format: &Format| {
             bar.set_message(name(format));
             let shape = ProductShape { format, inputs, outputs };
             let times = device.time_products(shape, &rows, args.repeat as usize)?;
-            let after = device.measure_read_bandwidth()?;
+            let after = device.measure_read_bandwidth(u64::MAX)?;
             let bandwidth = f64::midpoint(std::mem::replace(&mut before, after), after);
             bar.inc(1);
             Ok::<_, KernelError>(OfType { format, bandwidth, times })

@@ -29,7 +29,7 @@ use crate::{
     config::{precision_name, prefill_name},
     ending::{Stdin, shutdown_token},
     error::CliError,
-    machine, paths,
+    paths,
     plan::even_shares,
     text::print,
     weights::{SyntheticArgs, Weights},
@@ -212,7 +212,7 @@ fn flags(args: &Args) -> Vec<OsString> {
 
 /// One worker with all layers, and several that share them, all loaded.
 async fn start(cluster: &mut Cluster, layers: &Range<u32>, workers: u32) -> Result<[Arrangement; 2], CliError> {
-    let available = machine::available_memory_bytes();
+    let available = grokpipe_kernels::available_memory_bytes();
     // Half for each arrangement, and there by layers.
     let memory = |run: &Range<u32>| Some((available? as f64 / 2.0 * run.len() as f64 / layers.len() as f64) as u64);
     let shares = even_shares(layers.clone(), workers);

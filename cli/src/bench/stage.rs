@@ -68,7 +68,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     check_context(longest.max(decoded), config.max_position_embeddings)?;
     let threads = args.threads.unwrap_or_else(machine::cores) as usize;
     let mut device = select_device(&args.device, threads, args.tests.precision, args.tests.prefill)?;
-    let before_loading = device.measure_read_bandwidth()?;
+    let before_loading = device.measure_read_bandwidth(u64::MAX)?;
     let sequences = args.tests.batch.iter().copied().max().unwrap_or(1);
     let blocks = |tokens: u32| tokens.div_ceil(KV_BLOCK_TOKENS as u32);
     let options = StageOptions {
@@ -116,7 +116,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         layers,
         weights_bytes: stage.weights_bytes(),
         load_seconds,
-        peak_memory: machine::peak_memory_bytes(),
+        peak_memory: grokpipe_kernels::peak_memory_bytes(),
         bandwidth,
         reads,
         results,
@@ -170,7 +170,7 @@ impl Bench<'_> {
 
     /// What the memory gives now; where the weights leave no room to measure, what it gave before they were loaded.
     fn measure_bandwidth(&mut self) -> Result<f64, Failure> {
-        match self.stage.measure_read_bandwidth() {
+        match self.stage.measure_read_bandwidth(u64::MAX) {
             Err(KernelError::OutOfMemory { .. }) => Ok(self.before_loading),
             found => {
                 let found = found?;
@@ -343,7 +343,7 @@ mod tests {
             self.0.kv_bytes()
         }
 
-        fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {
+        fn measure_read_bandwidth(&mut self, _: u64) -> Result<f64, KernelError> {
             let (what, device) = ("the bandwidth measurement".to_owned(), "cpu".to_owned());
             Err(KernelError::OutOfMemory { what, needed_bytes: 2, available_bytes: 1, device })
         }

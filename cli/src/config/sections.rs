@@ -399,7 +399,7 @@ impl WorkerSection {
 }
 
 /// What a device may be, for messages.
-pub(crate) const DEVICES: &str = r#""auto", "cpu", "gpu" or "gpu:PART OF ITS NAME""#;
+pub(crate) const DEVICES: &str = r#""auto", "cpu", "gpu", or "gpu:" and an index, a PCI address or a part of its name"#;
 
 /// A device's name, if it is one.
 pub(crate) fn device(text: &str) -> Option<String> {

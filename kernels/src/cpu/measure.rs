@@ -14,7 +14,9 @@ use super::{
 use crate::{Backend, KernelError, bench::median};
 
 /// Larger than the last-level caches of ordinary machines.
-const READ_BYTES: usize = 256 << 20;
+const READ_BYTES: u64 = 256 << 20;
+/// Less is not worth measuring.
+const READ_BYTES_MIN: u64 = 1 << 20;
 /// Runs of which the median counts: what disturbs some of them disturbs as many of a stage's.
 const RUNS: usize = 5;
 /// Inputs and outputs of the product that is timed.
@@ -22,10 +24,10 @@ const SIDE: usize = 1536;
 /// Its rows.
 const ROWS: usize = 64;
 
-/// Bytes a second of all threads reading memory in order.
-pub(super) fn read_bandwidth(isa: Isa, threads: &Threads, device: &str) -> Result<f64, KernelError> {
-    let mut words =
-        Arena::default().take::<Word>(READ_BYTES / size_of::<Word>(), "the bandwidth measurement", device)?;
+/// Bytes a second of all threads reading memory in order, in no more than `most_bytes`, or the least that is worth it.
+pub(super) fn read_bandwidth(isa: Isa, threads: &Threads, device: &str, most_bytes: u64) -> Result<f64, KernelError> {
+    let count = read_bytes(most_bytes) as usize / size_of::<Word>();
+    let mut words = Arena::default().take::<Word>(count, "the bandwidth measurement", device)?;
     // Memory that was never written has no pages of its own.
     words.fill(Word([1; 64]));
     let part = words.len().div_ceil(threads.count() * 8);
@@ -33,7 +35,12 @@ pub(super) fn read_bandwidth(isa: Isa, threads: &Threads, device: &str) -> Resul
         let parts: Vec<&[Word]> = words.chunks(part).collect();
         threads.each(parts, usize::MAX, |words| isa.run(Read(words)));
     });
-    Ok(READ_BYTES as f64 / seconds)
+    Ok(size_of_val(&*words) as f64 / seconds)
+}
+
+/// Bytes to read where no more than these may be taken.
+fn read_bytes(most_bytes: u64) -> u64 {
+    READ_BYTES.min(most_bytes).max(READ_BYTES_MIN)
 }
 
 /// Seconds of a run.
@@ -110,5 +117,21 @@ impl MatrixSource for Pattern {
 
     fn scales(&self) -> Result<Vec<f32>, ModelError> {
         Ok(vec![1.0 / 127.0; SIDE])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Precision;
+
+    #[test]
+    fn no_more_memory_is_read_than_may_be_taken() {
+        for (most, read) in [(u64::MAX, 256 << 20), (200 << 20, 200 << 20), (64 << 20, 64 << 20), (0, 1 << 20)] {
+            assert_eq!(read_bytes(most), read);
+        }
+        let mut backend = CpuBackend::new(1, Precision::Exact).unwrap();
+        let bandwidth = backend.measure_read_bandwidth(3 << 20).unwrap();
+        assert!(bandwidth.is_finite() && bandwidth > 0.0, "{bandwidth}");
     }
 }

@@ -1,4 +1,4 @@
-//! Memory of the host: how much there is, and allocation that fails with an error instead of ending the process.
+//! Memory of the host: allocation that fails with an error instead of ending the process.
 
 use std::{
     marker::PhantomData,
@@ -9,18 +9,14 @@ use bytemuck::Pod;
 use bytes::{Bytes, BytesMut};
 
 use super::simd::Word;
-use crate::KernelError;
+use crate::{KernelError, host};
 
 /// Below this, an allocation is not compared with what the system says is available: asking takes longer.
 const CHECKED_FROM_BYTES: u64 = 16 << 20;
 
-/// `MemAvailable`; 0 where the system does not say.
+/// What is free; 0 where the system does not say.
 pub(crate) fn available_bytes() -> u64 {
-    let Ok(text) = std::fs::read_to_string("/proc/meminfo") else { return 0 };
-    text.lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))
-        .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok())
-        .map_or(0, |kib| kib.saturating_mul(1024))
+    host::available_memory_bytes().unwrap_or(0)
 }
 
 /// Bytes of a large page of most systems. Reading memory in such pages needs fewer walks through page tables: one thread reads 20 in

@@ -560,8 +560,8 @@ impl Backend for CpuBackend {
         Ok((selection.ids[..count].to_vec(), selection.probabilities[..count].to_vec()))
     }
 
-    fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {
-        measure::read_bandwidth(self.isa, &self.threads, &self.info.name)
+    fn measure_read_bandwidth(&mut self, most_bytes: u64) -> Result<f64, KernelError> {
+        measure::read_bandwidth(self.isa, &self.threads, &self.info.name, most_bytes)
     }
 
     fn measure_flop_rate(&mut self) -> Result<f64, KernelError> {

@@ -143,8 +143,8 @@ impl<B: Backend> Stage for StageModel<B> {
         self.layers.contents()
     }
 
-    fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {
-        self.backend.measure_read_bandwidth()
+    fn measure_read_bandwidth(&mut self, most_bytes: u64) -> Result<f64, KernelError> {
+        self.backend.measure_read_bandwidth(most_bytes)
     }
 }
 

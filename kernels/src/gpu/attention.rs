@@ -5,6 +5,7 @@ use super::{
     batch::grow,
     memory::words,
     pipelines::Kernel,
+    recorder::WORK_MAX,
     shaders::{AttentionCombineParams, AttentionUniform, RopeParams},
     shape, workgroups,
 };
@@ -71,6 +72,8 @@ impl GpuBackend {
         let row_bytes = words(&[partial_words]).unwrap_or(u64::MAX);
         let limit = PARTIALS_BYTES_MAX.min(self.memory.binding_bytes()).max(row_bytes);
         let at_once = if partial_words == 0 { rows } else { rows.min((limit / row_bytes) as usize) };
+        let row_work = (blocks * BLOCK) as u64 * 2 * width as u64;
+        let at_once = at_once.min((WORK_MAX / row_work) as usize).max(1);
         let grown =
             grow(&mut self.partials, &mut self.memory, &mut self.recorder, "attention", at_once * partial_words);
         let partials = match grown {
@@ -84,7 +87,7 @@ impl GpuBackend {
             let count = at_once.min(rows - first);
             let uniform = AttentionUniform { op, row_begin: first as u32, blocks: blocks as u32 };
             let buffers = [&q.buffer, &pool.keys, &pool.values, &kv.attended, places, tables, &out.buffer, partials];
-            let work = (count * blocks * BLOCK) as u64 * 2 * width as u64;
+            let work = count as u64 * row_work;
             let groups = [op.heads, blocks as u32, count as u32];
             self.recorder.dispatch(Kernel::Attention(self.lanes), &uniform, &buffers, groups, work);
             if blocks > 1 {

@@ -61,7 +61,8 @@ impl Clock {
     /// # Errors
     /// [`KernelError::DeviceLost`].
     pub(super) fn seconds(&self, device: &wgpu::Device, failure: &Failure) -> Result<f64, KernelError> {
-        let ticks = failure.read(device, &self.staging, BYTES, "times", |bytes| {
+        let wait = || failure.wait(device, None, 0, "the copy of its times");
+        let ticks = failure.read(&self.staging, BYTES, "times", wait, |bytes| {
             let times = bytemuck::pod_collect_to_vec::<u8, u64>(bytes);
             times[1].saturating_sub(times[0])
         })?;

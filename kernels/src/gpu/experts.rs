@@ -9,7 +9,7 @@ use super::{
     batch::grow,
     cooperative::{Cooperative, PLACES},
     format::Numbers,
-    matrix::{LANES, Shard, WORKGROUPS_MAX},
+    matrix::{LANES, Shape, Shard, WORKGROUPS_MAX},
     pipelines::{Kernel, Sharing, TILE_ROWS, TILES_PER_WORKGROUP},
     rounded::Rounding,
     shaders::{CombineParams, CooperativeExpertParams, ExpertParams, ExpertShard, TilesParams},
@@ -134,12 +134,15 @@ impl GpuBackend {
         self.rounded.make(&mut self.memory, &mut self.recorder, rounding, x, rows);
         let [x, factors] = self.rounded.bindings(rounding, x);
         for (gates, ups) in gates.shards.iter().zip(&up.shards) {
-            let params = ExpertParams { op, items: pairs.items as u32, shard: expert_shard(ups, selection.chosen) };
+            let params = |block_begin| {
+                let shard = expert_shard(ups, selection.chosen, block_begin);
+                ExpertParams { op, items: pairs.items as u32, shard }.to_words()
+            };
             let (choice, out) = (pairs.choice, &out.buffer);
             let buffers = [x, factors, choice, &gates.chunks, gates.scales(), &ups.chunks, ups.scales(), out];
             let groups = [pairs.groups, ups.blocks.len() as u32, variant.workgroups_a_block()];
-            let work = if alike { 2 } else { 1 } * work(pairs.count, up, ups);
-            self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work);
+            let work = if alike { 2 } else { 1 } * work(pairs.count, up.shape, ups.columns());
+            self.recorder.dispatch_blocks(kernel, params, &buffers, groups, work);
         }
     }
 
@@ -199,11 +202,14 @@ impl GpuBackend {
         self.rounded.make(&mut self.memory, &mut self.recorder, rounding, x, rows);
         let [x, factors] = self.rounded.bindings(rounding, x);
         for shard in &matrix.shards {
-            let params = ExpertParams { op, items: pairs.items as u32, shard: expert_shard(shard, pairs_a_row) };
+            let params = |block_begin| {
+                let shard = expert_shard(shard, pairs_a_row, block_begin);
+                ExpertParams { op, items: pairs.items as u32, shard }.to_words()
+            };
             let buffers = [x, factors, pairs.choice, &shard.chunks, shard.scales(), out];
             let groups = [pairs.groups, shard.blocks.len() as u32, variant.workgroups_a_block()];
-            let work = work(pairs.count, matrix, shard);
-            self.recorder.dispatch(Kernel::ExpertDown(variant), &params.to_words(), &buffers, groups, work);
+            let work = work(pairs.count, matrix.shape, shard.columns());
+            self.recorder.dispatch_blocks(Kernel::ExpertDown(variant), params, &buffers, groups, work);
         }
     }
 
@@ -230,16 +236,15 @@ impl GpuBackend {
         self.rounded.make(&mut self.memory, &mut self.recorder, Rounding::Halves, x, rows);
         let [halves, factors] = self.rounded.bindings(Rounding::Halves, x);
         for (gates, ups) in gates.shards.iter().zip(&up.shards) {
-            let params = CooperativeExpertParams {
-                op,
-                shard: expert_shard(ups, selection.chosen),
-                factors: [gate.factor, up.factor],
+            let params = |block_begin| {
+                let shard = expert_shard(ups, selection.chosen, block_begin);
+                CooperativeExpertParams { op, shard, factors: [gate.factor, up.factor] }.to_words()
             };
             let (choice, out) = (&selection.tiles, &out.buffer);
             let buffers = [halves, factors, choice, &gates.chunks, gates.scales(), &ups.chunks, ups.scales(), out];
             let groups = cooperative_groups(pairs, up, ups);
-            let work = if alike { 2 } else { 1 } * work(pairs, up, ups);
-            self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work);
+            let work = if alike { 2 } else { 1 } * work(pairs, up.shape, ups.columns());
+            self.recorder.dispatch_blocks(kernel, params, &buffers, groups, work);
         }
     }
 
@@ -264,11 +269,14 @@ impl GpuBackend {
             chosen: selection.chosen as u32,
         };
         for shard in &matrix.shards {
-            let params =
-                CooperativeExpertParams { op, shard: expert_shard(shard, pairs_a_row), factors: [matrix.factor; 2] };
+            let params = |block_begin| {
+                let shard = expert_shard(shard, pairs_a_row, block_begin);
+                CooperativeExpertParams { op, shard, factors: [matrix.factor; 2] }.to_words()
+            };
             let buffers = [halves, factors, &selection.tiles, &shard.chunks, shard.scales(), out];
             let groups = cooperative_groups(pairs, matrix, shard);
-            self.recorder.dispatch(kernel, &params.to_words(), &buffers, groups, work(pairs, matrix, shard));
+            let work = work(pairs, matrix.shape, shard.columns());
+            self.recorder.dispatch_blocks(kernel, params, &buffers, groups, work);
         }
     }
 
@@ -295,13 +303,14 @@ impl GpuBackend {
     }
 }
 
-fn expert_shard(shard: &Shard, pairs_a_row: usize) -> ExpertShard {
+fn expert_shard(shard: &Shard, pairs_a_row: usize, block_begin: u32) -> ExpertShard {
     ExpertShard {
         expert_begin: shard.experts.start as u32,
         expert_count: shard.experts.len() as u32,
         column_begin: (shard.blocks.start * LANES) as u32,
         blocks: shard.blocks.len() as u32,
         pairs_a_row: pairs_a_row as u32,
+        block_begin,
     }
 }
 
@@ -309,19 +318,62 @@ fn cooperative_groups(pairs: usize, matrix: &GpuMatrix, shard: &Shard) -> [u32; 
     [tiles(pairs, matrix.shape.experts.min(EXPERTS_MAX), PLACES) as u32, shard.blocks.len() as u32, 1]
 }
 
-/// Multiply-adds of one matrix over a shard, if the pairs are spread evenly.
-fn work(pairs: usize, matrix: &GpuMatrix, shard: &Shard) -> u64 {
-    let columns = (shard.blocks.len() * LANES) as u64;
-    (pairs * matrix.shape.inputs) as u64 * columns * shard.experts.len() as u64 / matrix.shape.experts as u64
+/// Multiply-adds of one matrix over so many columns of all experts together, if the pairs are spread evenly.
+fn work(pairs: usize, shape: Shape, columns: usize) -> u64 {
+    (pairs * shape.inputs) as u64 * columns as u64 / shape.experts as u64
 }
 
 #[cfg(test)]
 mod tests {
+    use grokpipe_model::{BlockType, Format, Layout, MatrixSpec, ModelConfig};
+
     use super::*;
     use crate::{
-        gpu::{memory::words, tests::open},
+        gpu::{
+            memory::words,
+            recorder::{WORK_MAX, cut},
+            tests::open,
+        },
         ops::testing::{Random, seed},
     };
+
+    /// Up to eight times the rows that a step has unless it is told otherwise; a block of columns is never cut.
+    #[test]
+    fn no_dispatch_of_grok_1_is_more_work_than_one_may_be_however_large_bindings_are() {
+        let config = ModelConfig::grok_1();
+        let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
+        let (query, key) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
+        let matrices = [
+            ("q", 1, hidden, query, 1),
+            ("k", 1, hidden, key, 1),
+            ("o", 1, query, hidden, 1),
+            ("gate and up", config.num_experts, hidden, ffn, 2),
+            ("down", config.num_experts, ffn, hidden, 1),
+            ("head", 1, hidden, config.vocab_size, 1),
+        ];
+        let formats = [Format::F32, Format::Int8 { groups: 1 }, Format::Blocks(BlockType::Q4K)];
+        let mut most = 0;
+        for (name, experts, inputs, outputs, at_once) in matrices {
+            for format in formats {
+                let layout = Layout::OutIn;
+                let spec = MatrixSpec { name: name.to_owned(), experts, inputs, outputs, format, layout };
+                let shape = Shape::new(&spec).unwrap();
+                for limit in [128 << 20, (1 << 31) - 16, u64::from(u32::MAX) & !15] {
+                    for rows in [1, 32, 33, 64, 512, 2048, 4096] {
+                        let pairs = if experts == 1 { rows } else { rows * config.num_experts_per_tok };
+                        for (of, blocks) in shape.plan(limit).unwrap() {
+                            let all = at_once * work(pairs, shape, of.len() * blocks.len() * LANES);
+                            for (_, part) in cut(blocks.len() as u32, all, WORK_MAX) {
+                                assert!(part <= WORK_MAX, "{name} of {format}, {rows} rows, {limit}: {part}");
+                                most = most.max(all);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        assert!(most > 20 * WORK_MAX, "the test means nothing where nothing would be cut: {most}");
+    }
 
     /// Pairs that make no run, one, runs of different lengths, and as many as a step may have; with all experts of the model, and with
     /// so many that there are fewer runs than threads.

@@ -2,25 +2,57 @@
 //!
 //! wgpu reports losses and errors through callbacks and panics where none is set. Here they leave a reason behind, and every
 //! call that can fail looks for it. The first reason stays: what follows a loss is its consequence.
+//!
+//! A device may also stop without a word: not every driver resets one that hangs. So each wait for it has an end, and what was waited
+//! for is the reason then. What such a device holds is never given back: that would be a wait without an end.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use crate::KernelError;
+
+/// How long a device may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// For anything.
+    pub(super) least: Duration,
+    /// Multiply-adds a second below which no device is taken to work.
+    pub(super) rate: u64,
+}
+
+impl Patience {
+    /// A tenth of the slowest GPU that is of use.
+    const HARDWARE: Self = Self { least: Duration::from_secs(30), rate: 10_000_000_000 };
+    /// A software adapter compiles kernels when they first run, and shares its cores with everybody.
+    const SOFTWARE: Self = Self { least: Duration::from_secs(300), rate: 50_000_000 };
+
+    /// For so many multiply-adds.
+    pub(super) fn with(self, work: u64) -> Duration {
+        self.least.saturating_add(Duration::from_secs(work / self.rate))
+    }
+}
 
 /// The reason why a device failed, if it did. Clones share it.
 #[derive(Clone)]
 pub(super) struct Failure {
     device: String,
     reason: Arc<Mutex<Option<String>>>,
+    /// Whether a wait came to its end.
+    is_silent: Arc<AtomicBool>,
+    pub(super) patience: Patience,
 }
 
 impl Failure {
     /// Sets the device's callbacks.
-    pub(super) fn watch(device: &wgpu::Device, name: &str) -> Self {
-        let failure = Self { device: name.to_string(), reason: Arc::default() };
+    pub(super) fn watch(device: &wgpu::Device, name: &str, is_software: bool) -> Self {
+        let patience = if is_software { Patience::SOFTWARE } else { Patience::HARDWARE };
+        let failure = Self { device: name.to_string(), reason: Arc::default(), is_silent: Arc::default(), patience };
         let on_error = failure.clone();
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| on_error.set(error.to_string())));
         let on_loss = failure.clone();
@@ -48,14 +80,33 @@ impl Failure {
         }
     }
 
-    /// Waits for all submitted work. wgpu panics on errors that it cannot report otherwise; that, too, is a lost device.
-    pub(super) fn wait(&self, device: &wgpu::Device) -> Result<(), KernelError> {
-        self.guard(|| device.poll(wgpu::PollType::wait_indefinitely())).and_then(|polled| {
-            if let Err(error) = polled {
-                self.set(error.to_string());
+    /// Waits for a submission, or for the last one, that is `work` multiply-adds. `what` it is, for messages. wgpu panics on errors that
+    /// it cannot report otherwise; that, too, is a lost device.
+    pub(super) fn wait(
+        &self,
+        device: &wgpu::Device,
+        submission_index: Option<wgpu::SubmissionIndex>,
+        work: u64,
+        what: &str,
+    ) -> Result<(), KernelError> {
+        let patience = self.patience.with(work);
+        let wait = wgpu::PollType::Wait { submission_index, timeout: Some(patience) };
+        self.guard(|| device.poll(wait)).and_then(|polled| {
+            match polled {
+                Ok(_) => {}
+                Err(wgpu::PollError::Timeout) => {
+                    self.is_silent.store(true, Ordering::Relaxed);
+                    self.set(format!("it did not finish {what} within {} s", patience.as_secs_f64()));
+                }
+                Err(error) => self.set(error.to_string()),
             }
             self.check()
         })
+    }
+
+    /// Whether a wait for the device came to its end, and another one would.
+    pub(super) fn is_silent(&self) -> bool {
+        self.is_silent.load(Ordering::Relaxed)
     }
 
     /// Runs calls into wgpu; a panic there becomes the reason of failure.
@@ -70,14 +121,14 @@ impl Failure {
         }
     }
 
-    /// What `read` makes of the first `size` bytes of a buffer that can be mapped, once all submitted work is done. `what` they are, for
-    /// messages.
+    /// What `read` makes of the first `size` bytes of a buffer that can be mapped, after `wait` for what is submitted. `what` they are,
+    /// for messages.
     pub(super) fn read<T>(
         &self,
-        device: &wgpu::Device,
         buffer: &wgpu::Buffer,
         size: u64,
         what: &'static str,
+        wait: impl FnOnce() -> Result<(), KernelError>,
         read: impl FnOnce(&[u8]) -> T,
     ) -> Result<T, KernelError> {
         let on_mapped = self.clone();
@@ -88,7 +139,7 @@ impl Failure {
                 }
             });
         })?;
-        self.wait(device)?;
+        wait()?;
         let found = self.guard(|| {
             let found = buffer.get_mapped_range(0..size).map(|view| read(&view));
             buffer.unmap();
@@ -104,6 +155,20 @@ impl Failure {
         match self.check() {
             Err(first) => first,
             Ok(()) => KernelError::DeviceLost { device: self.device.clone(), reason },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_grows_with_the_work_and_never_ends_in_an_overflow() {
+        for patience in [Patience::HARDWARE, Patience::SOFTWARE] {
+            assert_eq!(patience.with(0), patience.least);
+            assert_eq!(patience.with(2 * patience.rate), patience.least + Duration::from_secs(2));
+            assert!(patience.with(u64::MAX) > patience.least);
         }
     }
 }

@@ -42,6 +42,11 @@ pub(super) struct Shard {
 }
 
 impl Shard {
+    /// Columns of all its experts together.
+    pub(super) fn columns(&self) -> usize {
+        self.experts.len() * self.blocks.len() * LANES
+    }
+
     /// The buffer of its scales. A matrix without any has its numbers bound there, which are not read as such.
     pub(super) fn scales(&self) -> &GpuBuffer {
         self.scales.as_ref().unwrap_or(&self.chunks)
@@ -49,7 +54,7 @@ impl Shard {
 }
 
 /// Experts and column blocks of a shard.
-type ShardPlan = (Range<usize>, Range<usize>);
+pub(super) type ShardPlan = (Range<usize>, Range<usize>);
 
 /// Where the numbers of a matrix stand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,12 +149,12 @@ impl Shape {
 
     /// Experts and blocks of each shard. Depends on the shape and the limit alone, so that gate and up are cut alike. Scales take less
     /// than numbers and so have room wherever these do.
-    fn plan(self, name: &str, memory: &Memory) -> Result<Vec<ShardPlan>, KernelError> {
-        let limit = memory.shard_bytes();
+    /// The bytes of a block where one alone exceeds the limit.
+    pub(super) fn plan(self, limit: u64) -> Result<Vec<ShardPlan>, u64> {
         let block_bytes = self.bytes(1)[0].unwrap_or(u64::MAX);
         let fitting = usize::try_from(limit / block_bytes).unwrap_or(usize::MAX);
         if fitting == 0 {
-            return Err(memory.too_large(&format!("a block of {LANES} columns of {name}"), block_bytes, limit));
+            return Err(block_bytes);
         }
         let blocks = self.blocks();
         if blocks <= fitting.min(WORKGROUPS_MAX) {
@@ -174,7 +179,9 @@ pub(super) fn allocate(
     shape: Shape,
 ) -> Result<GpuMatrix, KernelError> {
     recorder.forget_bind_groups();
-    let plan = shape.plan(name, memory)?;
+    let limit = memory.shard_bytes();
+    let too_large = |needed| memory.too_large(&format!("a block of {LANES} columns of {name}"), needed, limit);
+    let plan = shape.plan(limit).map_err(too_large)?;
     let mut shards = Vec::with_capacity(plan.len());
     for (experts, blocks) in plan {
         let [chunks, scales] = shape.bytes(experts.len() * blocks.len());

@@ -20,11 +20,12 @@ const BUDGET: Duration = Duration::from_millis(120);
 const CHUNK: u64 = 16;
 /// Chunks that a workgroup of it reads.
 const CHUNKS_A_WORKGROUP: u64 = 4096;
+
 impl GpuBackend {
-    pub(super) fn read_bandwidth(&mut self) -> Result<f64, KernelError> {
+    pub(super) fn read_bandwidth(&mut self, most_bytes: u64) -> Result<f64, KernelError> {
         // More than the caches of GPUs hold, also where there is room for half of it alone; 4 GiB in one submission.
         let (bytes, in_all) = if self.software { (64 << 20, 64 << 20) } else { (512 << 20, 4u64 << 30) };
-        let [sums, read] = self.sums_and_words(bytes)?;
+        let [sums, read] = self.sums_and_words(bytes.min(most_bytes).max(CHUNK * CHUNKS_A_WORKGROUP))?;
         let passes = in_all.div_ceil(read.bytes());
         let seconds = self.seconds(|backend| (0..passes).for_each(|_| backend.read_words(&read, &sums)));
         self.recorder.forget_bind_groups_of(Kernel::ReadWords);
@@ -140,7 +141,7 @@ mod tests {
             assert_eq!(read.bytes(), expected, "{room} bytes");
         }
         backend.memory = Memory::new(&backend.recorder.device, &backend.recorder.failure, 1 << 20, None);
-        let refused = backend.read_bandwidth();
+        let refused = backend.read_bandwidth(u64::MAX);
         assert!(matches!(refused, Err(KernelError::OutOfMemory { .. })), "{refused:?}");
     }
 
@@ -148,7 +149,7 @@ mod tests {
     fn measuring_gives_its_memory_back() {
         let Some(mut backend) = open(None) else { return };
         let before = backend.memory.allocated();
-        backend.read_bandwidth().unwrap();
+        backend.read_bandwidth(u64::MAX).unwrap();
         backend.flop_rate().unwrap();
         assert_eq!(backend.memory.allocated(), before);
     }

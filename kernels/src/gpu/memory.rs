@@ -35,6 +35,18 @@ impl GpuBuffer {
     }
 }
 
+/// Largest buffer that a kernel can be given under these limits, and the limit that it comes from. Below 4 GiB, although Metal offers
+/// more: there a shader is told the size of a buffer in 32 bits, and all that is read behind them is wrong. A multiple of 16 keeps
+/// every size whole.
+pub(super) fn binding_bytes(limits: &wgpu::Limits) -> (u64, &'static str) {
+    let (offered, limit) = if limits.max_buffer_size < limits.max_storage_buffer_binding_size {
+        (limits.max_buffer_size, "max_buffer_size")
+    } else {
+        (limits.max_storage_buffer_binding_size, "max_storage_buffer_binding_size")
+    };
+    (offered.min(u64::from(u32::MAX)) & !15, limit)
+}
+
 /// Makes buffers and knows what is left.
 pub(super) struct Memory {
     device: wgpu::Device,
@@ -54,14 +66,7 @@ pub(super) struct Memory {
 impl Memory {
     /// `max_shard_bytes` makes shards smaller than the device would allow, for tests.
     pub(super) fn new(device: &wgpu::Device, failure: &Failure, total: u64, max_shard_bytes: Option<u64>) -> Self {
-        let limits = device.limits();
-        let (offered, binding_limit) = if limits.max_buffer_size < limits.max_storage_buffer_binding_size {
-            (limits.max_buffer_size, "max_buffer_size")
-        } else {
-            (limits.max_storage_buffer_binding_size, "max_storage_buffer_binding_size")
-        };
-        // Kernels count 32-bit words in u32; a multiple of 16 keeps every size whole.
-        let binding_bytes = offered.min(1 << 33) & !15;
+        let (binding_bytes, binding_limit) = binding_bytes(&device.limits());
         let shard_bytes = binding_bytes.min(max_shard_bytes.unwrap_or(u64::MAX)) & !15;
         Self {
             device: device.clone(),
@@ -174,4 +179,26 @@ pub(super) fn product(sizes: &[usize]) -> Option<u64> {
 /// Bytes of so many 32-bit words, unless that is no number.
 pub(super) fn words(counts: &[usize]) -> Option<u64> {
     product(counts)?.checked_mul(4)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_binding_has_four_gibibytes_whatever_is_offered() {
+        let limits = |buffer, binding| wgpu::Limits {
+            max_buffer_size: buffer,
+            max_storage_buffer_binding_size: binding,
+            ..wgpu::Limits::default()
+        };
+        for (buffer, binding, bytes, name) in [
+            (1 << 37, 1 << 36, 0xffff_fff0, "max_storage_buffer_binding_size"),
+            (1 << 30, 1 << 36, 1 << 30, "max_buffer_size"),
+            (1 << 37, (1 << 31) - 1, (1 << 31) - 16, "max_storage_buffer_binding_size"),
+            (1 << 28, 1 << 27, 1 << 27, "max_storage_buffer_binding_size"),
+        ] {
+            assert_eq!(binding_bytes(&limits(buffer, binding)), (bytes, name));
+        }
+    }
 }

@@ -5,13 +5,14 @@
 //! submits a step as one compute pass and reads what is wanted, so that a decode step costs one submission however many layers it has.
 //! Nothing here panics on what a driver does: failures become [`KernelError`]s.
 //!
-//! `device.rs` opens an adapter, `probe.rs` tries its subgroups, `failure.rs` keeps why it failed, `memory.rs` counts buffers.
+//! `adapters.rs` lists the machine's adapters, `heap.rs` says how much memory one offers, `device.rs` opens it, `probe.rs` tries its subgroups, `failure.rs` keeps why it failed, `memory.rs` counts buffers.
 //! `format.rs` says how weights are held, `matrix.rs` lays them out, `blocks.rs` and `upload.rs` get them there. `shaders.rs` and
 //! `pipelines.rs` hold the kernels, `recorder.rs` submits them, `batch.rs` is what a step's rows become, `rounded.rs` what precision and
 //! prefill `fast` make of rows, `attention.rs` and `experts.rs` are the operations of several dispatches, `cooperative.rs` says
 //! what prefill `fast` needs, `trial.rs` tries it and `prefill.rs` is what it makes of products, `measure.rs` times the device, `clock.rs`
 //! reads its own clock.
 
+mod adapters;
 mod attention;
 mod batch;
 mod blocks;
@@ -25,6 +26,7 @@ mod failure;
 #[cfg(test)]
 mod fast_tests;
 mod format;
+mod heap;
 mod matrix;
 mod measure;
 mod memory;
@@ -41,6 +43,12 @@ mod upload;
 
 use grokpipe_model::{MatrixSource, MatrixSpec};
 
+pub use self::{
+    adapters::{GpuAdapter, GpuChoice, GpuKind, gpu_adapters},
+    matrix::GpuMatrix,
+    pipelines::gpu_kernels,
+    shaders::{SHADERS, Shader},
+};
 use self::{
     batch::StepBatch,
     cooperative::{Cooperative, ROWS_MIN},
@@ -51,12 +59,6 @@ use self::{
     rounded::{RoundedRows, Rounding},
     shaders::{GatherParams, Lanes, MatmulParams},
     upload::Expanded,
-};
-pub use self::{
-    device::GpuChoice,
-    matrix::GpuMatrix,
-    pipelines::gpu_kernels,
-    shaders::{SHADERS, Shader},
 };
 use crate::{
     AttentionParams, Backend, Batch, DeviceInfo, KernelError, Precision, Prefill,
@@ -403,12 +405,12 @@ impl Backend for GpuBackend {
         let [x, factors] = self.rounded.bindings(rounding, x);
         for shard in &w.shards {
             let column_begin = (shard.blocks.start * matrix::LANES) as u32;
-            let params = MatmulParams { op, rows: rows as u32, column_begin };
+            let params = |block_begin| MatmulParams { op, rows: rows as u32, column_begin, block_begin };
             let groups =
                 [rows.div_ceil(rows_per_workgroup) as u32, shard.blocks.len() as u32, variant.workgroups_a_block()];
             let work = (rows * shape.inputs) as u64 * (shard.blocks.len() * matrix::LANES) as u64;
             let buffers = [x, factors, &shard.chunks, shard.scales(), &out.buffer];
-            self.recorder.dispatch(kernel, &params, &buffers, groups, work);
+            self.recorder.dispatch_blocks(kernel, params, &buffers, groups, work);
         }
     }
 
@@ -510,8 +512,8 @@ impl Backend for GpuBackend {
         self.recorder.pass_seconds()
     }
 
-    fn measure_read_bandwidth(&mut self) -> Result<f64, KernelError> {
-        self.read_bandwidth()
+    fn measure_read_bandwidth(&mut self, most_bytes: u64) -> Result<f64, KernelError> {
+        self.read_bandwidth(most_bytes)
     }
 
     fn measure_flop_rate(&mut self) -> Result<f64, KernelError> {

@@ -94,11 +94,17 @@ impl GpuBackend {
         let [halves, factors] = self.rounded.bindings(Rounding::Halves, x);
         for shard in &w.shards {
             let column_begin = (shard.blocks.start * LANES) as u32;
-            let params = CooperativeMatmulParams { op, rows: rows as u32, column_begin, weights_factor: w.factor };
+            let params = |block_begin| CooperativeMatmulParams {
+                op,
+                rows: rows as u32,
+                column_begin,
+                block_begin,
+                weights_factor: w.factor,
+            };
             let groups = [rows.div_ceil(PLACES) as u32, shard.blocks.len() as u32, 1];
             let work = (rows * w.shape.inputs) as u64 * (shard.blocks.len() * LANES) as u64;
             let buffers = [halves, factors, &shard.chunks, shard.scales(), &out.buffer];
-            self.recorder.dispatch(kernel, &params, &buffers, groups, work);
+            self.recorder.dispatch_blocks(kernel, params, &buffers, groups, work);
         }
     }
 }

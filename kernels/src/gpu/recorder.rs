@@ -4,7 +4,10 @@
 //! dynamic offsets; bind groups are kept by kernel and buffers. So a dispatch of a later step costs about a microsecond. The first
 //! error of a step is kept and told when its results are read: operations themselves cannot fail.
 
-use std::collections::HashMap;
+use std::{
+    collections::{HashMap, VecDeque},
+    ops::Range,
+};
 
 use bytemuck::Pod;
 
@@ -21,9 +24,11 @@ use crate::KernelError;
 const UNIFORM_STRIDE: usize = 256;
 /// Dispatches in one submission. 64 layers of the full model in 128 MiB shards need about 4,500.
 const DISPATCHES_MAX: usize = 16_384;
-/// Multiply-adds after which a submission is cut: 200 ms of a GPU that makes 100 billion of them a second. Drivers reset a GPU
-/// whose submission runs for seconds.
-const WORK_MAX: u64 = 20_000_000_000;
+/// Multiply-adds after which a submission is cut, and which no dispatch exceeds that can be cut along its blocks: 200 ms of a GPU that
+/// makes 100 billion of them a second. Drivers reset a GPU whose work runs for seconds.
+pub(super) const WORK_MAX: u64 = 20_000_000_000;
+/// Submissions that are remembered to be waited for one by one; older ones are waited for with them.
+const SUBMITTED_MAX: usize = 4096;
 /// Bindings beside the parameters.
 const BINDINGS_MAX: usize = 8;
 /// Bind groups kept. A stage of 64 layers in few shards has some thousands.
@@ -51,6 +56,13 @@ pub(super) struct Recorder {
     groups: HashMap<GroupKey, wgpu::BindGroup>,
     work: u64,
     may_cut: bool,
+    /// [`WORK_MAX`], except in tests.
+    work_max: u64,
+    /// Of a single dispatch, for tests.
+    #[cfg(test)]
+    most_work: u64,
+    /// What was submitted and not waited for, with its multiply-adds.
+    submitted: VecDeque<(wgpu::SubmissionIndex, u64)>,
     /// A buffer that was not written since it was to be watched.
     watched: Option<u64>,
     error: Option<KernelError>,
@@ -83,6 +95,10 @@ impl Recorder {
             groups: HashMap::new(),
             work: 0,
             may_cut: false,
+            work_max: WORK_MAX,
+            #[cfg(test)]
+            most_work: 0,
+            submitted: VecDeque::new(),
             watched: None,
             error: None,
             staging: None,
@@ -164,6 +180,33 @@ impl Recorder {
         self.work = self.work.saturating_add(work);
     }
 
+    /// Cuts submissions and dispatches at less work, for tests; counts anew what is the most.
+    #[cfg(test)]
+    pub(super) fn set_work_max(&mut self, work: u64) {
+        (self.work_max, self.most_work) = (work, 0);
+    }
+
+    /// The most work of a dispatch so far, for tests.
+    #[cfg(test)]
+    pub(super) fn most_work(&self) -> u64 {
+        self.most_work
+    }
+
+    /// Adds dispatches whose workgroups are `blocks` along their second dimension: as many as it takes that none is more than the most
+    /// work. Each is given the parameters for the first of its blocks.
+    pub(super) fn dispatch_blocks<P: Pod>(
+        &mut self,
+        kernel: Kernel,
+        params: impl Fn(u32) -> P,
+        buffers: &[&GpuBuffer],
+        [x, blocks, z]: [u32; 3],
+        work: u64,
+    ) {
+        for (blocks, work) in cut(blocks, work, self.work_max) {
+            self.dispatch(kernel, &params(blocks.start), buffers, [x, blocks.len() as u32, z], work);
+        }
+    }
+
     /// Adds a dispatch. `buffers` are the bindings from 1 on, `work` its multiply-adds.
     pub(super) fn dispatch(
         &mut self,
@@ -176,7 +219,11 @@ impl Recorder {
         if workgroups.contains(&0) || self.error.is_some() {
             return;
         }
-        let over = self.may_cut && self.work.saturating_add(work) > WORK_MAX;
+        #[cfg(test)]
+        {
+            self.most_work = self.most_work.max(work);
+        }
+        let over = self.may_cut && self.work.saturating_add(work) > self.work_max;
         if !self.pending.is_empty() && (over || self.pending.len() == DISPATCHES_MAX) {
             self.submit();
         }
@@ -286,7 +333,16 @@ impl Recorder {
     pub(super) fn submit_and_wait(&mut self) -> Result<(), KernelError> {
         self.submit();
         self.take_error()?;
-        self.failure.wait(&self.device)
+        self.wait("what it was given")
+    }
+
+    /// Waits for what was submitted, one submission after the other: as long as these end the device works.
+    fn wait(&mut self, what: &str) -> Result<(), KernelError> {
+        while let Some((submission, work)) = self.submitted.pop_front() {
+            self.failure.wait(&self.device, Some(submission), work, what)?;
+        }
+        // What else is on its way: copies of what was written.
+        self.failure.wait(&self.device, None, 0, what)
     }
 
     /// Submits what was recorded and reads the first words of each buffer.
@@ -310,12 +366,19 @@ impl Recorder {
             offset += bytes.next_multiple_of(16);
         }
         self.submit_with(&copies)?;
-        self.failure.read(&self.device, &staging, total, "results", |bytes| {
-            let read = |(_, _, offset, length): &(&GpuBuffer, &wgpu::Buffer, u64, u64)| {
-                bytemuck::pod_collect_to_vec::<u8, T>(&bytes[*offset as usize..(*offset + *length) as usize])
-            };
-            copies.iter().map(read).collect()
-        })
+        let failure = self.failure.clone();
+        failure.read(
+            &staging,
+            total,
+            "results",
+            || self.wait("a step"),
+            |bytes| {
+                let read = |(_, _, offset, length): &(&GpuBuffer, &wgpu::Buffer, u64, u64)| {
+                    bytemuck::pod_collect_to_vec::<u8, T>(&bytes[*offset as usize..(*offset + *length) as usize])
+                };
+                copies.iter().map(read).collect()
+            },
+        )
     }
 
     /// The step's first error, if any; what was recorded after it is dropped.
@@ -339,7 +402,7 @@ impl Recorder {
         if self.pending.is_empty() && copies.is_empty() {
             return self.failure.check();
         }
-        self.failure.guard(|| {
+        let submission = self.failure.guard(|| {
             if !self.uniform_bytes.is_empty() {
                 self.queue.write_buffer(&self.uniforms, 0, &self.uniform_bytes);
             }
@@ -348,8 +411,12 @@ impl Recorder {
             for (source, target, offset, bytes) in copies {
                 encoder.copy_buffer_to_buffer(&source.buffer, 0, target, *offset, *bytes);
             }
-            self.queue.submit([encoder.finish()]);
+            self.queue.submit([encoder.finish()])
         })?;
+        if self.submitted.len() == SUBMITTED_MAX {
+            self.submitted.pop_front();
+        }
+        self.submitted.push_back((submission, self.work));
         self.submissions += 1;
         if self.clock.is_some() && !self.pending.is_empty() {
             self.timed += 1;
@@ -407,5 +474,54 @@ impl Recorder {
                 device: self.failure.device().to_string(),
             }),
         }
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        if self.failure.is_silent() {
+            // A queue waits for its device when it goes, however long that takes. What belongs to a device that is silent stays until the
+            // process ends.
+            std::mem::forget(self.queue.clone());
+        }
+    }
+}
+
+/// Ranges of `blocks` whose part of `work` is no more than `most`, of one length or nearly so; single blocks where these are more.
+pub(super) fn cut(blocks: u32, work: u64, most: u64) -> impl Iterator<Item = (Range<u32>, u64)> {
+    let of = move |count: u32| (u128::from(work) * u128::from(count)).div_ceil(u128::from(blocks.max(1))) as u64;
+    let fitting = (u128::from(blocks) * u128::from(most) / u128::from(work.max(1))).clamp(1, u128::from(blocks.max(1)));
+    let parts = u64::from(blocks).div_ceil(fitting as u64);
+    let bound = move |part: u64| (u64::from(blocks) * part / parts) as u32;
+    (0..parts).map(move |part| bound(part)..bound(part + 1)).map(move |range| {
+        let work = of(range.end - range.start);
+        (range, work)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_a_dispatch_are_all_of_it_and_none_is_too_much() {
+        for blocks in [1, 2, 3, 96, 512, 513, 65_535] {
+            for work in [0, 1, 511, 512, 100_000, 411_000_000_000, u64::MAX] {
+                for most in [1, 1000, WORK_MAX, u64::MAX] {
+                    let parts: Vec<_> = cut(blocks, work, most).collect();
+                    let (mut next, a_block) = (0, work.div_ceil(blocks.into()));
+                    for (range, work) in &parts {
+                        assert_eq!(range.start, next);
+                        assert!(range.end > range.start && (*work <= most || range.len() == 1 && *work <= a_block));
+                        next = range.end;
+                    }
+                    assert_eq!(next, blocks, "{work} of {most}");
+                    if work <= most {
+                        assert_eq!(parts.len(), 1);
+                    }
+                }
+            }
+        }
+        assert_eq!(cut(0, 5, 1).count(), 0);
     }
 }

@@ -195,6 +195,8 @@ pub(super) struct MatmulParams {
     pub(super) op: matmul::Params,
     pub(super) rows: u32,
     pub(super) column_begin: u32,
+    /// First block of the dispatch in the shard.
+    pub(super) block_begin: u32,
 }
 
 /// What a dispatch of an expert kernel has of its matrix.
@@ -207,6 +209,8 @@ pub(super) struct ExpertShard {
     pub(super) blocks: u32,
     /// Pairs that share a row of inputs.
     pub(super) pairs_a_row: u32,
+    /// First block of the dispatch in the shard, an expert.
+    pub(super) block_begin: u32,
 }
 
 /// Parameters of the two expert kernels: the operation's, and the shard.
@@ -221,11 +225,11 @@ pub(super) struct ExpertParams<P> {
 
 impl<P: Pod> ExpertParams<P> {
     /// The words as the shader sees them. Both operations' parameters are four words.
-    pub(super) fn to_words(self) -> [u32; 10] {
-        let mut out = [0; 10];
+    pub(super) fn to_words(self) -> [u32; 11] {
+        let mut out = [0; 11];
         out[..4].copy_from_slice(bytemuck::cast_slice(bytemuck::bytes_of(&self.op)));
         out[4] = self.items;
-        out[5..].copy_from_slice(bytemuck::cast_ref::<_, [u32; 5]>(&self.shard));
+        out[5..].copy_from_slice(bytemuck::cast_ref::<_, [u32; 6]>(&self.shard));
         out
     }
 }
@@ -236,6 +240,8 @@ pub(super) struct CooperativeMatmulParams {
     pub(super) op: matmul::Params,
     pub(super) rows: u32,
     pub(super) column_begin: u32,
+    /// First block of the dispatch in the shard.
+    pub(super) block_begin: u32,
     /// Power of two of the weights.
     pub(super) weights_factor: f32,
 }
@@ -252,11 +258,11 @@ pub(super) struct CooperativeExpertParams<P> {
 
 impl<P: Pod> CooperativeExpertParams<P> {
     /// As [`ExpertParams::to_words`].
-    pub(super) fn to_words(self) -> [u32; 11] {
-        let mut out = [0; 11];
+    pub(super) fn to_words(self) -> [u32; 12] {
+        let mut out = [0; 12];
         out[..4].copy_from_slice(bytemuck::cast_slice(bytemuck::bytes_of(&self.op)));
-        out[4..9].copy_from_slice(bytemuck::cast_ref::<_, [u32; 5]>(&self.shard));
-        out[9..].copy_from_slice(&self.factors.map(f32::to_bits));
+        out[4..10].copy_from_slice(bytemuck::cast_ref::<_, [u32; 6]>(&self.shard));
+        out[10..].copy_from_slice(&self.factors.map(f32::to_bits));
         out
     }
 }

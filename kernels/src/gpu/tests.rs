@@ -2,10 +2,14 @@
 //!
 //! `GPU_REQUIRED=1` makes a missing adapter fail; else tests say that they are skipped. `GPU_NAME` picks an adapter by name.
 
+use std::time::Duration;
+
 use grokpipe_model::{BlockType, Format, Layout};
 
 use super::{
     GpuBackend, GpuChoice, GpuOptions,
+    adapters::gpu_adapters,
+    failure::Patience,
     pipelines::Kernel,
     probe,
     shaders::{self, Lanes},
@@ -384,6 +388,44 @@ fn a_decode_step_is_one_submission_and_a_long_one_is_cut() {
     assert!(submissions(34, 4_000_000_000) > 20);
 }
 
+/// No dispatch is more than a block of columns here, so that every kernel is cut wherever it may be.
+#[test]
+fn dispatches_that_are_cut_along_their_blocks_do_not_show() {
+    let (Some(mut whole), Some(mut cut)) = (open(None), open(None)) else { return };
+    let (hidden, ffn) = (256, 512);
+    for format in [Format::F32, Format::Int8 { groups: 8 }, Format::Blocks(BlockType::Q4K)] {
+        for rows in [1, 9, 33] {
+            let a_block = (rows * 2 * 64 * ffn) as u64;
+            whole.recorder.set_work_max(u64::MAX);
+            let want = expert_layer(&mut whole, 5, format, (hidden, ffn), rows);
+            cut.recorder.set_work_max(a_block);
+            let got = expert_layer(&mut cut, 5, format, (hidden, ffn), rows);
+            compare_bits("expert layer", &(format, rows), "cut", 5, &got, &want);
+            let [of_whole, of_cut] = [&whole, &cut].map(|backend| backend.recorder.most_work());
+            assert!(of_cut <= a_block && of_whole > a_block, "{of_cut}, {of_whole} of {a_block}");
+        }
+    }
+}
+
+/// Its kernel ends after seconds; the wait for it ends before.
+#[test]
+fn a_wait_for_a_device_that_gives_no_answer_ends_and_says_what_for() {
+    let Some(mut backend) = open(None) else { return };
+    let name = backend.info().name.clone();
+    let text = shaders::READ_WORDS.source().replace(
+        "if thread == 0u {",
+        "var turns = of_threads[thread];\n    for (var turn = 0u; turn < 300000000u; turn++) { turns = turns * 1664525u + turn; }\n    \
+         if thread == 0u { sums[workgroup.x] = turns; }\n    if thread == 1u {",
+    );
+    backend.recorder.replace(Kernel::ReadWords, shaders::READ_WORDS.with_text(text));
+    backend.recorder.failure.patience = Patience { least: Duration::from_millis(1), rate: u64::MAX };
+    let error = backend.measure_read_bandwidth(1 << 20).unwrap_err();
+    assert!(matches!(&error, KernelError::DeviceLost { device, .. } if *device == name), "{error}");
+    assert!(error.to_string().contains("did not finish what it was given within 0.001 s"), "{error}");
+    // It is not asked again, and what it holds does not keep anybody.
+    assert!(matches!(backend.activations(1, 1), Err(KernelError::DeviceLost { .. })));
+}
+
 #[test]
 fn what_exceeds_a_binding_is_refused_and_named() {
     let Some(mut backend) = open(Some(4096)) else { return };
@@ -458,14 +500,18 @@ fn a_lost_device_is_an_error_and_not_a_panic() {
 
 #[test]
 fn an_adapter_that_is_not_there_is_refused_with_those_there_are() {
-    let error = GpuBackend::open(&GpuChoice::Named("no such adapter".into())).err().unwrap();
-    assert!(error.to_string().contains("gpu:no such adapter"), "{error}");
+    let there = gpu_adapters();
+    for which in ["no such adapter", "99", "0f:1e.7"] {
+        let error = GpuBackend::open(&GpuChoice::of(which)).err().unwrap().to_string();
+        assert!(error.contains("gpu:") && error.contains(which), "{error}");
+        assert!(there.iter().all(|adapter| error.contains(&format!("{}: {}", adapter.index, adapter.name))), "{error}");
+    }
 }
 
 #[test]
 fn measured_speeds_are_above_nothing() {
     let Some(mut backend) = open(None) else { return };
-    let (bytes, flops) = (backend.measure_read_bandwidth().unwrap(), backend.measure_flop_rate().unwrap());
+    let (bytes, flops) = (backend.measure_read_bandwidth(u64::MAX).unwrap(), backend.measure_flop_rate().unwrap());
     println!("{}: {:.2} GB/s, {:.2} GFLOP/s", backend.info().name, bytes / 1e9, flops / 1e9);
     assert!(bytes > 1e6 && flops > 1e6);
 }

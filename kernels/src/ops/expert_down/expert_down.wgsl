@@ -4,7 +4,7 @@
 // Shapes (row-major): x [pairs / pairs_a_row, inputs], products [pairs, outputs] f32. Weights, scales and the order of sums as in
 // product/columns.wgsl, one stretch of `blocks` blocks an expert. Joined with columns, pairs, gelu, inputs, and matrix, product and sums
 // for `down`.
-// Dispatch: (ceil(items / TILES), blocks of the shard, 64 / (COLUMN_THREADS * COLUMNS_PER_THREAD)); a thread computes ROWS_PER_THREAD
+// Dispatch: (ceil(items / TILES), some blocks of the shard, 64 / (COLUMN_THREADS * COLUMNS_PER_THREAD)); a thread computes ROWS_PER_THREAD
 // pairs of COLUMNS_PER_THREAD columns, or SLICE_THREADS threads do.
 // CPU reference: cpu.rs.
 @group(0) @binding(4) var<storage, read> down: array<vec4<u32>>;      // [experts, blocks, chunks, 64]
@@ -25,7 +25,7 @@ fn expert_down(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoc
     let place = place_of(workgroup, local, is_here(item));
     let sums = product_of_down(rows_of(item), block_of(item, workgroup.y), place);
     if !place.is_here || place.slice > 0u { return; }
-    let n = params.column_begin + workgroup.y * LANES + place.lane;
+    let n = params.column_begin + (params.block_begin + workgroup.y) * LANES + place.lane;
     store(item.pairs.x, n, sums.a);
     if ROWS_PER_THREAD > 1u {
         store(item.pairs.y, n, sums.b);

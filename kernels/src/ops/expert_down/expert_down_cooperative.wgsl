@@ -2,7 +2,7 @@
 // Shapes (row-major): x [pairs / pairs_a_row, inputs] as quantise_halves.wgsl makes it; products [pairs, outputs] f32. Weights as in
 // product/columns.wgsl, one stretch of `blocks` blocks an expert, sums as in product/cooperative.wgsl. Joined with columns,
 // pairs_cooperative, gelu, tiles_8 or tiles_16, cooperative, and matrix and product_cooperative for `down`.
-// Dispatch: (tiles, blocks of the shard, 1). CPU reference: cpu.rs.
+// Dispatch: (tiles, some blocks of the shard, 1). CPU reference: cpu.rs.
 enable f16;
 enable wgpu_cooperative_matrix;
 @group(0) @binding(4) var<storage, read> down: array<vec4<u32>>;      // [experts, blocks, chunks, 64]

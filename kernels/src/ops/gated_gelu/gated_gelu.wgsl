@@ -4,7 +4,7 @@
 // one stretch of `blocks` blocks an expert. With GATE_IS_THERE, where gate is held otherwise than up, hidden has the products with it
 // already, of expert_down.wgsl, whose sums are the same; the bindings of gate are not read. Joined with columns, pairs, gelu, inputs, and
 // matrix, product and sums for `gate` and `up`.
-// Dispatch: (ceil(items / TILES), blocks of the shard, 64 / (COLUMN_THREADS * COLUMNS_PER_THREAD)); a thread computes ROWS_PER_THREAD
+// Dispatch: (ceil(items / TILES), some blocks of the shard, 64 / (COLUMN_THREADS * COLUMNS_PER_THREAD)); a thread computes ROWS_PER_THREAD
 // pairs of COLUMNS_PER_THREAD columns, or SLICE_THREADS threads do.
 // CPU reference: cpu.rs.
 @group(0) @binding(4) var<storage, read> gate: array<vec4<u32>>;    // [experts, blocks, chunks, 64]
@@ -38,7 +38,7 @@ fn gated_gelu(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoca
     if !GATE_IS_THERE { g = product_of_gate(rows, block, place); }
     let u = product_of_up(rows, block, place);
     if !place.is_here || place.slice > 0u { return; }
-    let n = params.column_begin + workgroup.y * LANES + place.lane;
+    let n = params.column_begin + (params.block_begin + workgroup.y) * LANES + place.lane;
     store(item.pairs.x, n, g.a, u.a);
     if ROWS_PER_THREAD > 1u {
         store(item.pairs.y, n, g.b, u.b);

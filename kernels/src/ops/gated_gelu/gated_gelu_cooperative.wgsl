@@ -3,7 +3,7 @@
 // one stretch of `blocks` blocks an expert, sums as in product/cooperative.wgsl. With GATE_IS_THERE, where gate is held otherwise than
 // up, hidden has the products with it already, of expert_down_cooperative.wgsl; the bindings of gate are not read. Joined with columns,
 // pairs_cooperative, gelu, tiles_8 or tiles_16, cooperative, and matrix and product_cooperative for `gate` and `up`.
-// Dispatch: (tiles, blocks of the shard, 1). CPU reference: cpu.rs.
+// Dispatch: (tiles, some blocks of the shard, 1). CPU reference: cpu.rs.
 enable f16;
 enable wgpu_cooperative_matrix;
 @group(0) @binding(4) var<storage, read> gate: array<vec4<u32>>;    // [experts, blocks, chunks, 64]

@@ -1,7 +1,7 @@
 // matmul: out[t, n] = factor * sum_k x[t, k] * w[k, n], for the columns n of one shard of w.
 // Shapes (row-major): x [rows, inputs], out [rows, outputs] f32. Weights, scales and the order of sums as in product/columns.wgsl.
 // Joined with columns, inputs, and matrix, product and sums for `weights`.
-// Dispatch: (ceil(rows / (ROWS_PER_THREAD * TILES)), blocks, 64 / (COLUMN_THREADS * COLUMNS_PER_THREAD)); a thread computes
+// Dispatch: (ceil(rows / (ROWS_PER_THREAD * TILES)), some blocks, 64 / (COLUMN_THREADS * COLUMNS_PER_THREAD)); a thread computes
 // ROWS_PER_THREAD rows of COLUMNS_PER_THREAD columns, or SLICE_THREADS threads do. One row and column a thread suits a GPU in decode;
 // four of each read less. CPU reference: cpu.rs.
 struct Params {
@@ -11,6 +11,7 @@ struct Params {
     factor: f32,
     rows: u32,
     column_begin: u32, // first column of the shard, a multiple of 64
+    block_begin: u32,  // first block of this dispatch in the shard
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(3) var<storage, read> weights: array<vec4<u32>>;    // [blocks, chunks, 64]
@@ -33,9 +34,9 @@ fn matmul(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     let place = place_of(workgroup, local, row < params.rows);
     // Rows beyond the last one repeat it and are not stored.
     let rows = min(vec4<u32>(row, row + 1u, row + 2u, row + 3u), vec4<u32>(params.rows - 1u));
-    let sums = product_of_weights(rows * params.inputs, workgroup.y, place);
+    let sums = product_of_weights(rows * params.inputs, params.block_begin + workgroup.y, place);
     if place.slice > 0u { return; }
-    let n = params.column_begin + workgroup.y * LANES + place.lane;
+    let n = params.column_begin + (params.block_begin + workgroup.y) * LANES + place.lane;
     store(row, n, sums.a);
     if ROWS_PER_THREAD > 1u {
         store(row + 1u, n, sums.b);

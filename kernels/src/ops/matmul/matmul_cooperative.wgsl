@@ -1,7 +1,7 @@
 // matmul_cooperative: matmul.wgsl for steps of many rows in prefill `fast`, with cooperative matrices.
 // Shapes (row-major): x [rows, inputs] as quantise_halves.wgsl makes it; out [rows, outputs] f32. Weights as in product/columns.wgsl, sums
 // as in product/cooperative.wgsl. Joined with columns, tiles_8 or tiles_16, cooperative, and matrix and product_cooperative for `weights`.
-// Dispatch: (ceil(rows / 64), blocks, 1). CPU reference: cpu.rs.
+// Dispatch: (ceil(rows / 64), some blocks, 1). CPU reference: cpu.rs.
 enable f16;
 enable wgpu_cooperative_matrix;
 struct Params {
@@ -11,6 +11,7 @@ struct Params {
     factor: f32,
     rows: u32,
     column_begin: u32,    // first column of the shard, a multiple of 64
+    block_begin: u32,     // first block of this dispatch in the shard
     weights_factor: f32,  // power of two
 }
 @group(0) @binding(0) var<uniform> params: Params;
@@ -38,6 +39,7 @@ fn matmul_cooperative(
         places[place] = select(NO_ROW, row, row < params.rows);
     }
     workgroupBarrier();
-    let block = Block(workgroup.y, params.column_begin + workgroup.y * LANES, params.weights_factor);
+    let index = params.block_begin + workgroup.y;
+    let block = Block(index, params.column_begin + index * LANES, params.weights_factor);
     product_of_weights(block, Member(thread, subgroup, subgroups));
 }

@@ -12,6 +12,7 @@ struct Params {
     column_begin: u32, // first column of the shard, a multiple of 64
     blocks: u32,       // blocks of 64 columns in the shard, an expert
     pairs_a_row: u32,  // pairs that share a row of x
+    block_begin: u32,  // first block of this dispatch in the shard, an expert
 }
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(3) var<storage, read> choice: array<u32>;  // [items] or [items, 5]
@@ -46,7 +47,7 @@ fn rows_of(item: Item) -> vec4<u32> {
     return filled(item) / params.pairs_a_row * params.inputs;
 }
 
-// The block of an item's expert in the shard.
+// Where in the shard a block of this dispatch is, for an item's expert.
 fn block_of(item: Item, block: u32) -> u32 {
-    return (item.expert - params.expert_begin) * params.blocks + block;
+    return (item.expert - params.expert_begin) * params.blocks + params.block_begin + block;
 }

@@ -9,6 +9,7 @@ struct Params {
     column_begin: u32, // first column of the shard, a multiple of 64
     blocks: u32,       // blocks of 64 columns in the shard, an expert
     pairs_a_row: u32,  // pairs that share a row of x
+    block_begin: u32,  // first block of this dispatch in the shard, an expert
     factor: f32,       // power of two of the weights; in gated_gelu of the gate's
     up_factor: f32,    // of the other matrix that gated_gelu has
 }
@@ -30,5 +31,6 @@ fn take_places(tile: u32, thread: u32) {
 }
 
 fn block_of(expert: u32, block: u32, factor: f32) -> Block {
-    return Block(expert * params.blocks + block, params.column_begin + block * LANES, factor);
+    let index = params.block_begin + block;
+    return Block(expert * params.blocks + index, params.column_begin + index * LANES, factor);
 }
