@@ -22,7 +22,6 @@ use tracing::{info, warn};
 
 use crate::{
     claim::{self, Claim, Claimed},
-    client,
     common::{self, ConfigArgs, parse_device},
     config::{self, ByteSize, SecretText, WorkerSection, parse_precision, parse_prefill},
     descriptors,
@@ -311,7 +310,8 @@ mod tests {
 
     #[test]
     fn refusals_say_what_to_do() {
-        let nowhere = explain(WorkerError::Advertise { found: "0.0.0.0:7101".into() });
+        let nowhere =
+            explain(WorkerError::Advertise { found: "0.0.0.0:7101".into(), why: "no address of one machine" });
         assert_eq!(nowhere.code(), Code::Usage);
         assert!(nowhere.to_string().contains("--advertise"), "{nowhere}");
         let source = io::Error::from(io::ErrorKind::AddrInUse);

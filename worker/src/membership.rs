@@ -20,9 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
 use tracing::{info, warn};
 
-use crate::{
-    Settings, WorkerError, address::OwnAddress, controller::Order, loader::DeviceFacts, stats::Stats,
-};
+use crate::{Settings, WorkerError, address::OwnAddress, controller::Order, loader::DeviceFacts, stats::Stats};
 
 const WELCOME_WITHIN: Duration = Duration::from_secs(5);
 const REDIAL_FIRST: Duration = Duration::from_millis(100);

@@ -297,8 +297,8 @@ mod tests {
         let secret = config.secret.text().unwrap().to_owned();
         let program = Path::new("grokpipe");
         let common = Common { config: &config, program, insecure: false, pretty: false, filter: "info" };
-        let listen = "127.0.0.1:0".parse().unwrap();
-        let reach = Reach { coordinator: "127.0.0.1:7070".into(), listen, advertise: None };
+        let listen = "127.0.0.1:0".parse().ok();
+        let reach = Reach { coordinator: "127.0.0.1:7070".parse().unwrap(), listen, advertise: None };
         let worker = WorkerSection::named("w1");
         let coordinator = common.coordinator("127.0.0.1:0", "127.0.0.1:0", std::slice::from_ref(&worker));
         for launch in [coordinator, common.local_worker(&worker, &reach, 1, None)] {

@@ -19,9 +19,7 @@ use grokpipe_proto::{
     snapshot::{ClusterSnapshot, SnapshotRequests},
     status::RequestError,
     transport::Net,
-    v1::{
-        Hello, JoinResponse, MicroBatchResult, Sampling, StageUse, Welcome, join_request, join_response,
-    },
+    v1::{Hello, JoinResponse, MicroBatchResult, Sampling, StageUse, Welcome, join_request, join_response},
 };
 use tokio::{
     sync::{mpsc, oneshot, watch},

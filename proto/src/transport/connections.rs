@@ -48,7 +48,11 @@ impl Peer {
     pub fn client(&self) -> u64 {
         let address = counted(self.address.ip());
         let mut hasher = DefaultHasher::new();
-        if address.is_loopback() { self.connection.hash(&mut hasher) } else { address.hash(&mut hasher) }
+        if address.is_loopback() {
+            self.connection.hash(&mut hasher)
+        } else {
+            address.hash(&mut hasher)
+        }
         hasher.finish()
     }
 }
