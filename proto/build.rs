@@ -2,7 +2,7 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 4] = ["membership", "pipeline", "inference", "cluster"];
+const FILES: [&str; 5] = ["membership", "pipeline", "inference", "cluster", "diagnosis"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let files: Vec<String> = FILES.iter().map(|name| format!("grokpipe/v1/{name}.proto")).collect();

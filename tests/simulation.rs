@@ -16,9 +16,9 @@ use grokpipe_proto::{
     secret::Secret,
     transport::{self, ConnectionLimits, Keepalive, Net},
     v1::{
-        Frame, GenerateRequest, GenerateResponse, GetStatusRequest, SamplingOptions,
-        cluster_service_client::ClusterServiceClient, inference_service_client::InferenceServiceClient,
-        pipeline_service_server::PipelineServiceServer,
+        DiagnoseRequest, Frame, GenerateRequest, GenerateResponse, GetStatusRequest, SamplingOptions,
+        cluster_service_client::ClusterServiceClient, diagnose_response::Finding,
+        inference_service_client::InferenceServiceClient, pipeline_service_server::PipelineServiceServer,
     },
 };
 use grokpipe_tests::simulated::{
@@ -294,6 +294,48 @@ fn a_partition_of_a_stage_is_noticed_and_heals() {
             }
             timeout(Duration::from_secs(30), until_serving(&channel)).await?;
             assert_eq!(generate(&channel, request(&[7, 8], 10, SamplingOptions::default())).await?, before);
+            Ok(())
+        });
+        sim.run().unwrap_or_else(|error| panic!("SEED={seed}: {error}"));
+    }
+}
+
+#[test]
+fn a_diagnosis_measures_every_link_and_names_the_one_that_is_cut() {
+    for seed in seeds() {
+        let mut sim = simulation(seed);
+        sim.client("client", async move {
+            let channel = channel().await;
+            until_serving(&channel).await;
+            turmoil::partition_oneway("w1", "w3");
+            let mut client = ClusterServiceClient::new(channel);
+            let mut stream = client.diagnose(DiagnoseRequest { gentle: false }).await?.into_inner();
+            let again = client.diagnose(DiagnoseRequest { gentle: false }).await.expect_err("one runs already");
+            assert_eq!(again.code(), Code::ResourceExhausted);
+            let (mut nodes, mut links, mut done) = (Vec::new(), Vec::new(), false);
+            while let Some(response) = stream.message().await? {
+                assert!(!done, "nothing follows the last finding");
+                match response.finding {
+                    Some(Finding::Started(started)) => assert_eq!(started.links, 12),
+                    Some(Finding::Node(node)) => nodes.push(node.name),
+                    Some(Finding::Link(link)) => links.push(link),
+                    Some(Finding::Done(_)) => done = true,
+                    None => panic!("expected a finding"),
+                }
+            }
+            assert!(done);
+            assert_eq!(nodes, ["", "w1", "w2", "w3"]);
+            assert_eq!(links.len(), 12);
+            for link in links {
+                let report = link.report.expect("a report");
+                if [&link.from, &link.to].iter().all(|end| *end == "w1" || *end == "w3") {
+                    assert!(!report.error.is_empty() && report.round_trip_seconds.is_none(), "{report:?}");
+                } else {
+                    assert_eq!((report.error.as_str(), &report.answered_by), ("", &link.to), "from {}", link.from);
+                    assert!(report.round_trip_seconds.expect("a time") >= 0.002, "{report:?}");
+                    assert!(report.bytes_per_second.is_some(), "{report:?}");
+                }
+            }
             Ok(())
         });
         sim.run().unwrap_or_else(|error| panic!("SEED={seed}: {error}"));

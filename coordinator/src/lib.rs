@@ -2,7 +2,7 @@
 //!
 //! It loads no weights and computes nothing. Decisions are made in pure modules without clocks and sockets: [`planner`],
 //! [`scheduler`], [`cluster`], [`session`]; the [`engine`] is the one task that owns their state and connects them with the
-//! outside: [`api`] (gRPC), [`http`] (health, snapshot, page).
+//! outside: [`api`] (gRPC), [`http`] (health, snapshot, page). [`diagnosis`] examines machines and links beside it.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -10,6 +10,7 @@ use grokpipe_model::tokenizer::Tokenizer;
 use grokpipe_proto::{
     DESCRIPTORS, bounds,
     link_token::LinkKey,
+    probe::{DescribeMachine, ProbePort},
     secret::Secret,
     transport::{self, ConnectionLimits, Keepalive, Net},
     v1::{
@@ -23,6 +24,7 @@ use tonic::service::interceptor::InterceptedService;
 pub mod api;
 pub mod cluster;
 pub mod deadline;
+pub mod diagnosis;
 pub mod engine;
 pub mod facts;
 pub mod frames;
@@ -121,6 +123,7 @@ pub struct Coordinator {
     facts: ModelFacts,
     tokenizer: Option<Arc<Tokenizer>>,
     net: Arc<dyn Net>,
+    machine: Option<DescribeMachine>,
 }
 
 impl Coordinator {
@@ -145,7 +148,13 @@ impl Coordinator {
                 Some(tokio::net::TcpListener::bind(address).await.map_err(failed("HTTP address", address))?)
             }
         };
-        Ok(Self { grpc, http, settings, facts, tokenizer, net })
+        Ok(Self { grpc, http, settings, facts, tokenizer, net, machine: None })
+    }
+
+    /// With a way to describe this machine, for a diagnosis of the cluster.
+    #[must_use]
+    pub fn on_machine(self, machine: DescribeMachine) -> Self {
+        Self { machine: Some(machine), ..self }
     }
 
     /// Where gRPC listens.
@@ -163,10 +172,19 @@ impl Coordinator {
     /// # Errors
     /// [`CoordinatorError`] when a port fails.
     pub async fn serve(self, shutdown: CancellationToken) -> Result<(), CoordinatorError> {
-        let Self { grpc, http, settings, facts, tokenizer, net } = self;
+        let Self { grpc, http, settings, facts, tokenizer, net, machine } = self;
         let config = Arc::new(facts.config.clone());
-        let (engine, handle, inbox) = engine(&settings, &facts, tokenizer.clone(), net);
+        let (engine, handle, inbox) = engine(&settings, &facts, tokenizer.clone(), Arc::clone(&net));
         let ending = shutdown.child_token();
+        let diagnosis = diagnosis::Diagnosis {
+            desk: diagnosis::Desk::default(),
+            net,
+            secret: settings.secret.clone(),
+            snapshot: handle.snapshot(),
+            machine,
+            shutdown: ending.clone(),
+            one: Arc::new(tokio::sync::Semaphore::new(1)),
+        };
 
         let (health_reporter, health) = tonic_health::server::health_reporter();
         // Both versions: some clients ask the one, some the other.
@@ -179,6 +197,7 @@ impl Coordinator {
         let reflection_v1alpha = reflection().build_v1alpha()?;
         let membership = api::membership::Membership {
             engine: handle.clone(),
+            desk: diagnosis.desk.clone(),
             shutdown: ending.clone(),
             connections: Arc::default(),
         };
@@ -200,8 +219,9 @@ impl Coordinator {
             .add_service(reflection_v1alpha)
             .add_service(InterceptedService::new(membership, settings.secret.require()))
             .add_service(InterceptedService::new(ResultServiceServer::new(results), settings.secret.require()))
+            .add_service(InterceptedService::new(ProbePort::service(""), settings.secret.require()))
             .add_service(Timed(inference))
-            .add_service(Timed(ClusterServiceServer::new(api::cluster::Cluster { engine: handle.clone() })))
+            .add_service(Timed(ClusterServiceServer::new(api::cluster::Cluster { engine: handle.clone(), diagnosis })))
             .serve_with_incoming_shutdown(
                 grpc.connections(settings.grpc_connections),
                 ending.clone().cancelled_owned(),

@@ -9,6 +9,7 @@ mod dial;
 pub mod hidden_states;
 pub mod link;
 pub mod link_token;
+pub mod probe;
 pub mod secret;
 pub mod snapshot;
 pub mod status;

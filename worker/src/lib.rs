@@ -5,14 +5,15 @@
 //! test with simulated time and network.
 //!
 //! A frame's way: [`service`] queues it, [`sequences`] checks it, [`runner`] has it computed by the [`executor`], and hands the
-//! result to the next stage, or draws tokens ([`sampler`]) in the last one. [`controller`] follows assignments, [`membership`]
-//! talks with the coordinator.
+//! result to the next stage, or draws tokens ([`sampler`]) in the last one. [`controller`] follows assignments, [`probe`]
+//! measures links where the coordinator wants to know, [`membership`] talks with the coordinator.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use grokpipe_proto::{
     address::Address,
     max_frame_bytes,
+    probe::ProbePort,
     secret::Secret,
     transport::{self, ConnectionLimits, Keepalive, Net},
     v1::pipeline_service_server::PipelineServiceServer,
@@ -26,6 +27,7 @@ pub mod controller;
 pub mod executor;
 pub mod loader;
 pub mod membership;
+pub mod probe;
 pub mod runner;
 pub mod sampler;
 pub mod sequences;
@@ -110,12 +112,14 @@ pub async fn run(
     let connections = listening.connections(settings.connections);
     let (device, config) = (loader.device().clone(), loader.config().clone());
     let model_digest = loader.model_digest().to_owned();
+    let machine = loader.describe_machine();
     let loader = Arc::new(Mutex::new(loader));
     let active = service::ActiveStage::default();
     let stats = Arc::new(stats::Stats::default());
     let (held_tx, held_rx) = watch::channel(None);
     let (orders_tx, orders_rx) = watch::channel(controller::Order::default());
     let (reports_tx, reports_rx) = mpsc::channel(64);
+    let (probes_tx, probes_rx) = mpsc::channel(probe::MOST_WAITING);
 
     let pipeline = service::Pipeline {
         worker: settings.name.clone(),
@@ -138,6 +142,14 @@ pub async fn run(
         held_layers: held_tx,
         reports: reports_tx,
     };
+    let prober = probe::Prober {
+        coordinator: settings.coordinator.clone(),
+        secret: settings.secret.clone(),
+        net: Arc::clone(&net),
+        machine,
+        reports: controller.reports.clone(),
+    };
+    let probed = ProbePort::service(settings.name.clone());
     let frames = PipelineServiceServer::new(pipeline)
         .max_decoding_message_size(max_frame_bytes(MOST_BATCH_TOKENS, config.hidden_size));
     let secret = settings.secret.clone();
@@ -150,13 +162,15 @@ pub async fn run(
         stats,
         held_layers: held_rx,
         orders: orders_tx,
+        probes: probes_tx,
         reports: reports_rx,
     };
 
-    // All three end with this token, whichever ends first and why.
+    // All four end with this token, whichever ends first and why.
     let ending = shutdown.child_token();
     let serving = transport::server(Keepalive::Cluster)
         .add_service(InterceptedService::new(frames, secret.require()))
+        .add_service(InterceptedService::new(probed, secret.require()))
         .serve_with_incoming_shutdown(connections, ending.clone().cancelled_owned());
     let serving = async {
         let served = serving.await.map_err(WorkerError::Serve);
@@ -168,7 +182,12 @@ pub async fn run(
         ending.cancel();
         ended
     };
-    let (served, belonged, ()) = tokio::join!(serving, belonging, controller.run(orders_rx, ending.clone()));
+    let (served, belonged, (), ()) = tokio::join!(
+        serving,
+        belonging,
+        controller.run(orders_rx, ending.clone()),
+        prober.run(probes_rx, ending.clone())
+    );
     drop(loader.lock().unwrap_or_else(PoisonError::into_inner));
     belonged.and(served)
 }

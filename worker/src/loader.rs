@@ -6,6 +6,7 @@ use std::{collections::BTreeMap, ops::Range};
 
 use grokpipe_kernels::{FormatRate, KernelError, Stage, StepOverhead};
 use grokpipe_model::ModelConfig;
+use grokpipe_proto::probe::DescribeMachine;
 
 /// What the device is and can do, measured once at start.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,6 +66,11 @@ pub trait StageLoader: Send + 'static {
     fn check_readable(&self, request: &LoadRequest) -> Result<(), KernelError> {
         let _ = request;
         Ok(())
+    }
+
+    /// How to describe this machine; `None` where there is none to speak of.
+    fn describe_machine(&self) -> Option<DescribeMachine> {
+        None
     }
 
     /// Loads layers; `progress` is told the bytes done and the bytes in all.

@@ -7,7 +7,7 @@ use grokpipe_proto::{
     LOST_AFTER, PROTOCOL_VERSIONS, bounds,
     transport::{self, Keepalive, Net},
     v1::{
-        FormatRate, Hello, JoinRequest, JoinResponse, StepOverhead, Welcome, join_request::Message, join_response,
+        FormatRate, Hello, JoinRequest, JoinResponse, ProbeOrder, StepOverhead, Welcome, join_request::Message, join_response,
         membership_service_client::MembershipServiceClient,
     },
 };
@@ -44,6 +44,8 @@ pub struct Membership {
     pub held_layers: watch::Receiver<Option<Range<u32>>>,
     /// Where orders go.
     pub orders: watch::Sender<Order>,
+    /// Where orders to measure something go.
+    pub probes: mpsc::Sender<ProbeOrder>,
     /// What the coordinator is to be told.
     pub reports: mpsc::Receiver<Message>,
 }
@@ -203,6 +205,8 @@ impl Membership {
             join_response::Message::Release(_) => {
                 self.orders.send_replace(Order::Idle);
             }
+            // What does not fit is not done: the coordinator asks for one thing at a time and knows how long that takes.
+            join_response::Message::ProbeOrder(order) => drop(self.probes.try_send(order)),
             join_response::Message::Welcome(_) => {}
         }
     }

@@ -7,21 +7,26 @@ use grokpipe_proto::{
     snapshot::ClusterSnapshot,
     status::RequestError,
     v1::{
-        DrainRequest, DrainResponse, GetPlanRequest, GetPlanResponse, GetStatusRequest, GetStatusResponse,
+        DiagnoseRequest, DiagnoseResponse, DrainRequest, DrainResponse, GetPlanRequest, GetPlanResponse, GetStatusRequest, GetStatusResponse,
         PlannedStage, ReplanRequest, ReplanResponse, WatchStatusRequest, WatchStatusResponse,
         cluster_service_server::ClusterService,
     },
 };
-use tokio_stream::wrappers::WatchStream;
+use tokio_stream::{
+    StreamExt,
+    wrappers::{ReceiverStream, WatchStream},
+};
 use tonic::{Code, Request, Response, Status};
 
-use crate::{deadline::Deadline, engine::Handle, planner::Refusal};
+use crate::{deadline::Deadline, diagnosis::Diagnosis, engine::Handle, planner::Refusal};
 
 /// Serves operators.
 #[derive(Clone)]
 pub struct Cluster {
     /// The engine.
     pub engine: Handle,
+    /// Examines machines and links.
+    pub diagnosis: Diagnosis,
 }
 
 fn wire(snapshot: &Arc<ClusterSnapshot>) -> Option<grokpipe_proto::v1::ClusterSnapshot> {
@@ -84,6 +89,13 @@ impl ClusterService for Cluster {
 
     async fn replan(&self, _request: Request<ReplanRequest>) -> Result<Response<ReplanResponse>, Status> {
         Err(RequestError::NotBuilt("Replan").into())
+    }
+
+    type DiagnoseStream = Pin<Box<dyn Stream<Item = Result<DiagnoseResponse, Status>> + Send>>;
+
+    async fn diagnose(&self, request: Request<DiagnoseRequest>) -> Result<Response<Self::DiagnoseStream>, Status> {
+        let findings = self.diagnosis.start(request.into_inner().gentle)?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(findings))))
     }
 }
 

@@ -27,6 +27,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     cluster::JoinRefusal,
+    diagnosis::{Desk, Member},
     engine::{Event, Handle},
 };
 
@@ -39,6 +40,8 @@ const OUTBOX: usize = 64;
 pub struct Membership {
     /// The engine.
     pub engine: Handle,
+    /// Where reports of probes go.
+    pub desk: Desk,
     /// The coordinator ends.
     pub shutdown: CancellationToken,
     /// Counts streams.
@@ -52,7 +55,7 @@ impl MembershipService for Membership {
     async fn join(&self, request: Request<Streaming<JoinRequest>>) -> Result<Response<Self::JoinStream>, Status> {
         let mut messages = request.into_inner();
         let hello = hello(&mut messages).await?;
-        let (name, generation) = (hello.name.clone(), hello.generation);
+        let (name, generation, member) = (hello.name.clone(), hello.generation, Member::of(&hello));
         let connection = self.connections.fetch_add(1, Ordering::Relaxed);
         let (outbox, outgoing) = mpsc::channel(OUTBOX);
         let (reply, answer) = oneshot::channel();
@@ -65,7 +68,9 @@ impl MembershipService for Membership {
             .map_err(|refusal| refused(&refusal))?;
         let welcome = JoinResponse { message: Some(join_response::Message::Welcome(welcome)) };
         let _ = outbox.try_send(Ok(welcome));
-        let worker = Worker { engine: self.engine.clone(), connection, name, generation, outbox, gated };
+        self.desk.joined(connection, member, outbox.clone());
+        let (engine, desk) = (self.engine.clone(), self.desk.clone());
+        let worker = Worker { engine, desk, connection, name, generation, outbox, gated };
         // Owned by the connection: ends with the worker's stream, with its outbox, or with the coordinator.
         tokio::spawn(worker.serve(messages, self.shutdown.clone()));
         Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
@@ -94,6 +99,7 @@ fn refused(refusal: &JoinRefusal) -> Status {
 
 struct Worker {
     engine: Handle,
+    desk: Desk,
     connection: u64,
     name: String,
     generation: u64,
@@ -118,6 +124,9 @@ impl Worker {
                     None => break "it was given up".to_owned(),
                 },
                 message = messages.message() => match message {
+                    Ok(Some(JoinRequest { message: Some(join_request::Message::ProbeReport(report)) })) => {
+                        self.desk.reported(&self.name, report);
+                    }
                     Ok(Some(JoinRequest { message: Some(message) })) => {
                         let (connection, name, generation) = (self.connection, self.name.clone(), self.generation);
                         let message = Box::new(bounded(message));
@@ -130,6 +139,7 @@ impl Worker {
             }
         };
         let Self { connection, name, generation, .. } = self;
+        self.desk.left(connection, &name);
         self.engine.send(Event::Left { connection, name, generation, reason }).await;
     }
 }

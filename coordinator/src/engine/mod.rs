@@ -392,6 +392,8 @@ impl Engine {
                 }
             }
             Message::Hello(_) => debug!(name, "a second hello is ignored"),
+            // Goes to whoever asked, before it comes here.
+            Message::ProbeReport(_) => {}
         }
     }
 
