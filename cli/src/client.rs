@@ -7,8 +7,8 @@ use grokpipe_proto::{
     snapshot::ClusterSnapshot,
     transport::{self, Keepalive, Net, Tcp},
     v1::{
-        GetPlanRequest, GetPlanResponse, GetStatusRequest, cluster_service_client::ClusterServiceClient,
-        inference_service_client::InferenceServiceClient,
+        DiagnoseRequest, DiagnoseResponse, GetPlanRequest, GetPlanResponse, GetStatusRequest,
+        cluster_service_client::ClusterServiceClient, inference_service_client::InferenceServiceClient,
     },
 };
 use tonic::{Request, transport::Channel};
@@ -53,6 +53,12 @@ impl ServerArgs {
 const STATUS_DEADLINE: Duration = Duration::from_secs(5);
 /// Deadline of GetPlan, as the protocol states it.
 const PLAN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Deadline of Diagnose, as the protocol states it.
+const DIAGNOSE_DEADLINE: Duration = Duration::from_secs(150);
+/// One that has just been done is asked for again after this time, this often.
+const DIAGNOSE_PAUSE: Duration = Duration::from_secs(1);
+const DIAGNOSE_TRIES: u32 = 10;
 
 /// A value of `--server`.
 pub(crate) fn parse_server(text: &str) -> Result<String, String> {
@@ -103,6 +109,27 @@ impl Client {
             |why: String| CliError::failed("the server's status makes no sense").at(self.server()).because(why);
         let snapshot = answer.into_inner().snapshot.ok_or_else(|| nonsense("it is empty".to_owned()))?;
         ClusterSnapshot::try_from(snapshot).map_err(|error| nonsense(error.to_string()))
+    }
+
+    /// Has the cluster examine its machines and links; what comes are its findings.
+    ///
+    /// # Errors
+    /// What the server said. One that has just done it is asked again for a while.
+    pub(crate) async fn diagnose(&self, gentle: bool) -> Result<tonic::Streaming<DiagnoseResponse>, CliError> {
+        let mut client = ClusterServiceClient::new(self.channel.clone());
+        let mut tries = 0;
+        loop {
+            let mut request = Request::new(DiagnoseRequest { gentle });
+            request.set_timeout(DIAGNOSE_DEADLINE);
+            match client.diagnose(request).await {
+                Ok(findings) => return Ok(findings.into_inner()),
+                Err(status) if status.code() == tonic::Code::ResourceExhausted && tries < DIAGNOSE_TRIES => {
+                    tries += 1;
+                    tokio::time::sleep(DIAGNOSE_PAUSE).await;
+                }
+                Err(status) => return Err(CliError::from_status(&self.server, &status)),
+            }
+        }
     }
 
     /// The plan in force.

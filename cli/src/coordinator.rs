@@ -15,7 +15,7 @@ use tracing::info;
 use crate::{
     common::{self, ConfigArgs},
     config::{self, Config, SecretText, is_name},
-    descriptors,
+    descriptors, doctor,
     ending::Stdin,
     error::CliError,
     host_names, machine, paths, plan,
@@ -82,8 +82,10 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let tokenizer = tokenizer::of_model(&config.model, &model)?.map(Arc::new);
     let facts = ModelFacts::of(&model)?;
     let settings = settings(&config, args.expect.as_deref(), model.config().num_hidden_layers)?;
+    let machine = doctor::machine::describer(Some(config.model.path.clone()));
     common::serve(THREADS, &stdin, |shutdown| async move {
         let coordinator = Coordinator::bind(settings, facts, tokenizer, Arc::new(Tcp)).await.map_err(explain)?;
+        let coordinator = coordinator.on_machine(machine);
         announce(&coordinator).await?;
         coordinator.serve(shutdown).await.map_err(explain)
     })

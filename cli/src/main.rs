@@ -13,6 +13,7 @@ mod convert;
 mod coordinator;
 mod descriptors;
 mod devices;
+mod doctor;
 mod ending;
 mod error;
 mod generate;
@@ -73,6 +74,8 @@ enum Command {
     Plan(plan::Args),
     /// Show how a cluster is; exit code 0 while it serves
     Status(status::Args),
+    /// Look for what is wrong: here, and in a running cluster; exit code 0 when nothing failed
+    Doctor(doctor::Args),
     /// Show what a model's files hold
     Inspect(inspect::Args),
     /// Check a model's files: lengths, checksums, holes; exit code 1 when something is wrong
@@ -131,6 +134,10 @@ fn run(command: Command) -> Result<ExitCode, CliError> {
             let serving = status::run(&args)?;
             return Ok(if serving { ExitCode::SUCCESS } else { ExitCode::from(error::Code::Failed as u8) });
         }
+        Command::Doctor(args) => {
+            let sound = doctor::run(&args)?;
+            return Ok(if sound { ExitCode::SUCCESS } else { ExitCode::from(error::Code::Failed as u8) });
+        }
         Command::Inspect(args) => inspect::run(&args)?,
         Command::Verify(args) => {
             let good = verify::run(&args)?;
@@ -167,6 +174,7 @@ mod tests {
             "generate -",
             "status --server node:7070 --json",
             "plan --config c.toml --json",
+            "doctor --config c.toml --server node:7070 --gentle --json --bundle folder --log f",
             "plan --server node:7070",
             "plan --server [fd00::1]:7070",
             "plan --synthetic Grok1 --type Q8_0",

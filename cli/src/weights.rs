@@ -3,7 +3,10 @@
 //! Weights from a seed are the same in every process that is told the same shape, type and seed, and each process makes only the
 //! layers that it runs, directly on its device. So the workers of a benchmark need no files.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use grokpipe_kernels::SyntheticWeights;
 use grokpipe_model::{BlockType, Model, ModelConfig, ModelError, WeightSource};
@@ -127,6 +130,8 @@ pub(crate) struct Weights {
     pub(crate) source: Arc<dyn WeightSource>,
     /// Equal wherever the weights are.
     pub(crate) digest: String,
+    /// Where the files lie, if there are any.
+    pub(crate) path: Option<PathBuf>,
 }
 
 impl Weights {
@@ -136,7 +141,12 @@ impl Weights {
     /// What is wrong with the files.
     pub(crate) fn of_model(path: &Path) -> Result<Self, ModelError> {
         let model = Model::open(path)?;
-        Ok(Self { config: model.config().clone(), digest: model.digest(), source: Arc::new(model) })
+        Ok(Self {
+            config: model.config().clone(),
+            digest: model.digest(),
+            source: Arc::new(model),
+            path: Some(path.to_owned()),
+        })
     }
 
     /// Those of a seed, stored as `kind`, or as int8.
@@ -150,7 +160,7 @@ impl Weights {
             None => SyntheticWeights::new(config.clone(), seed),
         };
         let digest = format!("synthetic {} {} seed {seed}", shape.name(), kind.map_or("int8", BlockType::name));
-        Ok(Self { config, source: Arc::new(source), digest })
+        Ok(Self { config, source: Arc::new(source), digest, path: None })
     }
 }
 

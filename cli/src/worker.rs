@@ -288,6 +288,10 @@ impl StageLoader for DeviceLoader {
         Ok(())
     }
 
+    fn describe_machine(&self) -> Option<grokpipe_proto::probe::DescribeMachine> {
+        Some(crate::doctor::machine::describer(self.weights.path.clone()))
+    }
+
     fn load(
         &mut self,
         request: &LoadRequest,

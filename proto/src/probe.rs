@@ -244,7 +244,10 @@ mod tests {
         let service = ProbeServiceServer::new(port.clone()).max_decoding_message_size(CHUNK + 1024);
         let serving = transport::server(Keepalive::Cluster)
             .add_service(InterceptedService::new(service, secret.require()))
-            .serve_with_incoming_shutdown(tokio_stream::wrappers::TcpListenerStream::new(listener), stop.clone().cancelled_owned());
+            .serve_with_incoming_shutdown(
+                tokio_stream::wrappers::TcpListenerStream::new(listener),
+                stop.clone().cancelled_owned(),
+            );
         tokio::spawn(serving);
         (net, address, port, stop.drop_guard())
     }

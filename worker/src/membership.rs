@@ -7,8 +7,8 @@ use grokpipe_proto::{
     LOST_AFTER, PROTOCOL_VERSIONS, bounds,
     transport::{self, Keepalive, Net},
     v1::{
-        FormatRate, Hello, JoinRequest, JoinResponse, ProbeOrder, StepOverhead, Welcome, join_request::Message, join_response,
-        membership_service_client::MembershipServiceClient,
+        FormatRate, Hello, JoinRequest, JoinResponse, ProbeOrder, StepOverhead, Welcome, join_request::Message,
+        join_response, membership_service_client::MembershipServiceClient,
     },
 };
 use tokio::{

@@ -215,7 +215,7 @@ fn quoted_path(path: &str) -> OsString {
 }
 
 /// A word as a POSIX shell reads it back, byte for byte.
-fn quoted(word: &OsStr) -> OsString {
+pub(crate) fn quoted(word: &OsStr) -> OsString {
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_./:=,@%+".contains(byte);
     let bytes = word.as_bytes();
     if !bytes.is_empty() && bytes.iter().all(plain) {

@@ -7,9 +7,9 @@ use grokpipe_proto::{
     snapshot::ClusterSnapshot,
     status::RequestError,
     v1::{
-        DiagnoseRequest, DiagnoseResponse, DrainRequest, DrainResponse, GetPlanRequest, GetPlanResponse, GetStatusRequest, GetStatusResponse,
-        PlannedStage, ReplanRequest, ReplanResponse, WatchStatusRequest, WatchStatusResponse,
-        cluster_service_server::ClusterService,
+        DiagnoseRequest, DiagnoseResponse, DrainRequest, DrainResponse, GetPlanRequest, GetPlanResponse,
+        GetStatusRequest, GetStatusResponse, PlannedStage, ReplanRequest, ReplanResponse, WatchStatusRequest,
+        WatchStatusResponse, cluster_service_server::ClusterService,
     },
 };
 use tokio_stream::{

@@ -34,7 +34,8 @@ mod tests {
             (7, 0, 0, 0),
         ] {
             let other = |ours: u64| ours.checked_add_signed(ahead).unwrap();
-            let found = offset(base, other(base + there), other(base + there + work), base + there + work + back).unwrap();
+            let found =
+                offset(base, other(base + there), other(base + there + work), base + there + work + back).unwrap();
             assert!((found.uncertainty_seconds - (there + back) as f64 / 2e6).abs() < 1e-5, "{found:?}");
             let wrong = (found.ahead_seconds - ahead as f64 / 1e6).abs();
             assert!(wrong <= found.uncertainty_seconds + 1e-5, "{found:?} for {ahead}");
