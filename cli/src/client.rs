@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Where a cluster listens unless told otherwise.
-const DEFAULT_SERVER: &str = "127.0.0.1:7070";
+pub(crate) const DEFAULT_SERVER: &str = "127.0.0.1:7070";
 /// Variable with the cluster to ask.
 const SERVER: &str = "GROKPIPE_SERVER";
 

@@ -96,7 +96,7 @@ impl PlanView {
     /// The plan that the configuration's workers would get, for these weights or the configuration's model.
     pub(crate) fn predicted(config: &Config, weights: Option<Weights>) -> Result<Self, CliError> {
         let facts = match weights {
-            Some(Weights { config, source, digest }) => ModelFacts::of_weights(config, digest, source.as_ref())?,
+            Some(Weights { config, source, digest, .. }) => ModelFacts::of_weights(config, digest, source.as_ref())?,
             None => ModelFacts::of(&Model::open(&config.model.path)?)?,
         };
         let mut workers = resources(config)?;

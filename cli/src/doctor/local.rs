@@ -95,7 +95,7 @@ pub(super) async fn advertised(config: &Config) -> Option<Check> {
             .advise("set [coordinator] advertise to an address of this machine in their network")
         });
     };
-    let found = match timeout(RESOLVED_WITHIN, tokio::net::lookup_host(address.clone())).await {
+    let found = match timeout(RESOLVED_WITHIN, tokio::net::lookup_host((address.host(), address.port()))).await {
         Err(_late) => return Some(Check::fail("advertise", format!("{address}: no answer of the resolver"))),
         Ok(Err(error)) => return Some(Check::fail("advertise", format!("{address}: {error}"))),
         Ok(Ok(found)) => found.map(|address| address.ip()).collect::<BTreeSet<_>>(),
@@ -133,7 +133,7 @@ pub(super) fn model(config: &Config) -> Vec<Check> {
         Ok(None) => Check::warn("tokenizer", "none: the cluster will take token ids and refuse text"),
         Err(error) => Check::fail("tokenizer", one_line(&error)),
     });
-    checks.push(match PlanView::predicted(config) {
+    checks.push(match PlanView::predicted(config, None) {
         Ok(view) => {
             let needed: u64 = view.plan.stages.iter().map(|stage| stage.memory_bytes).sum();
             Check::ok("plan", format!("{} stages, {} of memory in all", view.plan.stages.len(), ByteSize(needed)))

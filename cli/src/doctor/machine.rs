@@ -7,9 +7,8 @@ use std::{
     sync::Arc,
 };
 
+use grokpipe_kernels::available_memory_bytes;
 use grokpipe_proto::{probe::DescribeMachine, v1::MachineReport};
-
-use crate::machine;
 
 /// How a process that uses the model at `model` describes its machine.
 pub(crate) fn describer(model: Option<PathBuf>) -> DescribeMachine {
@@ -23,7 +22,7 @@ pub(crate) fn describe(model: Option<&Path>, disk_speed: bool) -> MachineReport 
         build: env!("CARGO_PKG_VERSION").to_owned(),
         system: system(),
         memory_bytes: memory_bytes(),
-        memory_available_bytes: machine::available_memory_bytes(),
+        memory_available_bytes: available_memory_bytes(),
         disk_bytes: disk.map(|(all, _)| all),
         disk_free_bytes: disk.map(|(_, free)| free),
         disk_bytes_per_second: model.filter(|_| disk_speed).and_then(read_speed),

@@ -12,10 +12,7 @@ use grokpipe_proto::{
         WatchStatusResponse, cluster_service_server::ClusterService,
     },
 };
-use tokio_stream::{
-    StreamExt,
-    wrappers::{ReceiverStream, WatchStream},
-};
+use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Code, Request, Response, Status};
 
 use crate::{deadline::Deadline, diagnosis::Diagnosis, engine::Handle, planner::Refusal};
