@@ -379,14 +379,12 @@ fn a_link_that_is_silent_for_a_while_harms_no_later_request() {
 }
 
 #[test]
-#[ignore = "a read that fails while layers are loaded excludes a worker for good"]
 fn layers_that_cannot_be_read_at_first_are_read_again() {
     let cell = |stage| Cell::new("two loads fail", stage, Harm::None, |faults| faults.fail_loads(2)).at_the_start();
     run((0..STAGES).map(cell).collect());
 }
 
 #[test]
-#[ignore = "a device that hangs is noticed after two minutes"]
 fn a_device_that_hangs_is_noticed_and_harms_no_later_request() {
     let cell =
         |stage| Cell::new("hangs for 30 s", stage, Harm::Error, Faults::hang).for_a_while(Duration::from_secs(30));

@@ -12,7 +12,6 @@ use super::{
 const PORT: u16 = 7102;
 
 #[test]
-#[ignore = "the reason stays in the worker's own log"]
 fn a_firewall_that_drops_a_data_port_is_named_with_both_workers_and_the_address() {
     if command("nft").is_none() {
         return;
