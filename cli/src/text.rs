@@ -16,10 +16,10 @@ pub(crate) fn print(text: &str) -> Result<(), CliError> {
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(|error| output(&error))
 }
 
-/// As [`print`], without holding up the tasks of this thread while nobody reads.
+/// As [`print()`], without holding up the tasks of this thread while nobody reads.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print()`].
 pub(crate) async fn print_aside(text: String) -> Result<(), CliError> {
     let printed = tokio::task::spawn_blocking(move || print(&text)).await;
     printed.unwrap_or_else(|error| Err(CliError::failed("the output could not be written").because(error)))

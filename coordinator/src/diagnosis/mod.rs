@@ -1,6 +1,6 @@
 //! A diagnosis of the cluster: every machine described, every link between two of them measured, one thing after the other.
 //!
-//! Decides the order and what is left out for the sake of running requests. Workers measure, [`desk`] asks them, and what the figures
+//! Decides the order and what is left out for the sake of running requests. Workers measure, `desk` asks them, and what the figures
 //! mean is for those who asked. Nothing here changes the cluster: the engine does not know of it.
 
 mod clocks;
