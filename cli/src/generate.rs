@@ -17,7 +17,7 @@ use crate::{
     client::{self, Client, ServerArgs},
     config,
     error::{CliError, Code},
-    text::print_aside,
+    text::{print_aside, without_mark},
 };
 
 /// Longest prompt read from standard input; what the server takes is its own, smaller limit.
@@ -136,7 +136,7 @@ fn request(args: Args) -> Result<GenerateRequest, CliError> {
     })
 }
 
-/// The whole of standard input as a prompt, without the line end that `echo` adds.
+/// The whole of standard input as a prompt.
 fn read_stdin() -> Result<String, CliError> {
     let refuse = || CliError::usage("the prompt cannot be read").at("standard input");
     let mut text = String::new();
@@ -145,9 +145,15 @@ fn read_stdin() -> Result<String, CliError> {
     if bytes as u64 > STDIN_BYTES_MAX {
         return Err(refuse().because(format!("expected at most {STDIN_BYTES_MAX} bytes")));
     }
-    let length = text.trim_end_matches(['\n', '\r']).len();
-    text.truncate(length);
-    Ok(text)
+    Ok(prompt_of(&text).to_owned())
+}
+
+/// The prompt that a file or a pipe holds: without a byte order mark at its start, and without the one line end that editors and `echo`
+/// add. Every other line end is the user's.
+fn prompt_of(text: &str) -> &str {
+    let text = without_mark(text);
+    let line = text.strip_suffix('\n').map(|line| line.strip_suffix('\r').unwrap_or(line));
+    line.unwrap_or(text)
 }
 
 /// A generation that has ended.
@@ -250,6 +256,25 @@ pub(crate) async fn generate(
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_piped_prompt_keeps_its_line_ends_but_one_and_loses_its_byte_order_mark() {
+        let cases = [
+            ("", ""),
+            ("Q: x\nA:", "Q: x\nA:"),
+            ("Q: x\nA:\n", "Q: x\nA:"),
+            ("Q: x\nA:\n\n", "Q: x\nA:\n"),
+            ("Q: x\r\nA:\r\n", "Q: x\r\nA:"),
+            ("tail\r", "tail\r"),
+            ("  tail \n", "  tail "),
+            ("\u{feff}Q", "Q"),
+            ("\u{feff}\u{feff}Q", "\u{feff}Q"),
+            ("\n", ""),
+        ];
+        for (text, prompt) in cases {
+            assert_eq!(super::prompt_of(text), prompt, "{text:?}");
+        }
+    }
+
     use super::*;
 
     #[test]

@@ -25,6 +25,11 @@ pub(crate) async fn print_aside(text: String) -> Result<(), CliError> {
     printed.unwrap_or_else(|error| Err(CliError::failed("the output could not be written").because(error)))
 }
 
+/// Text of a file without the byte order mark that some editors begin it with.
+pub(crate) fn without_mark(text: &str) -> &str {
+    text.strip_prefix('\u{feff}').unwrap_or(text)
+}
+
 /// Columns as wide as their widest cell; the last one is not padded.
 pub(crate) struct Table {
     rows: Vec<Vec<String>>,

@@ -15,6 +15,7 @@ use crate::{
     config::ModelSection,
     error::{CliError, output},
     paths,
+    text::without_mark,
 };
 
 /// Name of the file in a model's folder.
@@ -70,7 +71,10 @@ fn lines(
 ) -> Result<(), CliError> {
     for (index, line) in input.lines().enumerate() {
         let refuse = |what: &str| CliError::failed(what).at(format!("line {} of standard input", index + 1));
-        let line = line.map_err(|error| refuse("the line cannot be read").because(error))?;
+        let mut line = line.map_err(|error| refuse("the line cannot be read").because(error))?;
+        if index == 0 {
+            line = without_mark(&line).to_owned();
+        }
         let answer = if decode {
             let ids = if json {
                 serde_json::from_str(&line).map_err(|error| refuse("the line is no JSON list of ids").because(error))?

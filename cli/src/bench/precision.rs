@@ -13,7 +13,11 @@ use grokpipe_model::{Model, ModelConfig};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
-use crate::{error::CliError, machine, paths, text::print};
+use crate::{
+    error::CliError,
+    machine, paths,
+    text::{print, without_mark},
+};
 
 /// Tokens of a text at most; the rest is left out.
 const MOST_TOKENS: usize = 512;
@@ -44,7 +48,7 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         CliError::failed("the texts cannot be read").at(args.tokens.display().to_string()).because(reason)
     };
     let file = fs::read_to_string(&args.tokens).map_err(|error| refuse(error.to_string()))?;
-    let texts = parse_texts(&file, config.vocab_size).map_err(refuse)?;
+    let texts = parse_texts(without_mark(&file), config.vocab_size).map_err(refuse)?;
     let threads = args.threads.unwrap_or_else(machine::cores) as usize;
     let open = |precision| -> Result<Box<dyn Stage>, Box<dyn Error + Send + Sync>> {
         let options = StageOptions {
