@@ -55,7 +55,10 @@ impl Project {
         let path = format!("{}:{}", self.path("bin").display(), std::env::var("PATH").unwrap_or_default());
         let mut command = Command::new("bash");
         command.arg(script).args(arguments).current_dir(self.folder.path()).stdin(Stdio::null());
-        command.env_remove("HOME").env_remove("CARGO_HOME").env("PATH", path).envs(variables.iter().copied());
+        for variable in ["HOME", "CARGO_HOME", "RUSTUP_TOOLCHAIN"] {
+            command.env_remove(variable);
+        }
+        command.env("PATH", path).envs(variables.iter().copied());
         command.output().expect("bash")
     }
 

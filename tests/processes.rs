@@ -213,7 +213,8 @@ fn a_log_of_frames_proves_that_every_stage_ran_its_layers() {
         }
         micro_batches.push(frames.iter().map(|frame| frame["micro_batch"].as_u64().expect("a number")).collect());
     }
-    assert_eq!(micro_batches[0].len(), 6);
+    // Those of the request, and the one that proved the plan.
+    assert_eq!(micro_batches[0].len(), 7);
     assert!(micro_batches.iter().all(|seen| *seen == micro_batches[0]), "{micro_batches:?}");
 }
 

@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    path::Path,
     process::{Command, Stdio},
 };
 
@@ -54,6 +53,8 @@ fn a_terminal_that_nobody_reads_stops_nothing() {
     let ready = Command::new("curl").args(["-sf", "--max-time", "60", &format!("http://{http}/readyz")]).status();
     assert!(ready.is_ok_and(|status| status.success()), "readyz does not answer");
     run("kill", &["-INT", &process.to_string()]).expect("a process of ours");
-    let gone = || (!Path::new(&format!("/proc/{process}")).exists()).then_some(());
+    // `script`, which nobody reads, does not get to collecting it.
+    let ended = |status: String| status.lines().any(|line| line.starts_with("State:") && line.contains('Z'));
+    let gone = || fs::read_to_string(format!("/proc/{process}/status")).map_or(true, ended).then_some(());
     wait_for(gone, || "up does not end when it is asked to".into());
 }

@@ -11,11 +11,13 @@ use super::{
 
 /// Reads the input as a GGUF model.
 pub fn run(data: &[u8]) -> bool {
+    let second = data.windows(4).skip(4).rposition(|window| window == b"GGUF").map(|at| at + 4);
     match gguf::read(&Bytes::from(data)) {
         Ok(header) => lies_within(&header, data),
+        // Two parts in one file are refused, and read as two below.
+        Err(_joined) if second.is_some() => {}
         Err(error) => return refused(&error),
     }
-    let second = data.windows(4).skip(4).rposition(|window| window == b"GGUF").map(|at| at + 4);
     let files = match second {
         None => vec![("m.gguf".to_owned(), data.into())],
         Some(at) => vec![
