@@ -24,11 +24,6 @@ const BLOCKED_MAX: Duration = Duration::from_secs(10);
 /// A frame that is under way for so long is lost, whatever the stages say.
 const LOST_FRAME_AFTER: Duration = Duration::from_secs(120);
 
-/// The worst that was said of a node while the plan does not serve.
-fn blamed(name: &str, message: &str) -> String {
-    format!("{name}: {message}")
-}
-
 impl Cluster {
     /// A stage could not be made ready, or broke.
     pub fn stage_failed(&mut self, now: Duration, name: &str, generation: u64, failed: &StageFailed) {
@@ -39,7 +34,7 @@ impl Cluster {
         if !current || !self.runs_stage(name) {
             return;
         }
-        let text = blamed(name, &failed.message);
+        let text = format!("{name}: {}", failed.message);
         self.record(now, "stage_failed", Some(name), text.clone());
         if let Some(node) = self.nodes.get_mut(name) {
             node.last_error = Some((now, failed.message.clone()));

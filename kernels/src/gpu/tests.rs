@@ -414,7 +414,7 @@ fn a_wait_for_a_device_that_gives_no_answer_ends_and_says_what_for() {
     let name = backend.info().name.clone();
     let text = shaders::READ_WORDS.source().replace(
         "if thread == 0u {",
-        "var turns = of_threads[thread];\n    for (var turn = 0u; turn < 300000000u; turn++) { turns = turns * 1664525u + turn; }\n    \
+        "var turns = of_threads[thread];\n    for (var turn = 0u; turn < 1000000u; turn++) { turns = turns * 1664525u + turn; }\n    \
          if thread == 0u { sums[workgroup.x] = turns; }\n    if thread == 1u {",
     );
     backend.recorder.replace(Kernel::ReadWords, shaders::READ_WORDS.with_text(text));
