@@ -98,15 +98,7 @@ impl Model {
             FileKind::Safetensors => {
                 let config = config_file::open(&folder.join("config.json"))?;
                 let files = Files::in_safetensors(&*storage, &file, &config)?;
-                Ok(Self {
-                    config,
-                    storage,
-                    folder: folder.to_owned(),
-                    files,
-                    gguf: None,
-                    embedding: RwLock::default(),
-                    record: OnceLock::new(),
-                })
+                Ok(Self::of(config, storage, folder, files, None))
             }
             FileKind::Json if file.ends_with(files::INDEX) => Self::open_folder(folder, storage),
             FileKind::Pickle if files::is_tensor(&file) => {
@@ -147,29 +139,19 @@ impl Model {
             Err(source) => return Err(ModelError::Io { path: config_path, source }),
         };
         let files = Files::find(&*storage, folder, &config)?;
-        Ok(Self {
-            config,
-            storage,
-            folder: folder.to_owned(),
-            files,
-            gguf: None,
-            embedding: RwLock::default(),
-            record: OnceLock::new(),
-        })
+        Ok(Self::of(config, storage, folder, files, None))
     }
 
     fn open_gguf(folder: &Path, storage: Arc<dyn Storage>, file: &str) -> Result<Self, ModelError> {
         let open_gguf::Opened { config, files, has_vocabulary } = open_gguf::open(&*storage, file)?;
         let gguf = Some(GgufFile { name: open_gguf::first_part(file), has_vocabulary });
-        Ok(Self {
-            config,
-            storage,
-            folder: folder.to_owned(),
-            files,
-            gguf,
-            embedding: RwLock::default(),
-            record: OnceLock::new(),
-        })
+        Ok(Self::of(config, storage, folder, files, gguf))
+    }
+
+    /// A model of which nothing has been read yet.
+    fn of(config: ModelConfig, storage: Arc<dyn Storage>, folder: &Path, files: Files, gguf: Option<GgufFile>) -> Self {
+        let folder = folder.to_owned();
+        Self { config, storage, folder, files, gguf, embedding: RwLock::default(), record: OnceLock::new() }
     }
 
     /// The model's sizes.
