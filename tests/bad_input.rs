@@ -16,7 +16,7 @@ use bytes::Bytes;
 use grokpipe_coordinator::{Coordinator, CoordinatorError, Settings as CoordinatorSettings};
 use grokpipe_model::{ModelConfig, tokenizer::Tokenizer};
 use grokpipe_proto::{
-    hidden_states,
+    PROTOCOL_VERSIONS, hidden_states,
     link_token::{LinkKey, LinkToken},
     secret::Secret,
     snapshot::{ClusterSnapshot, SnapshotEvent},
@@ -339,8 +339,8 @@ fn hello(change: impl FnOnce(&mut Hello)) -> Hello {
     let mut hello = Hello {
         name: "rogue".into(),
         generation: 1,
-        version_min: 1,
-        version_max: 1,
+        version_min: *PROTOCOL_VERSIONS.start(),
+        version_max: *PROTOCOL_VERSIONS.start(),
         device: "none".into(),
         fingerprint: "none/1".into(),
         memory_bytes: 1 << 30,
@@ -418,7 +418,7 @@ async fn hellos(live: &Live, table: &mut Table) {
             Invalid,
             &["held_layers", "5..2"],
         ),
-        ("versions of tomorrow", hello(|h| (h.version_min, h.version_max) = (2, 9)), FailedPrecondition, &["version"]),
+        ("versions of tomorrow", hello(|h| (h.version_min, h.version_max) = (3, 9)), FailedPrecondition, &["version"]),
         ("no version", hello(|h| (h.version_min, h.version_max) = (0, 0)), FailedPrecondition, &["version"]),
         ("name of a live worker", hello(|h| h.name = "w1".into()), AlreadyExists, &["w1"]),
         ("name of a live worker, newer", hello(|h| (h.name, h.generation) = ("w2".into(), 99)), AlreadyExists, &["w2"]),

@@ -29,6 +29,7 @@ pub mod engine;
 pub mod facts;
 pub mod frames;
 pub mod http;
+pub mod intake;
 pub mod planner;
 pub mod scheduler;
 pub mod session;
@@ -38,6 +39,7 @@ use cluster::{Cluster, ClusterSettings, ExpectedWorker};
 use deadline::Timed;
 use engine::{Engine, EngineSettings, Handle};
 use facts::{ModelFacts, PlanWishes};
+use intake::{Intake, Received};
 use planner::Objective;
 use scheduler::SchedulerConfig;
 
@@ -213,6 +215,8 @@ impl Coordinator {
         let inference = api::inference::Inference { engine: handle.clone(), config, text, pool_tokens, limits };
         let inference =
             InferenceServiceServer::new(inference).max_decoding_message_size(limits.max_request_bytes(context));
+        let cluster_service = ClusterServiceServer::new(api::cluster::Cluster { engine: handle.clone(), diagnosis });
+        let intake = Intake::new(intake::ROOM);
         let serving = transport::server(Keepalive::Client)
             .add_service(health)
             .add_service(reflection_v1)
@@ -220,8 +224,8 @@ impl Coordinator {
             .add_service(InterceptedService::new(membership, settings.secret.require()))
             .add_service(InterceptedService::new(ResultServiceServer::new(results), settings.secret.require()))
             .add_service(InterceptedService::new(ProbePort::service(""), settings.secret.require()))
-            .add_service(Timed(inference))
-            .add_service(Timed(ClusterServiceServer::new(api::cluster::Cluster { engine: handle.clone(), diagnosis })))
+            .add_service(Received::new(Timed(inference), &intake))
+            .add_service(Received::new(Timed(cluster_service), &intake))
             .serve_with_incoming_shutdown(
                 grpc.connections(settings.grpc_connections),
                 ending.clone().cancelled_owned(),

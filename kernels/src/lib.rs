@@ -28,7 +28,7 @@ pub use gpu::{
     GpuActivations, GpuAdapter, GpuBackend, GpuChoice, GpuKind, GpuKvPool, GpuMatrix, GpuOptions, GpuSelection,
     GpuVector, SHADERS, Shader, gpu_adapters, gpu_kernels,
 };
-pub use host::{available_memory_bytes, peak_memory_bytes, resident_memory_bytes};
+pub use host::{available_memory_bytes, peak_memory_bytes, resident_memory_bytes, total_memory_bytes};
 pub use measure::{FormatRate, StepOverhead};
 pub use open::{DEVICES, Device, device, gpu_choice, select_device};
 pub use stage::{Stage, StepInput, StepOutput};

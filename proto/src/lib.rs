@@ -31,7 +31,7 @@ pub mod v1 {
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// Protocol versions that this build speaks, both inclusive.
-pub const PROTOCOL_VERSIONS: std::ops::RangeInclusive<u32> = 1..=1;
+pub const PROTOCOL_VERSIONS: std::ops::RangeInclusive<u32> = 2..=2;
 
 /// How often a worker says that it lives.
 pub const HEARTBEAT_INTERVAL: std::time::Duration = std::time::Duration::from_millis(500);

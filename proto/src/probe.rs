@@ -5,7 +5,7 @@
 //! Does not decide who measures what, and when.
 
 use std::{
-    error::Error,
+    error::Error as _,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -79,7 +79,7 @@ async fn examine(
     most_bytes: u64,
     report: &mut LinkReport,
 ) -> Result<(), String> {
-    let channel = transport::connect(net, address, Keepalive::Cluster).await.map_err(|error| innermost(&error))?;
+    let channel = transport::connect(net, address, Keepalive::Cluster).await.map_err(|error| transport::root_cause(&error))?;
     let mut client = ProbeServiceClient::with_interceptor(channel, secret.attach());
     let mut shortest = Duration::MAX;
     for _ in 0..ROUND_TRIPS {
@@ -130,7 +130,7 @@ fn refused(status: &Status) -> String {
     match status.code() {
         Code::Unimplemented => "a program answers there that knows no probes: an older grokpipe, or another one".into(),
         _ => match status.source() {
-            Some(source) => innermost(source),
+            Some(source) => transport::root_cause(source),
             None => status.message().to_owned(),
         },
     }
@@ -147,19 +147,6 @@ fn pattern() -> Bytes {
         bytes.extend_from_slice(&state.to_le_bytes());
     }
     Bytes::from(bytes)
-}
-
-/// The system's own words: the last cause of an error.
-fn innermost(error: &(dyn Error + 'static)) -> String {
-    let mut error = error;
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    match error.to_string() {
-        // How tokio and tonic say that the system said nothing.
-        said if said == "deadline has elapsed" => "connection timed out".into(),
-        said => said,
-    }
 }
 
 /// The end that answers.

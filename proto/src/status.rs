@@ -53,6 +53,15 @@ pub enum RequestError {
         /// Most texts.
         limit: usize,
     },
+    /// Too much is being received at a time.
+    #[error("expected room for one more request, found too many under way to this server; try again in a second")]
+    IntakeFull,
+    /// A request did not arrive whole in time.
+    #[error("expected the whole request within {} s, found no end by then", limit.as_secs())]
+    IntakeLate {
+        /// The time it had.
+        limit: Duration,
+    },
     /// Layers have no live stage.
     #[error("{0}")]
     NotServing(String),
@@ -67,8 +76,13 @@ pub enum RequestError {
         reason: String,
     },
     /// A stage could not compute this request, for a reason that is not for clients.
-    #[error("a worker could not compute a step of this request; the coordinator's log has the reason")]
-    StageFailed(String),
+    #[error("worker {worker} could not compute a step of this request; the coordinator's log has the reason")]
+    StageFailed {
+        /// Which worker.
+        worker: String,
+        /// What it said.
+        reason: String,
+    },
     /// The server itself failed, for a reason that is not for clients.
     #[error("the server failed; its log has the reason")]
     Internal(String),
@@ -117,10 +131,12 @@ impl RequestError {
         match self {
             Self::Invalid { .. } => Code::InvalidArgument,
             Self::TooLong { .. } => Code::OutOfRange,
-            Self::QueueFull { .. } | Self::ShareTaken { .. } | Self::TextQueueFull { .. } => Code::ResourceExhausted,
+            Self::QueueFull { .. } | Self::ShareTaken { .. } | Self::TextQueueFull { .. } | Self::IntakeFull => {
+                Code::ResourceExhausted
+            }
             Self::NotServing(_) | Self::WorkerLost { .. } | Self::ShuttingDown => Code::Unavailable,
-            Self::StageFailed(_) | Self::Internal(_) => Code::Internal,
-            Self::Deadline { .. } | Self::CallDeadline { .. } => Code::DeadlineExceeded,
+            Self::StageFailed { .. } | Self::Internal(_) => Code::Internal,
+            Self::Deadline { .. } | Self::CallDeadline { .. } | Self::IntakeLate { .. } => Code::DeadlineExceeded,
             Self::ClientStalled => Code::Aborted,
             Self::NoTokenizer => Code::FailedPrecondition,
             Self::NotBuilt(_) => Code::Unimplemented,
@@ -143,11 +159,12 @@ impl RequestError {
             Self::QueueFull { .. } => "QUEUE_FULL",
             Self::ShareTaken { .. } => "CLIENT_SHARE_TAKEN",
             Self::TextQueueFull { .. } => "TEXT_QUEUE_FULL",
+            Self::IntakeFull => "INTAKE_FULL",
             Self::NotServing(_) => "LAYERS_MISSING",
             Self::WorkerLost { .. } => "WORKER_LOST",
-            Self::StageFailed(_) => "STAGE_FAILED",
+            Self::StageFailed { .. } => "STAGE_FAILED",
             Self::Internal(_) => "INTERNAL",
-            Self::Deadline { .. } | Self::CallDeadline { .. } => "DEADLINE_EXCEEDED",
+            Self::Deadline { .. } | Self::CallDeadline { .. } | Self::IntakeLate { .. } => "DEADLINE_EXCEEDED",
             Self::ClientStalled => "CLIENT_STALLED",
             Self::NoTokenizer => "NO_TOKENIZER",
             Self::NotBuilt(_) => "NOT_BUILT",
@@ -158,7 +175,8 @@ impl RequestError {
     /// All that is known, for logs.
     pub fn in_full(&self) -> String {
         match self {
-            Self::StageFailed(reason) | Self::Internal(reason) => reason.clone(),
+            Self::StageFailed { worker, reason } => format!("worker {worker}: {reason}"),
+            Self::Internal(reason) => reason.clone(),
             other => other.to_string(),
         }
     }
@@ -167,8 +185,10 @@ impl RequestError {
 impl From<RequestError> for Status {
     fn from(error: RequestError) -> Self {
         let mut metadata = HashMap::new();
-        if let RequestError::WorkerLost { worker, layers, .. } = &error {
-            metadata.insert("worker".to_owned(), worker.clone());
+        if let RequestError::WorkerLost { worker, .. } | RequestError::StageFailed { worker, .. } = &error {
+            metadata.insert("worker".to_owned(), without_places(worker));
+        }
+        if let RequestError::WorkerLost { layers, .. } = &error {
             metadata.insert("layers".to_owned(), format!("{}..{}", layers.start, layers.end));
         }
         let mut details = ErrorDetails::new();
@@ -214,10 +234,12 @@ mod tests {
             RequestError::TextQueueFull { limit: 1 },
             RequestError::NotServing(text()),
             RequestError::WorkerLost { worker: "w1".into(), layers: 0..1, reason: text() },
-            RequestError::StageFailed(text()),
+            RequestError::StageFailed { worker: text(), reason: text() },
             RequestError::Internal(text()),
             RequestError::Deadline { limit: Duration::from_secs(1), produced: 1, waited_on: Some(text()) },
             RequestError::CallDeadline { limit: Duration::from_secs(1) },
+            RequestError::IntakeFull,
+            RequestError::IntakeLate { limit: Duration::from_secs(1) },
             RequestError::ClientStalled,
             RequestError::NoTokenizer,
             RequestError::NotBuilt("Drain"),

@@ -20,11 +20,14 @@ use tokio::{
     net::TcpListener,
 };
 use tonic::transport::{Channel, Endpoint, Server, Uri};
+use tower_layer::{Identity, Stack};
 
+mod calls;
 mod connections;
 mod opening;
 pub mod places;
 
+pub use calls::{Answer, CountCalls, Counted};
 pub use connections::{Connection, Peer};
 pub use places::ConnectionLimits;
 
@@ -205,12 +208,16 @@ pub enum ConnectError {
 }
 
 /// What the system said: the innermost of the errors that led to this one. The outer ones only say "transport error".
-fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
+pub(crate) fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
     let mut cause = error;
     while let Some(inner) = cause.source() {
         cause = inner;
     }
-    cause.to_string()
+    match cause.to_string() {
+        // How tokio and tonic say that the system said nothing.
+        said if said == "deadline has elapsed" => "connection timed out".into(),
+        said => said,
+    }
 }
 
 /// Connects a channel to `host:port`, within two seconds.
@@ -249,7 +256,7 @@ pub async fn connect_between(
 }
 
 /// A server with the limits that every port of a cluster has.
-pub fn server(keepalive: Keepalive) -> Server {
+pub fn server(keepalive: Keepalive) -> Server<Stack<CountCalls, Identity>> {
     Server::builder()
         .http2_keepalive_interval(Some(keepalive.interval()))
         .http2_keepalive_timeout(Some(keepalive.timeout()))
@@ -259,6 +266,7 @@ pub fn server(keepalive: Keepalive) -> Server {
         .http2_max_local_error_reset_streams(Some(MAX_STREAMS as usize))
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
+        .layer(CountCalls)
 }
 
 struct Connector {

@@ -3,12 +3,12 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
     sync::Arc,
 };
 
-use grokpipe_kernels::available_memory_bytes;
+use grokpipe_kernels::{available_memory_bytes, total_memory_bytes};
 use grokpipe_proto::{probe::DescribeMachine, v1::MachineReport};
+use sysinfo::System;
 
 /// How a process that uses the model at `model` describes its machine.
 pub(crate) fn describer(model: Option<PathBuf>) -> DescribeMachine {
@@ -21,48 +21,25 @@ pub(crate) fn describe(model: Option<&Path>, disk_speed: bool) -> MachineReport 
     MachineReport {
         build: env!("CARGO_PKG_VERSION").to_owned(),
         system: system(),
-        memory_bytes: memory_bytes(),
+        memory_bytes: total_memory_bytes(),
         memory_available_bytes: available_memory_bytes(),
         disk_bytes: disk.map(|(all, _)| all),
         disk_free_bytes: disk.map(|(_, free)| free),
         disk_bytes_per_second: model.filter(|_| disk_speed).and_then(read_speed),
-        open_files_limit: open_files_limit(),
+        open_files_limit: rlimit::Resource::NOFILE.get().ok().map(|(soft, _hard)| soft),
         ..MachineReport::default()
     }
 }
 
 fn system() -> String {
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    let pretty = release.lines().find_map(|line| line.strip_prefix("PRETTY_NAME=")).unwrap_or_default();
-    let parts = [pretty.trim_matches('"'), std::env::consts::OS, kernel.trim(), std::env::consts::ARCH];
-    parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
+    let parts = [System::long_os_version().ok(), System::kernel_version().ok(), Some(std::env::consts::ARCH.to_owned())];
+    parts.into_iter().flatten().collect::<Vec<_>>().join(" ")
 }
 
-fn memory_bytes() -> Option<u64> {
-    let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
-}
-
-fn open_files_limit() -> Option<u64> {
-    let limits = fs::read_to_string("/proc/self/limits").ok()?;
-    limits.lines().find_map(|line| line.strip_prefix("Max open files"))?.split_whitespace().next()?.parse().ok()
-}
-
-/// Bytes in all and bytes free of the file system there, by POSIX's `df`.
+/// Bytes in all and bytes free of the file system there.
 fn disk(path: &Path) -> Option<(u64, u64)> {
-    let said = Command::new("df").args(["-P", "-k", "--"]).arg(path).output().ok()?;
-    parse_df(&String::from_utf8_lossy(&said.stdout))
-}
-
-fn parse_df(text: &str) -> Option<(u64, u64)> {
-    // The device's name comes first and may have spaces; three numbers and a percentage follow it.
-    let line = text.lines().nth(1)?;
-    let words: Vec<&str> = line.split_whitespace().collect();
-    let percent = words.iter().position(|word| word.ends_with('%'))?;
-    let kib = |back: usize| words.get(percent.checked_sub(back)?)?.parse::<u64>().ok()?.checked_mul(1024);
-    Some((kib(3)?, kib(1)?))
+    let found = rustix::fs::statvfs(path).ok()?;
+    Some((found.f_blocks.checked_mul(found.f_frsize)?, found.f_bavail.checked_mul(found.f_frsize)?))
 }
 
 /// Bytes a second of reading the largest of the model's files past the page cache; `None` where the system has no such way, or the file
@@ -119,22 +96,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn free_space_is_read_from_df_whatever_the_device_is_called() {
-        let head = "Filesystem 1024-blocks Used Available Capacity Mounted on\n";
-        for (line, expected) in [
-            ("/dev/sda1 1000 400 600 40% /", Some((1_024_000, 614_400))),
-            ("map auto home 8 4 4 50% /with a space", Some((8192, 4096))),
-            ("nonsense", None),
-        ] {
-            assert_eq!(parse_df(&format!("{head}{line}\n")), expected, "{line}");
-        }
-        assert_eq!(parse_df(""), None);
-    }
-
-    #[test]
     fn this_machine_is_described() {
         let found = describe(Some(Path::new(env!("CARGO_MANIFEST_DIR"))), true);
         assert!(!found.system.is_empty() && !found.build.is_empty());
-        assert!(found.disk_bytes >= found.disk_free_bytes);
+        assert!(found.disk_bytes >= found.disk_free_bytes && found.disk_bytes > Some(0), "{found:?}");
+        assert!(found.memory_bytes > found.memory_available_bytes && found.open_files_limit > Some(0), "{found:?}");
     }
 }

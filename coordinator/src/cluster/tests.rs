@@ -47,8 +47,8 @@ fn hello(name: &str, generation: u64) -> Hello {
     Hello {
         name: name.into(),
         generation,
-        version_min: 1,
-        version_max: 1,
+        version_min: *PROTOCOL_VERSIONS.start(),
+        version_max: *PROTOCOL_VERSIONS.start(),
         device: "test device".into(),
         memory_bytes: 1 << 30,
         read_bandwidth: 1e10,
@@ -362,8 +362,8 @@ fn hellos_that_make_no_sense_are_refused() {
         ("port too large", Hello { data_address: "127.0.0.1:70000".into(), ..good.clone() }),
         ("no host", Hello { data_address: ":80".into(), ..good.clone() }),
         ("inverted layers", Hello { held_layer_start: 3, held_layer_end: 1, ..good.clone() }),
-        ("too old", Hello { version_min: 0, version_max: 0, ..good.clone() }),
-        ("too new", Hello { version_min: 2, version_max: 9, ..good.clone() }),
+        ("too old", Hello { version_min: 1, version_max: 1, ..good.clone() }),
+        ("too new", Hello { version_min: 3, version_max: 9, ..good.clone() }),
     ];
     for (name, bad) in cases {
         let refusal = serving().join(at(1.0), bad).expect_err(name);

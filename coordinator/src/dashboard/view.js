@@ -175,7 +175,7 @@ function showTiles(snapshot, elapsed, stale) {
   put(byId("t-epoch"), plan ? `plan ${plan.epoch}` : "no plan yet");
   put(byId("t-nodes"), `${nodes.filter((node) => node.state === "ready" && (stale || !isOld(node, elapsed))).length} / ${nodes.length}`);
   /** @type {State[]} */
-  const others = ["down", "loading", "joining", "draining", "standby"];
+  const others = ["down", "excluded", "loading", "joining", "draining", "standby"];
   const counts = others.map((state) => ({ state, count: nodes.filter((node) => node.state === state).length }));
   const silent = nodes.filter((node) => node.state !== "down" && isOld(node, elapsed)).length;
   if (silent > 0 && !stale) counts.push({ state: /** @type {any} */ ("silent"), count: silent });
@@ -369,7 +369,7 @@ function showNode({ row, set, load, memory, text }, node, elapsed) {
   say("queue", node.queue_depth === null ? "" : `queue ${node.queue_depth}`);
   say("heartbeat", heartbeat === null ? UNKNOWN : `${age(heartbeat)} ago`);
   say("error", node.last_error ?? "none");
-  mark(/** @type {HTMLElement} */ (text.error), "error", node.last_error === null ? "none" : node.state === "down" ? "now" : "past");
+  mark(/** @type {HTMLElement} */ (text.error), "error", node.last_error === null ? "none" : node.state === "down" || node.state === "excluded" ? "now" : "past");
   say("errorAge", node.last_error === null || node.last_error_age_seconds === null ? "" : `${age(later(node.last_error_age_seconds))} ago`);
 }
 

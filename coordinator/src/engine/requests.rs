@@ -250,7 +250,8 @@ impl Engine {
                 self.cluster.pipeline_failed(now, epoch, Some(worker), message);
                 return;
             }
-            self.end_with(sequence, RequestError::StageFailed(message.to_owned()));
+            let (worker, reason) = (worker.to_owned(), message.to_owned());
+            self.end_with(sequence, RequestError::StageFailed { worker, reason });
         }
         self.cluster.frame_failed(now, worker, message);
     }

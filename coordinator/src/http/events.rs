@@ -17,7 +17,7 @@ use axum::{
 use futures_util::stream;
 use grokpipe_proto::{
     snapshot::{ClusterSnapshot, NodeState},
-    transport::places::Place,
+    transport::places::{Call, Place},
 };
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
@@ -36,7 +36,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Opens a stream, or 503 when there are too many.
 pub(super) async fn stream(State(state): State<HttpState>, request: Request) -> Result<Response, ApiError> {
     let place = state.streams.enter(Visitor::of(&request).address()).map_err(ApiError::too_many_streams)?;
-    place.spoke();
+    let call = place.begin();
     let last_id = request.headers().get("last-event-id").and_then(|id| id.to_str().ok()).and_then(|id| id.parse().ok());
     let feed = Feed {
         snapshots: state.view.subscribe(),
@@ -44,7 +44,7 @@ pub(super) async fn stream(State(state): State<HttpState>, request: Request) -> 
         sent: None,
         last_id: last_id.unwrap_or(0),
         shutdown: state.shutdown.clone(),
-        _place: place,
+        _place: (place, call),
     };
     let events = stream::unfold(feed, async |mut feed| Some((Ok::<_, Infallible>(feed.next().await?), feed)));
     let body = Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE).text("keep-alive"));
@@ -58,7 +58,8 @@ struct Feed {
     sent: Option<(Arc<ClusterSnapshot>, Instant)>,
     last_id: u64,
     shutdown: CancellationToken,
-    _place: Place,
+    /// A stream counts as one call, as long as it lives.
+    _place: (Place, Call),
 }
 
 impl Feed {
@@ -122,10 +123,11 @@ mod tests {
     /// A stream over `snapshots` that has sent its first event.
     async fn feed(snapshots: watch::Receiver<Arc<ClusterSnapshot>>) -> Feed {
         let place = Places::new(STREAMS).enter([127, 0, 0, 1].into()).expect("free");
+        let call = place.begin();
         let view = SnapshotView::new(snapshots.clone());
         tokio::spawn(view.clone().follow());
         let mut feed =
-            Feed { view, snapshots, sent: None, last_id: 0, shutdown: CancellationToken::new(), _place: place };
+            Feed { view, snapshots, sent: None, last_id: 0, shutdown: CancellationToken::new(), _place: (place, call) };
         assert!(feed.next().await.is_some());
         feed
     }

@@ -3,7 +3,7 @@
 //! `axum::serve` sets no limit on the time in which a client must send its request's head, so one could hold connections by
 //! sending nothing. Here hyper is driven directly: a head within five seconds, an answer taken within thirty, each connection at most
 //! an hour old (a browser's event stream dials again by itself), and two seconds to finish once the server stops. Where there is no
-//! room, the connection that has been silent longest makes it; where all have spoken, a few more come in for health alone, so that
+//! room, the connection that has been idle longest makes it; where all have requests, a few more come in for health alone, so that
 //! no crowd keeps a probe out. HTTP/1.1 only: browsers and OpenAI's clients speak HTTP/2 only over TLS, and telling the two apart
 //! would reopen the wait without a limit.
 
@@ -44,7 +44,7 @@ const BUFFER_BYTES_MAX: usize = 64 * 1024;
 /// Connections for health alone, when all others have been given away.
 const FOR_HEALTH: ConnectionLimits = ConnectionLimits { total: 32, per_address: 8 };
 
-/// Silent connections that leave when there are no descriptors for new ones.
+/// Idle connections that leave when there are no descriptors for new ones.
 const ROOM: usize = 16;
 
 /// Age at which a connection is asked to end, so that one whose client no longer reads does not stay for ever.

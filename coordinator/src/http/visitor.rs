@@ -8,7 +8,7 @@ use std::{
 };
 
 use axum::{Router, body::Body, extract::Request, response::Response};
-use grokpipe_proto::transport::places::Place;
+use grokpipe_proto::transport::{Answer, BoxFuture, places::Place};
 use tower_service::Service;
 
 /// A connection, as an extension of its requests.
@@ -51,18 +51,23 @@ where
 {
     type Response = Response;
     type Error = Infallible;
-    type Future = <Router as Service<axum::http::Request<Body>>>::Future;
+    type Future = BoxFuture<Result<Response, Infallible>>;
 
     fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: axum::http::Request<B>) -> Self::Future {
-        if let Some(place) = &self.visitor.place {
-            place.spoke();
-        }
+        let call = self.visitor.place.as_ref().map(|place| place.begin());
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(self.visitor.clone());
-        self.router.call(request)
+        let answer = self.router.call(request);
+        Box::pin(async move {
+            let answer = answer.await?;
+            Ok(match call {
+                Some(call) => answer.map(|body| Body::new(Answer::new(body, call))),
+                None => answer,
+            })
+        })
     }
 }

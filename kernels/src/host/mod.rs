@@ -21,10 +21,14 @@ pub fn available_memory_bytes() -> Option<u64> {
 }
 
 fn system_has_free() -> Option<u64> {
+    refreshed().map(|system| system.available_memory())
+}
+
+fn refreshed() -> Option<System> {
     let mut system = System::new().ok()?;
     system.refresh_memory_specifics(MemoryRefreshKind::nothing().with_ram());
     // A system that cannot tell reports no memory at all.
-    (system.total_memory() > 0).then(|| system.available_memory())
+    (system.total_memory() > 0).then_some(system)
 }
 
 /// What control groups and the process's own limits leave; `None` where nothing limits it.
@@ -37,6 +41,11 @@ fn limits_leave() -> Option<u64> {
 #[cfg(not(target_os = "linux"))]
 fn limits_leave() -> Option<u64> {
     None
+}
+
+/// Memory of the whole machine, whatever this process may have of it; `None` where the system does not say.
+pub fn total_memory_bytes() -> Option<u64> {
+    refreshed().map(|system| system.total_memory())
 }
 
 /// Memory that this process holds now; `None` where the system does not say.

@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use super::{
     gguf,
+    header::parsed,
     kind::{self, FileKind},
     names::Family,
     safetensors::{self, Entry},
@@ -273,7 +274,7 @@ fn pickles(
 fn header(storage: &dyn Storage, file: &str) -> Result<FoundByName, ModelError> {
     let path = storage.path(file);
     let open = kind::open(storage, file)?;
-    let entries = safetensors::read(&*open).map_err(|error| {
+    let entries = parsed(&*open, &path, safetensors::read, |error| {
         ModelError::invalid(format!("{}: {}", path.display(), error.place), error.expected, error.found)
     })?;
     let found = entries.into_iter().map(|(name, Entry { shape, format, offset, length })| {

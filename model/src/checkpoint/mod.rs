@@ -36,6 +36,7 @@ pub mod storage;
 pub(crate) mod tests;
 
 use files::{Files, Placed};
+use header::parsed;
 use kind::FileKind;
 use storage::{Folder, ReadAt, Storage, open_regular};
 
@@ -297,7 +298,7 @@ impl Model {
         let file_name = self.files.file(name).ok_or_else(|| missing(name, &self.folder))?;
         let place = format!("{} ({name})", self.storage.path(file_name).display());
         let file = self.open_file(file_name)?;
-        let tensor = pickle::read(&*file).map_err(|error| {
+        let tensor = parsed(&*file, &self.storage.path(file_name), pickle::read, |error| {
             ModelError::invalid(format!("{place}: byte {}", error.offset), error.expected, error.found)
         })?;
         located_pickle(file, self.storage.path(file_name), tensor, &name.shape(&self.config), place)

@@ -10,6 +10,7 @@ use serde_json::{Map, Number, Value as Json};
 use super::{
     files::{self, Files},
     gguf::{self, Header, Value},
+    header::parsed,
     kind::{self, FileKind},
     storage::Storage,
 };
@@ -285,7 +286,7 @@ pub(crate) fn read(storage: &dyn Storage, file: &str) -> Result<Header, ModelErr
         Ok(FileKind::Other) => {}
         Ok(found) => return Err(kind::unfit(&path, "GGUF", found)),
     }
-    gguf::read(&*open).map_err(|error| {
+    parsed(&*open, &path, gguf::read, |error| {
         ModelError::invalid(format!("{}: {}", path.display(), error.place), error.expected, error.found)
     })
 }

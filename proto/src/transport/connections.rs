@@ -1,13 +1,15 @@
 //! The connections of a gRPC port: who is at the other end, and when one is let go.
 //!
 //! tonic keeps a connection that sends nothing for ever, so a thousand of them end a server. Here a connection has five seconds to
-//! open its first stream, has a place as long as it stands ([`Places`]), and is closed when another one takes it.
+//! open its first stream, has a place as long as it stands ([`Places`]), and is closed when another one takes it: that may happen
+//! while no call runs on it.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
     io,
     net::SocketAddr,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -23,23 +25,22 @@ use tracing::{debug, warn};
 use super::{
     BoxFuture, BoxIo, Listening, is_of_one_connection,
     opening::Opening,
-    places::{ConnectionLimits, NoPlace, Place, Places, counted},
+    places::{Call, ConnectionLimits, NoPlace, Place, Places, counted},
 };
 
 /// A client that has not opened a stream by then is not coming. Those that connect ahead of their first call dial again by themselves.
 const STREAM_WITHIN: Duration = Duration::from_secs(5);
-/// Silent connections that leave when there are no descriptors for new ones.
+/// Idle connections that leave when there are no descriptors for new ones.
 const ROOM: usize = 16;
 /// A flood is worth a line now and then, not a line a connection.
 const TELL_EVERY: Duration = Duration::from_secs(30);
 
 /// Who is at the other end of a connection; an extension of every request that came over it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Peer {
     /// Where it comes from.
     pub address: SocketAddr,
-    /// Number of the connection, unique on its port.
-    pub connection: u64,
+    place: Arc<Place>,
 }
 
 impl Peer {
@@ -49,11 +50,16 @@ impl Peer {
         let address = counted(self.address.ip());
         let mut hasher = DefaultHasher::new();
         if address.is_loopback() {
-            self.connection.hash(&mut hasher)
+            self.place.number().hash(&mut hasher)
         } else {
             address.hash(&mut hasher)
         }
         hasher.finish()
+    }
+
+    /// A call begins on this connection.
+    pub fn begin(&self) -> Call {
+        self.place.begin()
     }
 }
 
@@ -61,15 +67,15 @@ impl Peer {
 pub struct Connection {
     io: BoxIo,
     peer: Peer,
+    /// Until its first stream.
     silent: Option<Silent>,
-    place: Place,
+    taken: BoxFuture<()>,
 }
 
 /// What a connection without a stream waits for.
 struct Silent {
     opening: Opening,
     overdue: Pin<Box<Sleep>>,
-    taken: BoxFuture<()>,
 }
 
 impl Listening {
@@ -101,23 +107,21 @@ impl Listening {
 
 impl Connection {
     fn admit(io: BoxIo, address: SocketAddr, places: &Places) -> Result<Self, NoPlace> {
-        let place = places.enter(address.ip())?;
-        let peer = Peer { address, connection: place.number() };
-        let overdue = Box::pin(tokio::time::sleep(STREAM_WITHIN));
-        let silent = Silent { opening: Opening::new(), overdue, taken: Box::pin(place.taken()) };
-        Ok(Self { io, peer, silent: Some(silent), place })
+        let place = Arc::new(places.enter(address.ip())?);
+        let silent = Silent { opening: Opening::new(), overdue: Box::pin(tokio::time::sleep(STREAM_WITHIN)) };
+        let taken = Box::pin(place.taken());
+        Ok(Self { io, peer: Peer { address, place }, silent: Some(silent), taken })
     }
 
     /// Why the connection is to end, if it is.
     fn poll_let_go(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
-        let Some(silent) = &mut self.silent else { return Poll::Pending };
-        let reason = if silent.overdue.as_mut().poll(cx).is_ready() {
+        let reason = if self.silent.as_mut().is_some_and(|silent| silent.overdue.as_mut().poll(cx).is_ready()) {
             "no stream was opened in time"
         } else {
-            ready!(silent.taken.as_mut().poll(cx));
+            ready!(self.taken.as_mut().poll(cx));
             "another connection took its place"
         };
-        debug!(peer = %self.peer.address, reason, "silent connection closed");
+        debug!(peer = %self.peer.address, reason, "idle connection closed");
         Poll::Ready(io::Error::new(io::ErrorKind::TimedOut, reason))
     }
 }
@@ -132,7 +136,6 @@ impl AsyncRead for Connection {
         let has_stream = self.silent.as_mut().is_some_and(|silent| silent.opening.has_stream(&buf.filled()[before..]));
         if has_stream {
             self.silent = None;
-            self.place.spoke();
         }
         Poll::Ready(Ok(()))
     }
@@ -163,7 +166,7 @@ impl AsyncWrite for Connection {
 impl Connected for Connection {
     type ConnectInfo = Peer;
     fn connect_info(&self) -> Peer {
-        self.peer
+        self.peer.clone()
     }
 }
 
@@ -225,13 +228,14 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_newcomer_takes_the_place_of_a_silent_connection_only() {
+    async fn a_newcomer_takes_the_place_of_an_idle_connection_only() {
         let (knocks, connections) = port(ConnectionLimits { total: 2, per_address: 64 });
         let mut connections = Box::pin(connections);
         let mut speaks = come(&knocks).await;
         speaks.write_all(&[PREFACE, SETTINGS, HEADERS].concat()).await.unwrap();
         let mut first = connections.next().await.unwrap().unwrap();
         assert!(first.read(&mut [0; 64]).await.unwrap() > 0);
+        let call = first.connect_info().begin();
         let _silent = come(&knocks).await;
         let mut second = connections.next().await.unwrap().unwrap();
         let mut speaks_too = come(&knocks).await;
@@ -240,16 +244,27 @@ mod tests {
         let left = second.read(&mut [0; 64]).await.unwrap_err();
         assert!(left.to_string().contains("took its place"), "{left}");
         assert!(third.read(&mut [0; 64]).await.unwrap() > 0);
+        let _call = third.connect_info().begin();
         assert!(!ends(&mut first).await);
-        // Both have spoken: the next one is turned away.
+        // Both have calls: the next one is turned away.
         let mut refused = come(&knocks).await;
-        drop(knocks);
-        assert!(connections.next().await.is_none());
-        assert_eq!(refused.read(&mut [0; 8]).await.unwrap(), 0);
+        let after = async {
+            assert_eq!(refused.read(&mut [0; 8]).await.unwrap(), 0);
+            // One that has had calls makes room too, once they are done.
+            drop(call);
+            let client = come(&knocks).await;
+            drop(knocks);
+            client
+        };
+        let (_client, fourth) = tokio::join!(after, connections.next());
+        assert!(fourth.unwrap().is_ok());
+        let left = first.read(&mut [0; 64]).await.unwrap_err();
+        assert!(left.to_string().contains("took its place"), "{left}");
+        assert!(!third.connect_info().place.is_taken());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn want_of_descriptors_ends_silent_connections_and_not_the_port() {
+    async fn want_of_descriptors_ends_idle_connections_and_not_the_port() {
         let (knocks, connections) = port(ConnectionLimits::default());
         let mut connections = Box::pin(connections);
         let _silent = come(&knocks).await;

@@ -1,8 +1,9 @@
 //! How many connections a port has, and who makes room when there are too many.
 //!
-//! A connection that has not said anything yet is *silent*. Silent connections never shut others out: where there is no room, the
-//! one that has been silent longest leaves. A connection that has spoken stays. Knows nothing of sockets or protocols: the port says
-//! when a connection comes, speaks and goes, and closes one whose [`Place::taken`] resolves.
+//! A connection on which no call runs is *idle*, be it that none has begun yet or that all are done. Idle connections never shut
+//! others out: where there is no room, the one that has been idle longest leaves. One with a call stays. Knows nothing of sockets or
+//! protocols: the port says when a connection comes and goes, when a call begins and ends, and closes a connection whose
+//! [`Place::taken`] resolves.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -27,7 +28,7 @@ impl Default for ConnectionLimits {
     }
 }
 
-/// No room: every other connection has spoken.
+/// No room: every other connection has a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoPlace {
     /// On the whole port.
@@ -46,17 +47,27 @@ pub struct Places(Arc<Mutex<State>>);
 struct State {
     limits: ConnectionLimits,
     next: u64,
-    /// By number, so the one that has been silent longest is first.
-    silent: BTreeMap<u64, (IpAddr, CancellationToken)>,
-    spoken: HashMap<u64, IpAddr>,
+    /// Which connection is idle, by when it became so: the one that has been idle longest is first.
+    idle: BTreeMap<u64, u64>,
+    held: HashMap<u64, Held>,
     of_address: HashMap<IpAddr, usize>,
+}
+
+/// One connection.
+#[derive(Debug)]
+struct Held {
+    address: IpAddr,
+    taken: CancellationToken,
+    calls: usize,
+    /// Its key among the idle ones, while it is one.
+    idle_since: u64,
 }
 
 impl Places {
     /// A port without connections.
     pub fn new(limits: ConnectionLimits) -> Self {
-        let (silent, spoken, of_address) = (BTreeMap::new(), HashMap::new(), HashMap::new());
-        Self(Arc::new(Mutex::new(State { limits, next: 1, silent, spoken, of_address })))
+        let (idle, held, of_address) = (BTreeMap::new(), HashMap::new(), HashMap::new());
+        Self(Arc::new(Mutex::new(State { limits, next: 1, idle, held, of_address })))
     }
 
     /// A connection comes from `address`. May take another one's place.
@@ -68,25 +79,26 @@ impl Places {
         let key = counted(address);
         let ConnectionLimits { total, per_address } = state.limits;
         if !key.is_loopback() && state.of_address.get(&key).is_some_and(|count| *count >= per_address) {
-            let oldest = state.silent.iter().find(|(_, (other, _))| *other == key).map(|(number, _)| *number);
+            let of_address = |number: &&u64| state.held.get(number).is_some_and(|held| held.address == key);
+            let oldest = state.idle.values().find(of_address).copied();
             state.take(oldest.ok_or(NoPlace::Address(per_address))?);
         }
-        if state.silent.len() + state.spoken.len() >= total {
-            let oldest = state.silent.keys().next().copied();
+        if state.held.len() >= total {
+            let oldest = state.idle.values().next().copied();
             state.take(oldest.ok_or(NoPlace::Total(total))?);
         }
-        let number = state.next;
-        state.next += 1;
+        let number = state.tick();
         let taken = CancellationToken::new();
-        state.silent.insert(number, (key, taken.clone()));
+        state.idle.insert(number, number);
+        state.held.insert(number, Held { address: key, taken: taken.clone(), calls: 0, idle_since: number });
         *state.of_address.entry(key).or_default() += 1;
         Ok(Place { number, taken, places: self.clone() })
     }
 
-    /// Has up to `count` silent connections leave, as when there are no descriptors for new ones.
+    /// Has up to `count` idle connections leave, as when there are no descriptors for new ones.
     pub fn make_room(&self, count: usize) {
         let mut state = self.state();
-        let oldest: Vec<u64> = state.silent.keys().take(count).copied().collect();
+        let oldest: Vec<u64> = state.idle.values().take(count).copied().collect();
         for number in oldest {
             state.take(number);
         }
@@ -94,8 +106,7 @@ impl Places {
 
     /// Connections now.
     pub fn len(&self) -> usize {
-        let state = self.state();
-        state.silent.len() + state.spoken.len()
+        self.state().held.len()
     }
 
     /// Whether there is none.
@@ -109,29 +120,61 @@ impl Places {
 }
 
 impl State {
-    /// Frees a silent connection's place at once; its socket follows when its task next runs.
+    /// The next number; each is given once.
+    fn tick(&mut self) -> u64 {
+        self.next += 1;
+        self.next - 1
+    }
+
+    /// Frees an idle connection's place at once; its socket follows when its task next runs.
     fn take(&mut self, number: u64) {
-        if let Some((address, taken)) = self.silent.remove(&number) {
-            taken.cancel();
-            self.forget(address);
+        if let Some(held) = self.leave(number) {
+            held.taken.cancel();
         }
     }
 
-    fn leave(&mut self, number: u64) {
-        let address = self.silent.remove(&number).map(|(address, _)| address).or_else(|| self.spoken.remove(&number));
-        // Absent where the place was taken: that has been counted.
-        if let Some(address) = address {
-            self.forget(address);
-        }
-    }
-
-    fn forget(&mut self, address: IpAddr) {
-        if let Some(count) = self.of_address.get_mut(&address) {
+    /// `None` where the place was taken before.
+    fn leave(&mut self, number: u64) -> Option<Held> {
+        let held = self.held.remove(&number)?;
+        self.idle.remove(&held.idle_since);
+        if let Some(count) = self.of_address.get_mut(&held.address) {
             *count -= 1;
             if *count == 0 {
-                self.of_address.remove(&address);
+                self.of_address.remove(&held.address);
             }
         }
+        Some(held)
+    }
+
+    fn begin(&mut self, number: u64) {
+        if let Some(held) = self.held.get_mut(&number) {
+            held.calls += 1;
+            self.idle.remove(&held.idle_since);
+        }
+    }
+
+    fn end(&mut self, number: u64) {
+        let now = self.tick();
+        if let Some(held) = self.held.get_mut(&number) {
+            held.calls -= 1;
+            if held.calls == 0 {
+                held.idle_since = now;
+                self.idle.insert(now, number);
+            }
+        }
+    }
+}
+
+/// A call on a connection, which keeps the connection's place; dropping it ends the call.
+#[derive(Debug)]
+pub struct Call {
+    number: u64,
+    places: Places,
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        self.places.state().end(self.number);
     }
 }
 
@@ -149,12 +192,10 @@ impl Place {
         self.number
     }
 
-    /// The connection has said something that makes sense, and stays.
-    pub fn spoke(&self) {
-        let mut state = self.places.state();
-        if let Some((address, _)) = state.silent.remove(&self.number) {
-            state.spoken.insert(self.number, address);
-        }
+    /// A call begins on this connection.
+    pub fn begin(&self) -> Call {
+        self.places.state().begin(self.number);
+        Call { number: self.number, places: self.places.clone() }
     }
 
     /// Resolves when another connection has taken this place: this one is to be closed.
@@ -200,28 +241,37 @@ mod tests {
     }
 
     #[test]
-    fn the_one_that_has_been_silent_longest_makes_room() {
+    fn the_one_that_has_been_idle_longest_makes_room() {
         let places = places(3, 64);
-        let [speaks, silent, later] = [(); 3].map(|()| enter(&places, HERE).unwrap());
-        speaks.spoke();
+        let [busy, idle, later] = [(); 3].map(|()| enter(&places, HERE).unwrap());
+        let _call = busy.begin();
         let new = enter(&places, HERE).unwrap();
-        let taken = [&speaks, &silent, &later, &new].map(Place::is_taken);
+        let taken = [&busy, &idle, &later, &new].map(Place::is_taken);
         assert_eq!(taken, [false, true, false, false]);
         assert_eq!(places.len(), 3);
-        drop(silent);
+        drop(idle);
         assert_eq!(places.len(), 3, "a taken place is not freed twice");
     }
 
     #[test]
-    fn one_that_has_spoken_is_never_sent_away() {
+    fn a_connection_keeps_its_place_as_long_as_one_of_its_calls_runs() {
         let places = places(2, 64);
-        let both = [(); 2].map(|()| enter(&places, HERE).unwrap());
-        both.iter().for_each(Place::spoke);
+        let [first, second] = [(); 2].map(|()| enter(&places, HERE).unwrap());
+        let (one, other, call) = (first.begin(), first.begin(), second.begin());
         assert_eq!(enter(&places, THERE).unwrap_err(), NoPlace::Total(2));
         places.make_room(10);
-        assert!(both.iter().all(|place| !place.is_taken()));
-        let [first, _second] = both;
-        drop(first);
+        drop(one);
+        assert_eq!(enter(&places, THERE).unwrap_err(), NoPlace::Total(2));
+        // Idle since later than the other one.
+        drop(call);
+        drop(other);
+        let third = enter(&places, THERE).unwrap();
+        assert_eq!([&first, &second].map(Place::is_taken), [false, true]);
+        let (_again, _call) = (first.begin(), third.begin());
+        // A call that ends after its connection has lost its place changes nothing.
+        drop(second.begin());
+        assert_eq!(enter(&places, THERE).unwrap_err(), NoPlace::Total(2));
+        drop(third);
         assert!(enter(&places, THERE).is_ok());
     }
 
@@ -239,12 +289,12 @@ mod tests {
         for (addresses, held) in cases {
             let places = places(100, 2);
             let kept: Vec<_> = addresses.iter().map(|address| enter(&places, address).unwrap()).collect();
-            assert_eq!(places.len(), held, "{addresses:?}: silent ones make room");
+            assert_eq!(places.len(), held, "{addresses:?}: idle ones make room");
             drop(kept);
             assert!(places.is_empty() && places.state().of_address.is_empty());
-            let spoken = |address: &&str| enter(&places, address).inspect(Place::spoke).ok();
-            let kept: Vec<_> = addresses.iter().filter_map(spoken).collect();
-            assert_eq!(kept.len(), held, "{addresses:?}: those that have spoken stay, others are refused");
+            let busy = |address: &&str| enter(&places, address).map(|place| (place.begin(), place)).ok();
+            let kept: Vec<_> = addresses.iter().filter_map(busy).collect();
+            assert_eq!(kept.len(), held, "{addresses:?}: busy ones stay, others are refused");
         }
     }
 
