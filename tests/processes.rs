@@ -9,7 +9,7 @@ use std::{
 
 use grokpipe_tests::{
     demo_model, gpu_required,
-    processes::{Cluster, ClusterOptions, grokpipe, read_json, token_ids},
+    processes::{Cluster, ClusterOptions, PATIENCE, grokpipe, peak_rss, read_json, token_ids, wait},
     shared,
 };
 use serde_json::Value;
@@ -350,13 +350,6 @@ fn a_client_that_leaves_frees_its_place_on_every_stage() {
     assert_eq!(token_ids(&generated, "output_token_ids").len(), 5);
 }
 
-/// Peak resident set of a process, in bytes.
-fn peak_rss(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a running process");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux says the peak");
-    line.trim().trim_end_matches("kB").trim().parse::<u64>().expect("a number") * 1024
-}
-
 #[test]
 fn processes_take_little_more_memory_than_weights_and_kv() {
     const ROOM: u64 = 300 << 20;
@@ -407,4 +400,68 @@ fn up_without_room_for_the_model_says_how_much_is_missing_and_ends_with_the_code
     let complaints = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(5), "{complaints}");
     assert!(complaints.contains("MiB are missing") && complaints.contains("one worker has 1.0 MiB"), "{complaints}");
+}
+
+/// Children of a process of ours, the oldest first.
+fn children(pid: u32) -> Vec<u32> {
+    let listed = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    listed.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+fn signal(name: &str, pid: u32) {
+    let sent = std::process::Command::new("kill").args([format!("-{name}"), pid.to_string()]).status();
+    assert!(sent.expect("kill runs").success(), "{name} to {pid}");
+}
+
+#[test]
+fn a_coordinator_that_is_silent_for_eight_seconds_while_a_cluster_starts_does_not_end_the_cluster() {
+    let mut up = grokpipe(["up", "--once", "The capital of France is", "--device", "cpu"])
+        .args(["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("grokpipe runs");
+    let began = Instant::now();
+    // Workers are started once the coordinator listens.
+    let coordinator = loop {
+        match children(up.id())[..] {
+            [coordinator, _worker, ..] => break coordinator,
+            _ if began.elapsed() > PATIENCE || up.try_wait().expect("a child").is_some() => {
+                let output = up.wait_with_output().expect("an end");
+                panic!("no workers: {}", String::from_utf8_lossy(&output.stderr));
+            }
+            _ => wait(Duration::from_millis(20)),
+        }
+    };
+    signal("STOP", coordinator);
+    wait(Duration::from_secs(8));
+    signal("CONT", coordinator);
+    let output = up.wait_with_output().expect("an end");
+    let complaints = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}: {complaints}", output.status);
+    assert!(String::from_utf8_lossy(&output.stdout).contains("Paris"), "{complaints}");
+}
+
+#[test]
+fn a_closed_pipe_ends_a_command_quietly() {
+    let demo = demo_model();
+    let demo = demo.to_str().expect("a text");
+    let commands: [&[&str]; 7] = [
+        &["--help"],
+        &["up", "--help"],
+        &["inspect", demo],
+        &["inspect", demo, "--json"],
+        &["plan", "--model", demo],
+        &["plan", "--model", demo, "--json"],
+        &["devices"],
+    ];
+    for command in commands {
+        let mut child = grokpipe(command).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("grokpipe runs");
+        drop(child.stdout.take());
+        let output = child.wait_with_output().expect("an end");
+        let complaints = String::from_utf8_lossy(&output.stderr);
+        assert!(complaints.is_empty(), "{command:?}: {}: {complaints}", output.status);
+        assert!(matches!(output.status.code(), Some(0 | 141)), "{command:?}: {}", output.status);
+    }
 }

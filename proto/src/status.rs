@@ -47,11 +47,13 @@ pub enum RequestError {
         /// How many this client has.
         waiting: usize,
     },
-    /// Too many texts are encoded or decoded at a time.
-    #[error("expected fewer than {limit} texts waiting to be encoded or decoded, found {limit}; try again in a second")]
+    /// Too much text is encoded or decoded at a time.
+    #[error("expected room for {found} bytes among {limit} of text to be encoded or decoded, found too little; try again in a second")]
     TextQueueFull {
-        /// Most texts.
+        /// Most bytes.
         limit: usize,
+        /// Bytes of this text.
+        found: usize,
     },
     /// Too much is being received at a time.
     #[error("expected room for one more request, found too many under way to this server; try again in a second")]
@@ -231,7 +233,7 @@ mod tests {
             RequestError::TooLong { limit: 1, found: 2, what: "the context" },
             RequestError::QueueFull { limit: 1 },
             RequestError::ShareTaken { limit: 1, waiting: 1 },
-            RequestError::TextQueueFull { limit: 1 },
+            RequestError::TextQueueFull { limit: 1, found: 1 },
             RequestError::NotServing(text()),
             RequestError::WorkerLost { worker: "w1".into(), layers: 0..1, reason: text() },
             RequestError::StageFailed { worker: text(), reason: text() },

@@ -275,6 +275,13 @@ pub fn read_json(output: Output) -> Value {
         .unwrap_or_else(|error| panic!("{error}: {}\n{complaints}", String::from_utf8_lossy(&output.stdout)))
 }
 
+/// Most memory that a process of ours has held at a time, in bytes.
+pub fn peak_rss(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a running process");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux says the peak");
+    line.trim().trim_end_matches("kB").trim().parse::<u64>().expect("a number") * 1024
+}
+
 /// Token ids under `key` of what `generate --json` printed.
 pub fn token_ids(generated: &Value, key: &str) -> Vec<u32> {
     let ids = generated[key].as_array().unwrap_or_else(|| panic!("no {key} in {generated}"));

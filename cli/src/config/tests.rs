@@ -75,6 +75,10 @@ fn bad_values_name_key_value_place_and_what_is_allowed() {
         ("[coordinator]\nreplan_after = 30", &["coordinator.replan_after is 30"]),
         ("[limits]\nrequest_timeout = \"25h\"", &["limits.request_timeout is \"25h\"", "\"24h\""]),
         ("[limits]\nmax_prompt_bytes = \"1 TiB\"", &["limits.max_prompt_bytes is \"1 TiB\"", "\"64 MiB\""]),
+        (
+            "[limits]\nrequest_timeout = \"30m\"\nlongest_request = \"10m\"",
+            &["limits.request_timeout is 1800s", "limits.longest_request is 600s", "may name"],
+        ),
         ("[limits]\nprefill_chunk_tokens = 0", &["limits.prefill_chunk_tokens is 0", "from 1 to"]),
         ("[limits]\nprefill_chunk_tokens = 600", &["prefill_chunk_tokens is 600", "max_batch_tokens is 512"]),
         ("[limits]\nmax_running = true", &["limits.max_running is true"]),

@@ -90,7 +90,8 @@ impl Inference {
         let stop = checked_stops(request.stop, self.text.is_some())?;
         let sampling = checked_sampling(request.sampling.unwrap_or_default())?;
         let prompt = self.prompt(request.prompt, deadline).await?;
-        let max_tokens = self.max_tokens(request.max_tokens, prompt.len())?;
+        let context = self.config.max_position_embeddings;
+        let max_tokens = checked_max_tokens(request.max_tokens, prompt.len(), context, self.pool_tokens)?;
         let eos_token_id = (!request.ignore_eos).then_some(self.config.eos_token_id);
         Ok(NewRequest {
             id: random_id()?,
@@ -111,30 +112,6 @@ impl Inference {
             asked => {
                 let problem = format!("expected at most {} ms, found {asked}", most.as_millis());
                 Err(RequestError::invalid("deadline_ms", problem))
-            }
-        }
-    }
-
-    fn max_tokens(&self, asked: Option<u32>, prompt: usize) -> Result<u32, RequestError> {
-        let context = self.config.max_position_embeddings;
-        let room = context.saturating_sub(prompt);
-        match asked {
-            Some(0) => Err(RequestError::invalid("max_tokens", "expected at least 1, found 0")),
-            _ if room == 0 => Err(RequestError::TooLong {
-                limit: context,
-                found: prompt + 1,
-                what: "prompt and output share the context",
-            }),
-            Some(asked) if asked as usize > room => Err(RequestError::TooLong {
-                limit: context,
-                found: prompt.saturating_add(asked as usize),
-                what: "prompt and max_tokens share the context",
-            }),
-            Some(asked) => Ok(asked),
-            None => {
-                // A number that nobody asked for is no reason to refuse: what the pool can hold will do.
-                let room = room.min(self.pool_tokens.saturating_sub(prompt)).max(1);
-                Ok(DEFAULT_MAX_TOKENS.min(u32::try_from(room).unwrap_or(u32::MAX)))
             }
         }
     }
@@ -172,6 +149,30 @@ impl Inference {
 
     fn text(&self) -> Result<&TextDesk, RequestError> {
         self.text.as_deref().ok_or(RequestError::NoTokenizer)
+    }
+}
+
+/// Most tokens of an answer to a prompt of this length, where sequences have at most `context` tokens and the KV pool holds `pool`.
+fn checked_max_tokens(asked: Option<u32>, prompt: usize, context: usize, pool: usize) -> Result<u32, RequestError> {
+    let room = context.saturating_sub(prompt);
+    match asked {
+        Some(0) => Err(RequestError::invalid("max_tokens", "expected at least 1, found 0")),
+        _ if room == 0 => Err(RequestError::TooLong {
+            limit: context,
+            found: prompt + 1,
+            what: "prompt and output share the context",
+        }),
+        Some(asked) if asked as usize > room => Err(RequestError::TooLong {
+            limit: context,
+            found: prompt.saturating_add(asked as usize),
+            what: "prompt and max_tokens share the context",
+        }),
+        Some(asked) => Ok(asked),
+        None => {
+            // A number that nobody asked for is no reason to refuse: what the pool can hold will do.
+            let room = room.min(pool.saturating_sub(prompt)).max(1);
+            Ok(DEFAULT_MAX_TOKENS.min(u32::try_from(room).unwrap_or(u32::MAX)))
+        }
     }
 }
 
@@ -274,5 +275,57 @@ impl InferenceService for Inference {
             has_tokenizer: self.text.is_some(),
         };
         Ok(Response::new(ListModelsResponse { models: vec![model] }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use grokpipe_proto::v1::TokenIds;
+    use prost::Message;
+    use tonic::Code;
+
+    use super::*;
+
+    #[test]
+    fn a_number_of_tokens_that_nobody_asked_for_is_cut_to_what_there_is_room_for() {
+        // Asked for, prompt, context, pool; what comes of it.
+        let cases = [
+            (None, 5, 8192, 8192, Ok(128)),
+            (None, 8100, 8192, 8192, Ok(92)),
+            (None, 5, 8192, 64, Ok(59)),
+            // The prompt alone fills the pool: the scheduler says so.
+            (None, 64, 8192, 64, Ok(1)),
+            (Some(200), 5, 8192, 64, Ok(200)),
+            (Some(8187), 5, 8192, 8192, Ok(8187)),
+            (Some(8188), 5, 8192, 8192, Err(Code::OutOfRange)),
+            (Some(u32::MAX), 5, 8192, 8192, Err(Code::OutOfRange)),
+            (None, 8192, 8192, 8192, Err(Code::OutOfRange)),
+            (Some(0), 5, 8192, 8192, Err(Code::InvalidArgument)),
+        ];
+        for (asked, prompt, context, pool, expected) in cases {
+            let found = checked_max_tokens(asked, prompt, context, pool).map_err(|error| error.code());
+            assert_eq!(found, expected, "{asked:?} after {prompt} of {context}, pool {pool}");
+        }
+    }
+
+    #[test]
+    fn the_transport_takes_every_request_that_is_within_the_limits() {
+        for (max_prompt_bytes, context) in [(1 << 20, 8192), (16, 131_072), (1 << 10, 16)] {
+            let limits = RequestLimits {
+                request_timeout: Duration::from_secs(1),
+                longest_request: Duration::from_secs(1),
+                max_prompt_bytes,
+            };
+            let ids = TokenIds { ids: vec![u32::MAX; context] };
+            for prompt in [Prompt::Text("x".repeat(max_prompt_bytes)), Prompt::TokenIds(ids)] {
+                let request = GenerateRequest {
+                    prompt: Some(prompt),
+                    stop: vec!["x".repeat(LONGEST_STOP); MOST_STOPS],
+                    request_id: "x".repeat(LONGEST_LABEL),
+                    ..GenerateRequest::default()
+                };
+                assert!(request.encoded_len() <= limits.max_request_bytes(context), "{max_prompt_bytes}, {context}");
+            }
+        }
     }
 }

@@ -15,9 +15,11 @@ use crate::deadline::Deadline;
 
 /// Texts up to here are short: a few milliseconds of work.
 const SHORT_BYTES: usize = 16 << 10;
-/// Texts of each kind that may be at work or wait.
-const SHORT_ROOM: usize = 256;
-const LONG_ROOM: usize = 8;
+/// Bytes of texts of each kind that may be at work or wait.
+const SHORT_ROOM: usize = 4 << 20;
+const LONG_ROOM: usize = 64 << 20;
+/// What a text counts for at least, for everything around it.
+const LEAST_BYTES: usize = 1 << 10;
 
 /// Encodes and decodes for clients.
 #[derive(Debug)]
@@ -36,23 +38,28 @@ pub struct TextDesk {
 /// A few threads, and a room before them.
 #[derive(Debug)]
 struct Lane {
+    /// Bytes.
     room: Arc<Semaphore>,
-    places: usize,
+    bytes: usize,
     threads: Arc<Semaphore>,
 }
 
 impl Lane {
-    fn new(places: usize, threads: usize) -> Self {
-        Self { room: Arc::new(Semaphore::new(places)), places, threads: Arc::new(Semaphore::new(threads)) }
+    fn new(bytes: usize, threads: usize) -> Self {
+        let bytes = bytes.min(Semaphore::MAX_PERMITS).min(u32::MAX as usize);
+        Self { room: Arc::new(Semaphore::new(bytes)), bytes, threads: Arc::new(Semaphore::new(threads)) }
     }
 
     async fn run<T: Send + 'static>(
         &self,
+        bytes: usize,
         deadline: Deadline,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, RequestError> {
-        let full = |_none| RequestError::TextQueueFull { limit: self.places };
-        let place = Arc::clone(&self.room).try_acquire_owned().map_err(full)?;
+        let bytes = bytes.max(LEAST_BYTES);
+        let full = RequestError::TextQueueFull { limit: self.bytes, found: bytes };
+        let permits = u32::try_from(bytes).map_err(|_more| full.clone())?;
+        let place = Arc::clone(&self.room).try_acquire_many_owned(permits).map_err(|_none| full)?;
         let thread = deadline.bounds(Arc::clone(&self.threads).acquire_owned()).await?;
         let thread = thread.map_err(|_closed| RequestError::ShuttingDown)?;
         let done = tokio::task::spawn_blocking(move || {
@@ -78,7 +85,7 @@ impl TextDesk {
             max_prompt_bytes,
             short: Lane::new(SHORT_ROOM, cores),
             // Long texts leave half of the machine to everything else.
-            long: Lane::new(LONG_ROOM, cores.div_ceil(2)),
+            long: Lane::new(LONG_ROOM.max(max_prompt_bytes), cores.div_ceil(2)),
         }
     }
 
@@ -104,7 +111,7 @@ impl TextDesk {
             });
         }
         let tokenizer = Arc::clone(&self.tokenizer);
-        self.lane(found).run(deadline, move || tokenizer.encode(&text)).await
+        self.lane(found).run(found, deadline, move || tokenizer.encode(&text)).await
     }
 
     /// The text of ids, which are in the vocabulary.
@@ -118,7 +125,7 @@ impl TextDesk {
         }
         let tokenizer = Arc::clone(&self.tokenizer);
         let about = found.saturating_mul(size_of::<u32>());
-        self.lane(about).run(deadline, move || tokenizer.decode(&ids)).await
+        self.lane(about).run(about, deadline, move || tokenizer.decode(&ids)).await
     }
 }
 
@@ -163,49 +170,50 @@ mod tests {
 
     #[tokio::test]
     async fn work_beyond_threads_and_room_is_refused_and_a_wait_has_a_deadline() {
-        let lane = Arc::new(Lane::new(3, 1));
+        const EACH: usize = 2 * LEAST_BYTES;
+        let lane = Arc::new(Lane::new(3 * EACH, 1));
         let (finish, finished) = mpsc::channel::<()>();
         let first = tokio::spawn({
             let lane = Arc::clone(&lane);
-            async move { lane.run(Deadline::after(SOON), move || finished.recv().is_ok()).await }
+            async move { lane.run(EACH, Deadline::after(SOON), move || finished.recv().is_ok()).await }
         });
         while lane.threads.available_permits() > 0 {
             tokio::task::yield_now().await;
         }
         let waits = tokio::spawn({
             let lane = Arc::clone(&lane);
-            async move { lane.run(Deadline::after(SOON), || true).await }
+            async move { lane.run(EACH, Deadline::after(SOON), || true).await }
         });
-        while lane.room.available_permits() > 1 {
+        while lane.room.available_permits() > EACH {
             tokio::task::yield_now().await;
         }
-        let late = lane.run(Deadline::after(Duration::from_millis(1)), || true).await;
+        let late = lane.run(EACH, Deadline::after(Duration::from_millis(1)), || true).await;
         assert_eq!(late.map_err(|error| error.code()), Err(Code::DeadlineExceeded));
         let third = tokio::spawn({
             let lane = Arc::clone(&lane);
-            async move { lane.run(Deadline::after(SOON), || true).await }
+            async move { lane.run(EACH, Deadline::after(SOON), || true).await }
         });
         while lane.room.available_permits() > 0 {
             tokio::task::yield_now().await;
         }
-        let refused = lane.run(Deadline::after(SOON), || true).await;
-        assert_eq!(refused, Err(RequestError::TextQueueFull { limit: 3 }));
+        let refused = lane.run(0, Deadline::after(SOON), || true).await;
+        assert_eq!(refused, Err(RequestError::TextQueueFull { limit: 3 * EACH, found: LEAST_BYTES }));
         finish.send(()).unwrap();
         for each in [first, waits, third] {
             assert_eq!(each.await.unwrap(), Ok(true));
         }
-        assert_eq!(lane.room.available_permits(), 3);
+        assert_eq!(lane.room.available_permits(), 3 * EACH);
     }
 
     #[tokio::test]
     async fn work_whose_client_left_keeps_its_thread_until_it_is_done() {
-        let lane = Lane::new(3, 1);
+        let lane = Lane::new(3 * LEAST_BYTES, 1);
         let (finish, finished) = mpsc::channel::<()>();
-        let answer = lane.run(Deadline::after(Duration::from_millis(5)), move || finished.recv().is_ok()).await;
+        let answer = lane.run(0, Deadline::after(Duration::from_millis(5)), move || finished.recv().is_ok()).await;
         assert_eq!(answer.map_err(|error| error.code()), Err(Code::DeadlineExceeded));
-        assert_eq!((lane.threads.available_permits(), lane.room.available_permits()), (0, 2));
+        assert_eq!((lane.threads.available_permits(), lane.room.available_permits()), (0, 2 * LEAST_BYTES));
         finish.send(()).unwrap();
-        while lane.room.available_permits() < 3 {
+        while lane.room.available_permits() < 3 * LEAST_BYTES {
             tokio::task::yield_now().await;
         }
     }
@@ -213,7 +221,7 @@ mod tests {
     #[tokio::test]
     async fn a_long_text_is_not_in_the_way_of_short_ones() {
         let desk = desk(8192, 1 << 20);
-        let long: Vec<_> = (0..LONG_ROOM).map(|_| Arc::clone(&desk.long.room).try_acquire_owned().unwrap()).collect();
+        let long = Arc::clone(&desk.long.room).try_acquire_many_owned(LONG_ROOM as u32).unwrap();
         let long_text = || desk.encode("a".repeat(SHORT_BYTES + 1), "text", Deadline::after(SOON));
         assert_eq!(long_text().await.unwrap_err().code(), Code::ResourceExhausted);
         assert!(desk.encode("a".into(), "text", Deadline::after(SOON)).await.is_ok());
