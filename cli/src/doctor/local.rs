@@ -34,7 +34,10 @@ pub(super) fn one_line(error: &impl std::fmt::Display) -> String {
 /// This program and this machine.
 pub(super) fn here(config: Option<&Config>) -> Vec<Check> {
     let found = machine::describe(config.map(|config| config.model.path.as_path()), true);
-    let versions = format!("protocol {} to {}", PROTOCOL_VERSIONS.start(), PROTOCOL_VERSIONS.end());
+    let versions = match (PROTOCOL_VERSIONS.start(), PROTOCOL_VERSIONS.end()) {
+        (oldest, newest) if oldest == newest => format!("protocol {newest}"),
+        (oldest, newest) => format!("protocols {oldest} to {newest}"),
+    };
     let mut checks = vec![Check::ok("program", format!("grokpipe {}, {versions}, {}", found.build, found.system))];
     let memory = found.memory_available_bytes.map_or_else(|| "unknown".to_owned(), |bytes| ByteSize(bytes).to_string());
     let files = found.open_files_limit.map_or_else(|| "unknown".to_owned(), |limit| limit.to_string());
