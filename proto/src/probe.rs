@@ -79,7 +79,8 @@ async fn examine(
     most_bytes: u64,
     report: &mut LinkReport,
 ) -> Result<(), String> {
-    let channel = transport::connect(net, address, Keepalive::Cluster).await.map_err(|error| transport::root_cause(&error))?;
+    let channel =
+        transport::connect(net, address, Keepalive::Cluster).await.map_err(|error| transport::root_cause(&error))?;
     let mut client = ProbeServiceClient::with_interceptor(channel, secret.attach());
     let mut shortest = Duration::MAX;
     for _ in 0..ROUND_TRIPS {

@@ -48,7 +48,9 @@ pub enum RequestError {
         waiting: usize,
     },
     /// Too much text is encoded or decoded at a time.
-    #[error("expected room for {found} bytes among {limit} of text to be encoded or decoded, found too little; try again in a second")]
+    #[error(
+        "expected room for {found} bytes among {limit} of text to be encoded or decoded, found too little; try again in a second"
+    )]
     TextQueueFull {
         /// Most bytes.
         limit: usize,

@@ -32,7 +32,8 @@ pub(crate) fn describe(model: Option<&Path>, disk_speed: bool) -> MachineReport 
 }
 
 fn system() -> String {
-    let parts = [System::long_os_version().ok(), System::kernel_version().ok(), Some(std::env::consts::ARCH.to_owned())];
+    let parts =
+        [System::long_os_version().ok(), System::kernel_version().ok(), Some(std::env::consts::ARCH.to_owned())];
     parts.into_iter().flatten().collect::<Vec<_>>().join(" ")
 }
 

@@ -231,8 +231,7 @@ fn a_read_that_fails_is_never_taken_for_a_file_that_is_wrong() {
         // All that opening a model, its embedding and a row of it read, with the first, the second, ... of them failing.
         for good in 0.. {
             let good_reads = Arc::new(AtomicUsize::new(good));
-            let storage =
-                Failing { folder: Folder(folder.path().to_owned()), good_reads: Arc::clone(&good_reads) };
+            let storage = Failing { folder: Folder(folder.path().to_owned()), good_reads: Arc::clone(&good_reads) };
             let open = Model::open_folder(folder.path(), Arc::new(storage));
             let read = open.and_then(|model| model.embedding_rows(&[0]));
             match read {
