@@ -5,7 +5,7 @@
 use std::{io, path::PathBuf, sync::Arc};
 
 use grokpipe_coordinator::{
-    Coordinator, CoordinatorError, Settings, api::inference::RequestLimits, cluster::ExpectedWorker, facts::ModelFacts,
+    Coordinator, CoordinatorError, Settings, cluster::ExpectedWorker, facts::ModelFacts, request::check::RequestLimits,
 };
 use grokpipe_model::Model;
 use grokpipe_proto::{address::Address, transport::Tcp};

@@ -1,8 +1,8 @@
 //! A scheduler's micro-batch as the frame that enters the pipeline. Pure.
 
-use grokpipe_proto::v1::{Frame, Sampling, SequenceOpen, SequenceSlice, WantedLogits};
+use grokpipe_proto::v1::{self, Frame, SequenceOpen, SequenceSlice, WantedLogits};
 
-use crate::scheduler::MicroBatch;
+use crate::{request::Sampling, scheduler::MicroBatch};
 
 /// The frame of a micro-batch; `sampling` tells how a sequence's tokens are drawn.
 pub fn frame_of(
@@ -15,7 +15,7 @@ pub fn frame_of(
         let last = slice.first_position + slice.token_ids.len() as u32 - 1;
         let draw = slice.wants_token.then(|| WantedLogits { position: last, draw: true, target_ids: Vec::new() });
         let open = slice.opens.then(|| SequenceOpen {
-            sampling: sampling(slice.sequence),
+            sampling: sampling(slice.sequence).map(drawn_so),
             choice_index: 0,
             token_counts: Vec::new(),
         });
@@ -38,4 +38,9 @@ pub fn frame_of(
         timings: Vec::new(),
         closed_sequences: batch.closed.clone(),
     }
+}
+
+fn drawn_so(sampling: Sampling) -> v1::Sampling {
+    let Sampling { temperature, top_k, top_p, min_p, seed } = sampling;
+    v1::Sampling { temperature, top_k, top_p, min_p, seed }
 }

@@ -29,19 +29,23 @@ pub mod engine;
 pub mod facts;
 pub mod frames;
 pub mod http;
-pub mod intake;
 pub mod planner;
+pub mod request;
 pub mod scheduler;
 pub mod session;
+pub mod text;
 
-use api::{inference::RequestLimits, text::TextDesk};
+use api::{
+    intake::{self, Intake, Received},
+    timed::Timed,
+};
 use cluster::{Cluster, ClusterSettings, ExpectedWorker};
-use deadline::Timed;
 use engine::{Engine, EngineSettings, Handle};
 use facts::{ModelFacts, PlanWishes};
-use intake::{Intake, Received};
 use planner::Objective;
+use request::check::{Checker, RequestLimits};
 use scheduler::SchedulerConfig;
+use text::TextDesk;
 
 /// Tokens in a KV block; the kernels' number, part of the protocol.
 pub const KV_BLOCK_TOKENS: u32 = 16;
@@ -212,7 +216,8 @@ impl Coordinator {
         let (context, limits) = (config.max_position_embeddings, settings.limits);
         let text = tokenizer.map(|tokenizer| Arc::new(TextDesk::new(tokenizer, context, limits.max_prompt_bytes)));
         let pool_tokens = usize::try_from(settings.kv_tokens).unwrap_or(usize::MAX);
-        let inference = api::inference::Inference { engine: handle.clone(), config, text, pool_tokens, limits };
+        let checker = Checker { config, text, pool_tokens, limits };
+        let inference = api::inference::Inference { engine: handle.clone(), checker };
         let inference =
             InferenceServiceServer::new(inference).max_decoding_message_size(limits.max_request_bytes(context));
         let cluster_service = ClusterServiceServer::new(api::cluster::Cluster { engine: handle.clone(), diagnosis });

@@ -3,7 +3,8 @@
 //! Knows nothing of stages or micro-batches. Text is held back while a character is incomplete or a stop text may be beginning.
 
 use grokpipe_model::tokenizer::{StreamDecoder, Tokenizer};
-use grokpipe_proto::v1::FinishReason;
+
+use crate::request::FinishReason;
 
 /// When a generation ends.
 #[derive(Clone, Debug, PartialEq)]

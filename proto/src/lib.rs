@@ -1,5 +1,5 @@
-//! What travels between the processes of a cluster: the messages of `grokpipe.v1`, how connections are made and guarded, how
-//! hidden states become bytes, and which error gets which status code.
+//! What travels between the processes of a cluster: the messages of `grokpipe.v1`, how connections are made and guarded, and how
+//! hidden states become bytes.
 //!
 //! Coordinator and worker meet only here. Nothing here decides what to compute or where.
 
@@ -12,9 +12,7 @@ pub mod link_token;
 pub mod probe;
 pub mod secret;
 pub mod snapshot;
-pub mod status;
 pub mod transport;
-mod withheld;
 
 /// The generated messages, clients and servers of package `grokpipe.v1`.
 #[expect(

@@ -5,8 +5,8 @@
 use std::{collections::BTreeMap, io, net::SocketAddr, ops::Range, sync::Arc, time::Duration};
 
 use grokpipe_coordinator::{
-    Coordinator, Settings as CoordinatorSettings, api::inference::RequestLimits, cluster::ExpectedWorker,
-    facts::ModelFacts, planner::Objective,
+    Coordinator, Settings as CoordinatorSettings, cluster::ExpectedWorker, facts::ModelFacts, planner::Objective,
+    request::check::RequestLimits,
 };
 use grokpipe_kernels::{
     Batch, CpuBackend, KernelError, Precision, Row, Stage, StageModel, StageOptions, StepInput, StepOutput,

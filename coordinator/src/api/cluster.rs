@@ -5,7 +5,6 @@ use std::{pin::Pin, sync::Arc};
 use futures_util::{Stream, StreamExt, stream};
 use grokpipe_proto::{
     snapshot::ClusterSnapshot,
-    status::RequestError,
     v1::{
         DiagnoseRequest, DiagnoseResponse, DrainRequest, DrainResponse, GetPlanRequest, GetPlanResponse,
         GetStatusRequest, GetStatusResponse, PlannedStage, ReplanRequest, ReplanResponse, WatchStatusRequest,
@@ -15,7 +14,7 @@ use grokpipe_proto::{
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Code, Request, Response, Status};
 
-use crate::{deadline::Deadline, diagnosis::Diagnosis, engine::Handle, planner::Refusal};
+use crate::{deadline::Deadline, diagnosis::Diagnosis, engine::Handle, planner::Refusal, request::RequestError};
 
 /// Serves operators.
 #[derive(Clone)]

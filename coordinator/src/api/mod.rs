@@ -3,7 +3,10 @@
 //! `membership` and `results` are for workers and demand the cluster's secret; `inference` and `cluster` are for clients.
 
 pub mod cluster;
+pub mod errors;
 pub mod inference;
+pub mod intake;
 pub mod membership;
 pub mod results;
-pub mod text;
+pub mod timed;
+mod withheld;

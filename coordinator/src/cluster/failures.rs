@@ -6,12 +6,10 @@
 
 use std::time::Duration;
 
-use grokpipe_proto::{
-    status::RequestError,
-    v1::{FrameFailed, StageBlocked, StageFailed},
-};
+use grokpipe_proto::v1::{FrameFailed, StageBlocked, StageFailed};
 
 use super::{Cluster, Command, RETRY, Until};
+use crate::request::RequestError;
 
 /// Failures in a row that make a suspect.
 const SUSPECT_AFTER: u32 = 3;

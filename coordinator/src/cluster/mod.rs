@@ -16,7 +16,6 @@ use std::{
 use grokpipe_proto::{
     HEARTBEAT_INTERVAL, LOST_AFTER, PROTOCOL_VERSIONS,
     link_token::{LinkKey, LinkToken},
-    status::RequestError,
     v1::{Heartbeat, Hello, LoadProgress, StageReady, StageTiming, Welcome, join_response::Message},
 };
 
@@ -24,6 +23,7 @@ use self::{contents::Contents, measured::Measured, steps::StepTimes};
 use crate::{
     facts::{ModelFacts, PlanWishes},
     planner::Plan,
+    request::RequestError,
 };
 
 mod contents;

@@ -17,9 +17,8 @@ use grokpipe_proto::{
     max_frame_bytes,
     secret::Secret,
     snapshot::{ClusterSnapshot, SnapshotRequests},
-    status::RequestError,
     transport::Net,
-    v1::{Hello, JoinResponse, MicroBatchResult, Sampling, StageUse, Welcome, join_request, join_response},
+    v1::{Hello, JoinResponse, MicroBatchResult, Welcome, join_request, join_response},
 };
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -31,36 +30,17 @@ use tracing::{Span, debug};
 
 use crate::{
     cluster::{Cluster, Command, JoinRefusal},
-    deadline::Deadline,
     engine::outlet::Outlet,
     planner::{Plan, Refusal},
-    scheduler::{ClientId, Scheduler, SchedulerConfig},
-    session::{Session, StopRules},
+    request::{Request, RequestError, StageUse},
+    scheduler::{Scheduler, SchedulerConfig},
+    session::Session,
 };
 
 mod outlet;
 mod requests;
 
 pub use outlet::ClientStream;
-
-/// A checked request.
-#[derive(Clone, Debug)]
-pub struct NewRequest {
-    /// Made by the server, unique.
-    pub id: String,
-    /// Whose it is.
-    pub client: ClientId,
-    /// The client's label.
-    pub request_id: String,
-    /// Token ids of the prompt.
-    pub prompt: Vec<u32>,
-    /// How to draw.
-    pub sampling: Sampling,
-    /// When to end.
-    pub rules: StopRules,
-    /// When it has to be over.
-    pub deadline: Deadline,
-}
 
 /// What happens to the engine.
 pub enum Event {
@@ -118,7 +98,7 @@ pub enum Event {
     /// A client's request.
     Submit {
         /// The request.
-        request: Box<NewRequest>,
+        request: Box<Request>,
         /// Its stream, or why not.
         reply: oneshot::Sender<Result<ClientStream, RequestError>>,
     },
@@ -180,7 +160,7 @@ impl Handle {
     ///
     /// # Errors
     /// [`RequestError`] when it is refused.
-    pub async fn submit(&self, request: NewRequest) -> Result<ClientStream, RequestError> {
+    pub async fn submit(&self, request: Request) -> Result<ClientStream, RequestError> {
         let (reply, answer) = oneshot::channel();
         self.send(Event::Submit { request: Box::new(request), reply }).await;
         answer.await.unwrap_or(Err(RequestError::ShuttingDown))
@@ -203,7 +183,7 @@ impl Handle {
 }
 
 struct Running {
-    request: NewRequest,
+    request: Request,
     /// Everything that is logged about this request stands in it.
     span: Span,
     session: Session,

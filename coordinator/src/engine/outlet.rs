@@ -12,32 +12,29 @@ use std::{
 };
 
 use futures_util::Stream;
-use grokpipe_proto::{
-    status::RequestError,
-    v1::{GenerateResponse, generate_response::Event},
-};
 use tokio::{sync::mpsc, time::timeout};
-use tonic::Status;
 use tracing::{Instrument, Span, info};
+
+use crate::request::{Event, RequestError};
 
 /// How long a client may read nothing although something is there.
 const STALLED_AFTER: Duration = Duration::from_secs(30);
 /// Memory of the tokens that a client may leave unread.
 const UNREAD_BYTES: usize = 64 << 10;
-/// About what a token takes in memory: the message, the request's id, a piece of text.
-const TOKEN_BYTES: usize = size_of::<GenerateResponse>() + 64;
+/// About what a token takes in memory: the event, the request's id, a piece of text.
+const TOKEN_BYTES: usize = size_of::<Event>() + 64;
 /// Tokens that a client may leave unread.
 const UNREAD_EVENTS: usize = UNREAD_BYTES / TOKEN_BYTES;
 
 /// What a client reads: events, then an error if its request ended with one.
 pub struct ClientStream {
-    events: mpsc::Receiver<GenerateResponse>,
+    events: mpsc::Receiver<Event>,
     end: Arc<OnceLock<RequestError>>,
     ended: bool,
 }
 
 impl Stream for ClientStream {
-    type Item = Result<GenerateResponse, Status>;
+    type Item = Result<Event, RequestError>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         if let Some(event) = ready!(self.events.poll_recv(cx)) {
@@ -45,13 +42,13 @@ impl Stream for ClientStream {
         }
         let told = std::mem::replace(&mut self.ended, true);
         let error = self.end.get().filter(|_| !told).cloned();
-        Poll::Ready(error.map(|error| Err(error.into())))
+        Poll::Ready(error.map(Err))
     }
 }
 
 /// The engine's end.
 pub(super) struct Outlet {
-    queue: mpsc::Sender<GenerateResponse>,
+    queue: mpsc::Sender<Event>,
     end: Arc<OnceLock<RequestError>>,
 }
 
@@ -69,7 +66,7 @@ impl Outlet {
 
     /// Queues an event. Whether there is still a client that reads.
     pub(super) fn send(&self, event: Event) -> bool {
-        let sent = self.queue.try_send(GenerateResponse { event: Some(event) });
+        let sent = self.queue.try_send(event);
         if let Err(mpsc::error::TrySendError::Full(_)) = sent {
             self.end(RequestError::ClientStalled);
         }
@@ -88,11 +85,7 @@ impl Outlet {
     }
 }
 
-async fn pass_on(
-    mut queued: mpsc::Receiver<GenerateResponse>,
-    client: mpsc::Sender<GenerateResponse>,
-    end: Arc<OnceLock<RequestError>>,
-) {
+async fn pass_on(mut queued: mpsc::Receiver<Event>, client: mpsc::Sender<Event>, end: Arc<OnceLock<RequestError>>) {
     loop {
         let event = tokio::select! {
             () = client.closed() => return,
@@ -115,13 +108,13 @@ async fn pass_on(
 #[cfg(test)]
 mod tests {
     use futures_util::StreamExt;
-    use grokpipe_proto::v1::GeneratedToken;
     use tokio::time::{advance, sleep};
 
     use super::*;
+    use crate::request::Token;
 
     fn token(index: u32) -> Event {
-        Event::Token(GeneratedToken { index, ..GeneratedToken::default() })
+        Event::Token(Token { index, ..Token::default() })
     }
 
     /// Lets other tasks run.
@@ -130,14 +123,14 @@ mod tests {
     }
 
     /// Reads to the end: how many events there were, and the error.
-    async fn read(stream: &mut ClientStream) -> (usize, Option<Status>) {
+    async fn read(stream: &mut ClientStream) -> (usize, Option<RequestError>) {
         let mut events = 0;
         while let Some(item) = stream.next().await {
             match item {
                 Ok(_event) => events += 1,
-                Err(status) => {
+                Err(error) => {
                     assert!(stream.next().await.is_none(), "an error is the end");
-                    return (events, Some(status));
+                    return (events, Some(error));
                 }
             }
         }
@@ -155,8 +148,7 @@ mod tests {
                 outlet.end(error.clone());
             }
             drop(outlet);
-            let (events, status) = read(&mut stream).await;
-            assert_eq!((events, status.is_some()), (50, error.is_some()));
+            assert_eq!(read(&mut stream).await, (50, error));
         }
     }
 
@@ -185,9 +177,8 @@ mod tests {
             advance(STALLED_AFTER).await;
             settle().await;
             assert!(outlet.is_none_or(|outlet| outlet.is_closed()), "the engine sees that nobody reads");
-            let (events, status) = read(&mut stream).await;
-            let status = status.expect("a typed end");
-            assert_eq!((events, status.code()), (1, tonic::Code::Aborted), "only what was on its way is left");
+            let left = read(&mut stream).await;
+            assert_eq!(left, (1, Some(RequestError::ClientStalled)), "only what was on its way is left");
         }
     }
 
@@ -201,9 +192,9 @@ mod tests {
             assert!(sent as usize <= UNREAD_EVENTS + 2, "{sent} events are held");
         }
         drop(outlet);
-        let (events, status) = read(&mut stream).await;
+        let (events, error) = read(&mut stream).await;
         assert!(events <= 2, "{events} events were kept for a client that is given up");
-        assert_eq!(status.unwrap().code(), tonic::Code::Aborted);
+        assert_eq!(error, Some(RequestError::ClientStalled));
     }
 
     #[tokio::test(start_paused = true)]

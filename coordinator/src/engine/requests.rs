@@ -1,23 +1,21 @@
 //! The engine's part that concerns requests: taking them, keeping the pipeline full, passing tokens on, ending them.
 
-use std::collections::{BTreeMap, HashMap};
-
-use grokpipe_proto::{
-    status::RequestError,
-    v1::{
-        Accepted, Finished, Frame, GeneratedToken, MicroBatchResult, Sampling, StageTiming, StageUse, Timings,
-        generate_response::Event as ClientEvent,
-    },
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
 };
+
+use grokpipe_proto::v1::{Frame, MicroBatchResult, StageTiming};
 use tokio::{sync::oneshot, time::Instant};
 use tracing::{debug, info, info_span, warn};
 
 use super::{
-    Engine, InFlight, NewRequest, Running,
+    Engine, InFlight, Running,
     outlet::{ClientStream, Outlet},
 };
 use crate::{
     frames::frame_of,
+    request::{self, Accepted, Field, Finished, Request, RequestError, Sampling, StageUse, Timings, Token},
     scheduler::{ClientId, MicroBatch, Rejected},
     session::{End, Session},
 };
@@ -61,13 +59,13 @@ impl Engine {
         }
     }
 
-    pub(super) fn submit(&mut self, request: NewRequest, reply: oneshot::Sender<Result<ClientStream, RequestError>>) {
+    pub(super) fn submit(&mut self, request: Request, reply: oneshot::Sender<Result<ClientStream, RequestError>>) {
         let answer = self.try_submit(request);
         // A client that went away meanwhile has dropped the stream, which the next tick notices.
         let _ = reply.send(answer);
     }
 
-    fn try_submit(&mut self, request: NewRequest) -> Result<ClientStream, RequestError> {
+    fn try_submit(&mut self, request: Request) -> Result<ClientStream, RequestError> {
         if !self.cluster.is_serving() {
             return Err(RequestError::NotServing(self.snapshot_now().verdict.text));
         }
@@ -77,14 +75,14 @@ impl Engine {
         self.next_sequence += 1;
         let accepted = Accepted {
             id: request.id.clone(),
-            request_id: request.request_id.clone(),
-            prompt_token_ids: request.prompt.clone(),
+            label: request.label.clone(),
+            prompt: request.prompt.clone(),
             seed: request.sampling.seed,
             model: self.settings.model.clone(),
         };
         let span = info_span!("request", id = request.id, sequence);
         let (outlet, stream) = Outlet::open(span.clone());
-        outlet.send(ClientEvent::Accepted(accepted));
+        outlet.send(request::Event::Accepted(accepted));
         info!(parent: &span, prompt_tokens = request.prompt.len(), "request accepted");
         let session = Session::new(request.rules.clone(), self.tokenizer.as_deref(), &request.prompt);
         let running = Running {
@@ -128,11 +126,10 @@ impl Engine {
     }
 
     fn frame(&self, epoch: u64, batch: &MicroBatch) -> Frame {
-        // Whatever the proof draws will do.
-        let greedy = Sampling { top_p: 1.0, ..Sampling::default() };
         let sampling = |sequence: u64| match self.running.get(&sequence) {
             Some(running) => Some(running.request.sampling),
-            None => (self.proof == Some(sequence)).then_some(greedy),
+            // Whatever the proof draws will do.
+            None => (self.proof == Some(sequence)).then_some(Sampling::GREEDY),
         };
         frame_of(epoch, self.settings.generation, batch, sampling)
     }
@@ -187,20 +184,15 @@ impl Engine {
                 ..StageUse::default()
             });
             usage.frames += 1;
-            usage.compute_us = usage.compute_us.saturating_add(timing.compute_us);
-            usage.queue_us = usage.queue_us.saturating_add(timing.queue_us);
+            usage.compute = usage.compute.saturating_add(Duration::from_micros(timing.compute_us));
+            usage.queue = usage.queue.saturating_add(Duration::from_micros(timing.queue_us));
         }
         let Some(token) = token else { return };
         running.first_token.get_or_insert_with(Instant::now);
         let step = running.session.push(self.tokenizer.as_deref(), token);
-        let event = GeneratedToken {
-            id: running.request.id.clone(),
-            index: step.index,
-            token_id: token,
-            text: step.text,
-            logprob,
-        };
-        if !running.outlet.send(ClientEvent::Token(event)) {
+        let token =
+            Token { id: running.request.id.clone(), index: step.index, token_id: token, text: step.text, logprob };
+        if !running.outlet.send(request::Event::Token(token)) {
             self.abandon(sequence);
         } else if let Some(end) = step.end {
             self.finish(sequence, end);
@@ -210,24 +202,25 @@ impl Engine {
     fn finish(&mut self, sequence: u64, end: End) {
         self.scheduler.release(sequence);
         let Some(running) = self.running.remove(&sequence) else { return };
-        let since = |at: Option<Instant>| at.map_or(0, |at| at.duration_since(running.accepted_at).as_micros() as u64);
+        let since = |at: Option<Instant>| at.map(|at| at.duration_since(running.accepted_at)).unwrap_or_default();
         let timings = Timings {
-            queued_us: since(running.first_scheduled),
-            first_token_us: since(running.first_token),
-            total_us: running.accepted_at.elapsed().as_micros() as u64,
+            queued: since(running.first_scheduled),
+            first_token: since(running.first_token),
+            total: running.accepted_at.elapsed(),
             prompt_tokens: running.request.prompt.len() as u32,
             output_tokens: running.session.produced(),
         };
-        info!(parent: &running.span, tokens = timings.output_tokens, total_us = timings.total_us, "request finished");
+        let total_us = timings.total.as_micros() as u64;
+        info!(parent: &running.span, tokens = timings.output_tokens, total_us, "request finished");
         let finished = Finished {
             id: running.request.id.clone(),
-            reason: end.reason as i32,
+            reason: end.reason,
             stop_text: end.stop_text,
             text: end.text,
-            timings: Some(timings),
+            timings,
             stages: running.stages.into_values().collect(),
         };
-        running.outlet.send(ClientEvent::Finished(finished));
+        running.outlet.send(request::Event::Finished(finished));
     }
 
     /// The client is gone, or does not read: its blocks are free again once its micro-batch is back.
@@ -296,6 +289,6 @@ fn rejected(rejected: Rejected) -> RequestError {
         Rejected::QueueFull { limit, .. } => RequestError::QueueFull { limit },
         Rejected::ShareTaken { limit, waiting, .. } => RequestError::ShareTaken { limit, waiting },
         Rejected::TooLong { limit, found, what } => RequestError::TooLong { limit, found, what },
-        other => RequestError::invalid("prompt", other.to_string()),
+        other => RequestError::invalid(Field::Prompt, other.to_string()),
     }
 }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use grokpipe_proto::{status::RequestError, transport::Peer};
+use grokpipe_proto::transport::Peer;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use tokio::time::Sleep;
 use tonic::{
@@ -23,7 +23,7 @@ use tonic::{
     server::NamedService,
 };
 
-use crate::scheduler::ClientId;
+use crate::{request::RequestError, scheduler::ClientId};
 
 /// Time from a request's head to its end: 1 MiB over 300 kbit/s.
 pub const WITHIN: Duration = Duration::from_secs(30);
