@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use grokpipe_model::{Model, ModelConfig, ModelError, TensorName, WeightSource, contents::PartSum, layer_matrices};
-use grokpipe_proto::v1::{FormatRate, Hello};
 
+use crate::cluster::messages::{FormatRate, Hello};
 use crate::planner::{
     HeadCost, LayerCost, LinkCost, Objective, Overhead, PreviousStage, Problem, ProductCost, Rate, ScratchCost,
     WorkerResources,
@@ -169,7 +169,7 @@ pub fn resources(hello: &Hello) -> WorkerResources {
             Rate { bytes_per_second: rate.decode_bytes_per_second, flops_per_second: rate.prefill_flops_per_second };
         (rate.format.clone(), measured)
     };
-    let overhead = hello.step_overhead.unwrap_or_default();
+    let overhead = hello.step_overhead;
     WorkerResources {
         name: hello.name.clone(),
         memory_bytes: hello.memory_bytes,

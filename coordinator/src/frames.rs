@@ -4,18 +4,13 @@ use grokpipe_proto::v1::{self, Frame, SequenceOpen, SequenceSlice, WantedLogits}
 
 use crate::{request::Sampling, scheduler::MicroBatch};
 
-/// The frame of a micro-batch; `sampling` tells how a sequence's tokens are drawn.
-pub fn frame_of(
-    plan_epoch: u64,
-    sender_generation: u64,
-    batch: &MicroBatch,
-    sampling: impl Fn(u64) -> Option<Sampling>,
-) -> Frame {
-    let sequences = batch.slices.iter().map(|slice| {
+/// The frame of a micro-batch; `sampling` tells of each slice how its sequence's tokens are drawn, if it opens one.
+pub fn frame_of(plan_epoch: u64, sender_generation: u64, batch: &MicroBatch, sampling: &[Option<Sampling>]) -> Frame {
+    let sequences = batch.slices.iter().enumerate().map(|(index, slice)| {
         let last = slice.first_position + slice.token_ids.len() as u32 - 1;
         let draw = slice.wants_token.then(|| WantedLogits { position: last, draw: true, target_ids: Vec::new() });
         let open = slice.opens.then(|| SequenceOpen {
-            sampling: sampling(slice.sequence).map(drawn_so),
+            sampling: sampling.get(index).copied().flatten().map(drawn_so),
             choice_index: 0,
             token_counts: Vec::new(),
         });

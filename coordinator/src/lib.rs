@@ -10,6 +10,7 @@ use grokpipe_model::tokenizer::Tokenizer;
 use grokpipe_proto::{
     DESCRIPTORS, bounds,
     link_token::LinkKey,
+    max_frame_bytes,
     probe::{DescribeMachine, ProbePort},
     secret::Secret,
     transport::{self, ConnectionLimits, Keepalive, Net},
@@ -29,6 +30,7 @@ pub mod engine;
 pub mod facts;
 pub mod frames;
 pub mod http;
+pub mod pipeline;
 pub mod planner;
 pub mod request;
 pub mod scheduler;
@@ -42,6 +44,7 @@ use api::{
 use cluster::{Cluster, ClusterSettings, ExpectedWorker};
 use engine::{Engine, EngineSettings, Handle};
 use facts::{ModelFacts, PlanWishes};
+use pipeline::PipelineSettings;
 use planner::Objective;
 use request::check::{Checker, RequestLimits};
 use scheduler::SchedulerConfig;
@@ -300,12 +303,13 @@ fn engine(
             max_waiting: settings.max_waiting,
             max_running: settings.max_running,
         },
-        max_batch_tokens: settings.max_batch_tokens,
-        max_frames_in_flight: MAX_FRAMES_IN_FLIGHT,
-        generation: settings.generation,
-        secret: settings.secret.clone(),
+        pipeline: PipelineSettings {
+            secret: settings.secret.clone(),
+            max_frame_bytes: max_frame_bytes(settings.max_batch_tokens, facts.config.hidden_size),
+            max_frames_in_flight: MAX_FRAMES_IN_FLIGHT,
+            generation: settings.generation,
+        },
         model: facts.config.name.clone(),
-        hidden_size: facts.config.hidden_size,
         proof_token: u32::from(facts.config.pad_token_id == 0),
     };
     Engine::new(engine_settings, net, cluster, tokenizer)

@@ -173,7 +173,7 @@ fn predicted(facts: &ModelFacts, arrangement: &Arrangement, test: Test) -> Resul
 fn step_seconds(facts: &ModelFacts, arrangement: &Arrangement, rows: u32) -> Result<Vec<f64>, CliError> {
     let first = arrangement.members.first().map_or(0, |member| member.layers.start);
     let worker = |member: &Member| {
-        let told = facts::resources(&member.hello);
+        let told = facts::resources(&member.hello.clone().into());
         WorkerResources {
             // It fits: it has been loaded. No token is drawn.
             memory_bytes: u64::MAX,

@@ -10,12 +10,8 @@ use std::{
 };
 
 use futures_util::Stream;
-use grokpipe_proto::{
-    bounds,
-    v1::{
-        FrameFailed, Heartbeat, Hello, JoinRequest, JoinResponse, StageBlocked, StageFailed, join_request,
-        join_response, membership_service_server::MembershipService,
-    },
+use grokpipe_proto::v1::{
+    Hello, JoinRequest, JoinResponse, join_request, membership_service_server::MembershipService,
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -25,8 +21,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::wire;
 use crate::{
-    cluster::JoinRefusal,
+    cluster::{JoinRefusal, messages::Order},
     diagnosis::{Desk, Member},
     engine::{Event, Handle},
 };
@@ -61,13 +58,12 @@ impl MembershipService for Membership {
         let (reply, answer) = oneshot::channel();
         // The welcome must be the first message, so it is queued before the engine can send any other.
         let (gate, gated) = mpsc::channel(OUTBOX);
-        self.engine.send(Event::Joined { connection, hello: Box::new(hello), outbox: gate, reply }).await;
+        self.engine.send(Event::Joined { connection, hello: Box::new(hello.into()), outbox: gate, reply }).await;
         let welcome = answer
             .await
             .map_err(|_gone| Status::unavailable("the coordinator is shutting down"))?
             .map_err(|refusal| refused(&refusal))?;
-        let welcome = JoinResponse { message: Some(join_response::Message::Welcome(welcome)) };
-        let _ = outbox.try_send(Ok(welcome));
+        let _ = outbox.try_send(Ok(wire::welcome(welcome)));
         self.desk.joined(connection, member, outbox.clone());
         let (engine, desk) = (self.engine.clone(), self.desk.clone());
         let worker = Worker { engine, desk, connection, name, generation, outbox, gated };
@@ -104,7 +100,7 @@ struct Worker {
     name: String,
     generation: u64,
     outbox: mpsc::Sender<Result<JoinResponse, Status>>,
-    gated: mpsc::Receiver<Result<JoinResponse, Status>>,
+    gated: mpsc::Receiver<Order>,
 }
 
 impl Worker {
@@ -118,7 +114,7 @@ impl Worker {
                 () = self.outbox.closed() => break "its connection was closed".to_owned(),
                 order = self.gated.recv() => match order {
                     // A worker that reads nothing is told nothing; its heartbeats will stop as well.
-                    Some(order) => if self.outbox.try_send(order).is_err() {
+                    Some(order) => if self.outbox.try_send(Ok(wire::order(order))).is_err() {
                         break "it takes no messages".to_owned();
                     },
                     None => break "it was given up".to_owned(),
@@ -127,12 +123,11 @@ impl Worker {
                     Ok(Some(JoinRequest { message: Some(join_request::Message::ProbeReport(report)) })) => {
                         self.desk.reported(&self.name, report);
                     }
-                    Ok(Some(JoinRequest { message: Some(message) })) => {
+                    Ok(Some(JoinRequest { message })) => if let Some(report) = message.and_then(wire::report) {
                         let (connection, name, generation) = (self.connection, self.name.clone(), self.generation);
-                        let message = Box::new(bounded(message));
-                        self.engine.send(Event::FromWorker { connection, name, generation, message }).await;
-                    }
-                    Ok(Some(JoinRequest { message: None })) => {}
+                        let report = Box::new(report);
+                        self.engine.send(Event::FromWorker { connection, name, generation, report }).await;
+                    },
                     Ok(None) => break "it left".to_owned(),
                     Err(status) => break broken(&status),
                 },
@@ -144,37 +139,6 @@ impl Worker {
     }
 }
 
-/// What a worker says, with texts and figures that a snapshot can hold.
-fn bounded(message: join_request::Message) -> join_request::Message {
-    use join_request::Message;
-    let figure = |value: f64| if value.is_finite() { value.max(0.0) } else { 0.0 };
-    match message {
-        Message::Heartbeat(beat) => Message::Heartbeat(Heartbeat {
-            step_seconds_p50: figure(beat.step_seconds_p50),
-            tokens_per_second: figure(beat.tokens_per_second),
-            idle_ratio: figure(beat.idle_ratio).min(1.0),
-            step_age_seconds: figure(beat.step_age_seconds),
-            ..beat
-        }),
-        Message::StageFailed(failed) => Message::StageFailed(StageFailed {
-            message: bounds::cut(failed.message, bounds::REASON),
-            lost_peer: bounds::cut(failed.lost_peer, bounds::NAME),
-            ..failed
-        }),
-        Message::FrameFailed(failed) => Message::FrameFailed(FrameFailed {
-            message: bounds::cut(failed.message, bounds::REASON),
-            worker: bounds::cut(failed.worker, bounds::NAME),
-            ..failed
-        }),
-        Message::StageBlocked(blocked) => Message::StageBlocked(StageBlocked {
-            peer: bounds::cut(blocked.peer, bounds::NAME),
-            reason: bounds::cut(blocked.reason, bounds::REASON),
-            ..blocked
-        }),
-        other => other,
-    }
-}
-
 /// How a stream broke, for people: tonic's words for a dead peer speak of HTTP/2 frames.
 fn broken(status: &Status) -> String {
     let said = status.message();
@@ -182,29 +146,5 @@ fn broken(status: &Status) -> String {
         "its connection was reset".to_owned()
     } else {
         format!("its connection broke: {said}")
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_worker_says_later_is_bounded_as_its_hello_is() {
-        use join_request::Message;
-        let long = "é".repeat(3 << 20);
-        let failed = StageFailed { message: long.clone(), lost_peer: long.clone(), ..StageFailed::default() };
-        let Message::StageFailed(failed) = bounded(Message::StageFailed(failed)) else { panic!("another message") };
-        assert!(failed.message.len() <= bounds::REASON && failed.lost_peer.len() <= bounds::NAME);
-        let failed = FrameFailed { message: long, ..FrameFailed::default() };
-        let Message::FrameFailed(failed) = bounded(Message::FrameFailed(failed)) else { panic!("another message") };
-        assert!(failed.message.len() <= bounds::REASON);
-        let beat = Heartbeat {
-            step_seconds_p50: f64::NAN,
-            tokens_per_second: f64::INFINITY,
-            idle_ratio: -1.0,
-            ..Heartbeat::default()
-        };
-        assert_eq!(bounded(Message::Heartbeat(beat)), Message::Heartbeat(Heartbeat::default()));
     }
 }

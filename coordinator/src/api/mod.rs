@@ -9,4 +9,5 @@ pub mod intake;
 pub mod membership;
 pub mod results;
 pub mod timed;
+mod wire;
 mod withheld;

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::warn;
 
+use super::wire;
 use crate::engine::{Event, Handle};
 
 /// Takes results.
@@ -55,7 +56,7 @@ impl ResultService for Results {
                     warn!(plan_epoch, found = result.plan_epoch, "a result of another plan epoch is ignored");
                     continue;
                 }
-                engine.send(Event::Result(Box::new(result))).await;
+                engine.send(Event::Result(Box::new(wire::result(result)))).await;
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))

@@ -7,9 +7,11 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use grokpipe_model::contents::{Part, Sum};
-use grokpipe_proto::v1::{ContentSum, StageFailed, StageReady};
 
-use super::{Cluster, Until};
+use super::{
+    Cluster, Until,
+    messages::{ContentSum, StageFailed, StageReady},
+};
 use crate::facts::ModelFacts;
 
 /// Who said what the numbers of a part are.

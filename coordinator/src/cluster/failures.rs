@@ -6,9 +6,10 @@
 
 use std::time::Duration;
 
-use grokpipe_proto::v1::{FrameFailed, StageBlocked, StageFailed};
-
-use super::{Cluster, Command, RETRY, Until};
+use super::{
+    Cluster, Command, RETRY, Until,
+    messages::{FrameFailed, StageBlocked, StageFailed},
+};
 use crate::request::RequestError;
 
 /// Failures in a row that make a suspect.

@@ -1,8 +1,8 @@
 //! Whether a worker's hello makes sense.
 
-use grokpipe_proto::{address::Address, bounds, v1::Hello};
+use grokpipe_proto::{address::Address, bounds};
 
-use super::JoinRefusal;
+use super::{JoinRefusal, messages::Hello};
 
 /// Checks every value of a hello that a plan or a message would rest on.
 pub(super) fn check_hello(hello: &Hello) -> Result<(), JoinRefusal> {
@@ -92,7 +92,7 @@ fn check_rates(hello: &Hello) -> Result<(), JoinRefusal> {
             }
         }
     }
-    let overhead = hello.step_overhead.unwrap_or_default();
+    let overhead = hello.step_overhead;
     for seconds in [overhead.step_seconds, overhead.layer_seconds, overhead.draw_seconds] {
         if !(seconds.is_finite() && seconds >= 0.0) {
             return invalid("step_overhead", "seconds that are not negative", seconds.to_string());

@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 
-use grokpipe_proto::v1::StageTiming;
+use super::messages::StageTiming;
 
 /// Steps that are remembered.
 const STEPS_MAX: usize = 256;

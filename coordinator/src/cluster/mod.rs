@@ -13,15 +13,17 @@ use std::{
     time::Duration,
 };
 
-use grokpipe_proto::{
-    HEARTBEAT_INTERVAL, LOST_AFTER, PROTOCOL_VERSIONS,
-    link_token::{LinkKey, LinkToken},
-    v1::{Heartbeat, Hello, LoadProgress, StageReady, StageTiming, Welcome, join_response::Message},
-};
+use grokpipe_proto::{HEARTBEAT_INTERVAL, LOST_AFTER, PROTOCOL_VERSIONS, link_token::LinkKey};
 
-use self::{contents::Contents, measured::Measured, steps::StepTimes};
+use self::{
+    contents::Contents,
+    measured::Measured,
+    messages::{Heartbeat, Hello, LoadProgress, Order, StageReady, StageTiming, Welcome},
+    steps::StepTimes,
+};
 use crate::{
     facts::{ModelFacts, PlanWishes},
+    pipeline::FirstStage,
     planner::Plan,
     request::RequestError,
 };
@@ -31,6 +33,7 @@ mod failures;
 mod gone;
 mod hello;
 mod measured;
+pub mod messages;
 mod planning;
 mod steps;
 mod view;
@@ -78,20 +81,14 @@ pub enum Command {
         /// Its incarnation.
         generation: u64,
         /// What.
-        message: Message,
+        order: Order,
     },
     /// End the running requests with this, and forget all frames under way.
     Interrupt(RequestError),
     /// All stages are ready: open the link to the first one.
     OpenPipeline {
-        /// Epoch that the link is for.
-        epoch: u64,
-        /// First stage's address.
-        address: String,
-        /// First stage's worker.
-        worker: String,
-        /// What the first stage knows the link by.
-        token: LinkToken,
+        /// The first stage, and the epoch that the link is for.
+        first: FirstStage,
         /// Number of stages.
         stages: usize,
     },
@@ -413,7 +410,8 @@ impl Cluster {
             let stages = active.stages.len();
             let address = self.nodes.get(&first).map(|node| node.hello.data_address.clone()).unwrap_or_default();
             let token = self.settings.link_key.frames(epoch, 0);
-            self.commands.push(Command::OpenPipeline { epoch, address, worker: first, token, stages });
+            let first = FirstStage { epoch, address, worker: first, token };
+            self.commands.push(Command::OpenPipeline { first, stages });
         }
     }
 

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
-use grokpipe_proto::v1::{ActivationDtype, Assignment, Release, join_response::Message};
-
-use super::{Active, Cluster, Command, Node, SETTLE, StageState, measured::Measured, steps::StepTimes};
+use super::{
+    Active, Cluster, Command, Node, SETTLE, StageState,
+    measured::Measured,
+    messages::{Assignment, Order},
+    steps::StepTimes,
+};
 use crate::{
     facts,
     planner::{self, Plan, PreviousStage, WorkerResources},
@@ -179,14 +182,14 @@ impl Cluster {
             self.commands.push(Command::Send {
                 node: stage.node.clone(),
                 generation: node.hello.generation,
-                message: Message::Assignment(assignment),
+                order: Order::Assign(assignment),
             });
         }
         for node in self.nodes.values().filter(|node| node.present && !names.contains(&node.hello.name)) {
             self.commands.push(Command::Send {
                 node: node.hello.name.clone(),
                 generation: node.hello.generation,
-                message: Message::Release(Release { plan_epoch: self.epoch }),
+                order: Order::Release { plan_epoch: self.epoch },
             });
         }
         let text: Vec<String> =
@@ -231,10 +234,9 @@ impl Cluster {
             kv_block_tokens: settings.kv_block_tokens,
             max_batch_tokens: settings.wishes.max_batch_tokens as u32,
             max_frames_in_flight: settings.max_frames_in_flight,
-            activation_dtype: ActivationDtype::F32 as i32,
             coordinator_generation: settings.generation,
-            link_token: key.frames(self.epoch, index).to_wire(),
-            next_token: next_token.to_wire(),
+            link_token: key.frames(self.epoch, index),
+            next_token,
         }
     }
 }

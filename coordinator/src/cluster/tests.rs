@@ -6,9 +6,10 @@ use grokpipe_proto::{
     snapshot::{NodeState, SnapshotRequests, VerdictPhase},
 };
 
-use grokpipe_proto::v1::{Assignment, ContentSum, FormatRate, StageBlocked, StageFailed, StageReady, StepOverhead};
-
-use super::*;
+use super::{
+    messages::{Assignment, ContentSum, FormatRate, StageBlocked, StageFailed, StepOverhead},
+    *,
+};
 use crate::planner::Objective;
 
 const MIB: u64 = 1 << 20;
@@ -74,7 +75,7 @@ fn join(cluster: &mut Cluster, now: Duration, name: &str, generation: u64) {
 
 fn assignments(cluster: &mut Cluster) -> Vec<(String, Assignment)> {
     let sent = cluster.take_commands().into_iter().filter_map(|command| match command {
-        Command::Send { node, message: Message::Assignment(assignment), .. } => Some((node, assignment)),
+        Command::Send { node, order: Order::Assign(assignment), .. } => Some((node, assignment)),
         _ => None,
     });
     sent.collect()
@@ -352,10 +353,7 @@ fn hellos_that_make_no_sense_are_refused() {
         ("too many formats", Hello { format_rates: vec![rate("q4_0", 1.0, 1.0); 65], ..good.clone() }),
         (
             "a negative overhead",
-            Hello {
-                step_overhead: Some(StepOverhead { layer_seconds: -1.0, ..StepOverhead::default() }),
-                ..good.clone()
-            },
+            Hello { step_overhead: StepOverhead { layer_seconds: -1.0, ..StepOverhead::default() }, ..good.clone() },
         ),
         ("no port", Hello { data_address: "127.0.0.1".into(), ..good.clone() }),
         ("port 0", Hello { data_address: "127.0.0.1:0".into(), ..good.clone() }),
@@ -408,7 +406,7 @@ fn plans_rest_on_the_rates_that_workers_measured_for_the_models_formats() {
     assert_eq!(with("q4_0"), without, "a format that the model lacks");
     assert!(with("int8") < without / 2.0, "{} {without}", with("int8"));
     let overhead = StepOverhead { step_seconds: 0.5, layer_seconds: 0.0625, draw_seconds: 0.25 };
-    let slowed = predicted(Hello { step_overhead: Some(overhead), ..hello("w1", 1) });
+    let slowed = predicted(Hello { step_overhead: overhead, ..hello("w1", 1) });
     let expected = 1.0 / (1.0 / without + 0.5 + 8.0 * 0.0625 + 0.25);
     assert!((slowed / expected - 1.0).abs() < 1e-9, "{slowed} {expected}");
 }
@@ -682,7 +680,7 @@ fn every_stage_is_told_the_token_of_its_own_link_and_of_the_next() {
     let last = told.len();
     let expected = (0..last).map(|stage| {
         let next = if stage + 1 == last { key.results(1) } else { key.frames(1, stage + 1) };
-        (key.frames(1, stage).to_wire(), next.to_wire())
+        (key.frames(1, stage), next)
     });
     assert!(links.eq(expected));
 }

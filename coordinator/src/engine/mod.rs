@@ -12,25 +12,23 @@ use std::{
 
 use grokpipe_model::tokenizer::Tokenizer;
 use grokpipe_proto::{
-    link::{Link, LinkEvent, LinkSettings},
-    link_token::LinkToken,
-    max_frame_bytes,
-    secret::Secret,
     snapshot::{ClusterSnapshot, SnapshotRequests},
     transport::Net,
-    v1::{Hello, JoinResponse, MicroBatchResult, Welcome, join_request, join_response},
 };
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::{Instant, MissedTickBehavior},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
-use tracing::{Span, debug};
+use tracing::Span;
 
 use crate::{
-    cluster::{Cluster, Command, JoinRefusal},
+    cluster::{
+        Cluster, Command, JoinRefusal,
+        messages::{BatchResult, Hello, Order, Report, Welcome},
+    },
     engine::outlet::Outlet,
+    pipeline::{self, FirstStage, Frames, PipelineEvent, PipelineSettings, Told},
     planner::{Plan, Refusal},
     request::{Request, RequestError, StageUse},
     scheduler::{Scheduler, SchedulerConfig},
@@ -51,7 +49,7 @@ pub enum Event {
         /// Its hello.
         hello: Box<Hello>,
         /// Where messages for it go.
-        outbox: mpsc::Sender<Result<JoinResponse, Status>>,
+        outbox: mpsc::Sender<Order>,
         /// Welcome or refusal.
         reply: oneshot::Sender<Result<Welcome, JoinRefusal>>,
     },
@@ -64,7 +62,7 @@ pub enum Event {
         /// Its incarnation.
         generation: u64,
         /// What it said.
-        message: Box<join_request::Message>,
+        report: Box<Report>,
     },
     /// A worker's stream ended.
     Left {
@@ -78,23 +76,9 @@ pub enum Event {
         reason: String,
     },
     /// The last stage finished a micro-batch.
-    Result(Box<MicroBatchResult>),
-    /// The link to the first stage was opened, or could not be.
-    PipelineOpened {
-        /// For which epoch.
-        epoch: u64,
-        /// Number of stages.
-        stages: usize,
-        /// The link, or why there is none.
-        link: Result<Link, String>,
-    },
+    Result(Box<BatchResult>),
     /// The link to the first stage said something.
-    Pipeline {
-        /// Of which epoch.
-        epoch: u64,
-        /// What.
-        event: LinkEvent,
-    },
+    Pipeline(Told),
     /// A client's request.
     Submit {
         /// The request.
@@ -107,6 +91,12 @@ pub enum Event {
         /// The plan with its workers in order, memory of each, epoch and spare workers, or why there is none.
         reply: oneshot::Sender<Result<PlanView, Refusal>>,
     },
+}
+
+impl From<Told> for Event {
+    fn from(told: Told) -> Self {
+        Self::Pipeline(told)
+    }
 }
 
 /// A plan with the names of its workers.
@@ -126,18 +116,10 @@ pub struct PlanView {
 pub struct EngineSettings {
     /// How the scheduler works; `stages` follows the plan.
     pub scheduler: SchedulerConfig,
-    /// Most tokens in a frame.
-    pub max_batch_tokens: usize,
-    /// Most unanswered frames on a link.
-    pub max_frames_in_flight: usize,
-    /// The coordinator's generation.
-    pub generation: u64,
-    /// The cluster's secret.
-    pub secret: Secret,
+    /// How the link to the first stage is made.
+    pub pipeline: PipelineSettings,
     /// Name of the model.
     pub model: String,
-    /// Width of the residual stream.
-    pub hidden_size: usize,
     /// A token that a plan is proven with: any but the one that is never attended to.
     pub proof_token: u32,
 }
@@ -197,12 +179,12 @@ struct Running {
 /// The way to a worker, and the stream that it belongs to.
 struct Outbox {
     connection: u64,
-    messages: mpsc::Sender<Result<JoinResponse, Status>>,
+    orders: mpsc::Sender<Order>,
 }
 
 struct Pipeline {
     epoch: u64,
-    frames: mpsc::Sender<grokpipe_proto::v1::Frame>,
+    frames: Frames,
 }
 
 struct InFlight {
@@ -222,6 +204,8 @@ pub struct Engine {
     running: HashMap<u64, Running>,
     next_sequence: u64,
     pipeline: Option<Pipeline>,
+    /// Stages of the pipeline that is open, or is being opened.
+    stages: usize,
     in_flight: HashMap<u64, InFlight>,
     /// The sequence that proves the plan in force, while it is under way.
     proof: Option<u64>,
@@ -261,6 +245,7 @@ impl Engine {
             running: HashMap::new(),
             next_sequence: 1,
             pipeline: None,
+            stages: 1,
             in_flight: HashMap::new(),
             proof: None,
             events,
@@ -314,13 +299,13 @@ impl Engine {
                 let welcomed = answer.is_ok();
                 let taken = reply.send(answer).is_ok();
                 if welcomed && taken {
-                    self.outboxes.insert(name, Outbox { connection, messages: outbox });
+                    self.outboxes.insert(name, Outbox { connection, orders: outbox });
                     self.cluster.joined(now);
                 }
             }
-            Event::FromWorker { connection, name, generation, message } => {
+            Event::FromWorker { connection, name, generation, report } => {
                 if self.is_current(&name, connection) {
-                    self.worker_said(now, &name, generation, *message);
+                    self.worker_said(now, &name, generation, *report);
                 }
             }
             Event::Left { connection, name, generation, reason } => {
@@ -329,14 +314,15 @@ impl Engine {
                 }
             }
             Event::Result(result) => self.result(*result),
-            Event::PipelineOpened { epoch, stages, link } => self.pipeline_opened(epoch, stages, link),
-            Event::Pipeline { epoch, event } if epoch == self.cluster.epoch() => match event {
-                LinkEvent::FrameFailed { micro_batch_id, worker, message } => {
+            Event::Pipeline(Told { epoch, event }) if epoch == self.cluster.epoch() => match event {
+                PipelineEvent::Opened(link) => self.pipeline_opened(epoch, link),
+                PipelineEvent::Refused { micro_batch_id, worker, message } => {
                     self.frame_failed(micro_batch_id, &worker, &message);
                 }
-                LinkEvent::Lost { reason } => self.cluster.pipeline_failed(now, epoch, None, &reason),
+                PipelineEvent::Lost { reason } => self.cluster.pipeline_failed(now, epoch, None, &reason),
             },
-            Event::Pipeline { .. } => {}
+            // Of an epoch that has ended.
+            Event::Pipeline(_) => {}
             Event::Submit { request, reply } => self.submit(*request, reply),
             Event::Plan { reply } => {
                 let view = self.cluster.plan().map(|(plan, names)| PlanView {
@@ -354,26 +340,22 @@ impl Engine {
         self.outboxes.get(name).is_some_and(|outbox| outbox.connection == connection)
     }
 
-    fn worker_said(&mut self, now: Duration, name: &str, generation: u64, message: join_request::Message) {
-        use join_request::Message;
-        match message {
-            Message::Heartbeat(heartbeat) => self.cluster.heartbeat(now, name, generation, heartbeat),
-            Message::LoadProgress(progress) => self.cluster.load_progress(now, name, generation, &progress),
-            Message::StageReady(ready) => {
+    fn worker_said(&mut self, now: Duration, name: &str, generation: u64, report: Report) {
+        match report {
+            Report::Heartbeat(heartbeat) => self.cluster.heartbeat(now, name, generation, heartbeat),
+            Report::LoadProgress(progress) => self.cluster.load_progress(now, name, generation, &progress),
+            Report::StageReady(ready) => {
                 if self.cluster.check_contents(now, name, generation, &ready) {
                     self.cluster.stage_ready(now, name, generation, &ready);
                 }
             }
-            Message::StageFailed(failed) => self.cluster.stage_failed(now, name, generation, &failed),
-            Message::StageBlocked(blocked) => self.cluster.stage_blocked(now, name, generation, &blocked),
-            Message::FrameFailed(failed) => {
+            Report::StageFailed(failed) => self.cluster.stage_failed(now, name, generation, &failed),
+            Report::StageBlocked(blocked) => self.cluster.stage_blocked(now, name, generation, &blocked),
+            Report::FrameFailed(failed) => {
                 if self.cluster.may_report(name, &failed) {
                     self.frame_failed(failed.micro_batch_id, &failed.worker, &failed.message);
                 }
             }
-            Message::Hello(_) => debug!(name, "a second hello is ignored"),
-            // Goes to whoever asked, before it comes here.
-            Message::ProbeReport(_) => {}
         }
     }
 
@@ -385,81 +367,41 @@ impl Engine {
         let changed = !commands.is_empty();
         for command in commands {
             match command {
-                Command::Send { node, generation, message } => self.tell(&node, generation, message),
+                Command::Send { node, generation, order } => self.tell(&node, generation, order),
                 Command::Interrupt(error) => self.interrupt(&error),
-                Command::OpenPipeline { epoch, address, worker, token, stages } => {
-                    self.open_pipeline(epoch, address, worker, token, stages);
-                }
+                Command::OpenPipeline { first, stages } => self.open_pipeline(first, stages),
                 Command::Prove { epoch } => self.prove(epoch),
             }
         }
         changed
     }
 
-    fn tell(&mut self, node: &str, generation: u64, message: join_response::Message) {
+    fn tell(&mut self, node: &str, generation: u64, order: Order) {
         let Some(outbox) = self.outboxes.get(node) else { return };
-        if outbox.messages.try_send(Ok(JoinResponse { message: Some(message) })).is_err() {
+        if outbox.orders.try_send(order).is_err() {
             let now = self.now();
             self.outboxes.remove(node);
             self.cluster.leave(now, node, generation, "it takes no messages");
         }
     }
 
-    fn open_pipeline(&mut self, epoch: u64, address: String, worker: String, token: LinkToken, stages: usize) {
+    fn open_pipeline(&mut self, first: FirstStage, stages: usize) {
         self.epoch_stop.cancel();
         self.epoch_stop = CancellationToken::new();
-        let (net, events, stop) = (Arc::clone(&self.net), self.events.clone(), self.epoch_stop.clone());
-        let settings = LinkSettings {
-            address,
-            worker,
-            secret: self.settings.secret.clone(),
-            token,
-            max_frame_bytes: max_frame_bytes(self.settings.max_batch_tokens, self.settings.hidden_size),
-            max_in_flight: self.settings.max_frames_in_flight,
-        };
-        // Owned by the epoch: ends with it.
-        tokio::spawn(async move {
-            let (link_events, mut said) = mpsc::channel(64);
-            let opened = Link::open(&net, settings, link_events, stop.clone()).await.map_err(|error| error.to_string());
-            let _ = events.send(Event::PipelineOpened { epoch, stages, link: opened }).await;
-            loop {
-                let event = tokio::select! {
-                    () = stop.cancelled() => return,
-                    event = said.recv() => event,
-                };
-                let Some(event) = event else { return };
-                let _ = events.send(Event::Pipeline { epoch, event }).await;
-            }
-        });
+        self.stages = stages;
+        let (net, settings) = (Arc::clone(&self.net), self.settings.pipeline.clone());
+        pipeline::open(net, settings, first, self.events.clone(), self.epoch_stop.clone());
     }
 
-    fn pipeline_opened(&mut self, epoch: u64, stages: usize, link: Result<Link, String>) {
-        let now = self.now();
-        if epoch != self.cluster.epoch() {
-            return;
-        }
+    fn pipeline_opened(&mut self, epoch: u64, link: Result<Frames, String>) {
         match link {
             Err(reason) => {
+                let now = self.now();
                 self.cluster.pipeline_failed(now, epoch, None, &format!("the coordinator {reason}"));
             }
-            Ok(link) => {
-                // The engine never waits for a stage: a task of the epoch does, and the scheduler's limit bounds what it holds.
-                let (frames, mut queue) = mpsc::channel(self.settings.max_frames_in_flight);
-                let stop = self.epoch_stop.clone();
-                tokio::spawn(async move {
-                    loop {
-                        let frame = tokio::select! {
-                            () = stop.cancelled() => return,
-                            frame = queue.recv() => frame,
-                        };
-                        let Some(frame) = frame else { return };
-                        if link.send(frame).await.is_err() {
-                            return;
-                        }
-                    }
-                });
+            Ok(frames) => {
                 self.pipeline = Some(Pipeline { epoch, frames });
-                self.scheduler.reconfigure(stages);
+                self.scheduler.reconfigure(self.stages);
                 self.cluster.pipeline_open(epoch);
                 self.carry_out();
             }

@@ -5,7 +5,6 @@ use std::{
     time::Duration,
 };
 
-use grokpipe_proto::v1::{Frame, MicroBatchResult, StageTiming};
 use tokio::{sync::oneshot, time::Instant};
 use tracing::{debug, info, info_span, warn};
 
@@ -14,9 +13,9 @@ use super::{
     outlet::{ClientStream, Outlet},
 };
 use crate::{
-    frames::frame_of,
+    cluster::messages::{BatchResult, StageTiming},
     request::{self, Accepted, Field, Finished, Request, RequestError, Sampling, StageUse, Timings, Token},
-    scheduler::{ClientId, MicroBatch, Rejected},
+    scheduler::{ClientId, Rejected},
     session::{End, Session},
 };
 
@@ -112,10 +111,10 @@ impl Engine {
                     running.first_scheduled.get_or_insert(now);
                 }
             }
-            let frame = self.frame(epoch, &batch);
+            let sampling = batch.slices.iter().map(|slice| self.sampling(slice.sequence)).collect();
             let tokens = batch.slices.iter().map(|slice| slice.token_ids.len()).sum();
             self.in_flight.insert(batch.id, InFlight { tokens, since: now });
-            if pipeline.frames.try_send(frame).is_err() {
+            if pipeline.frames.send(batch, sampling).is_err() {
                 // A frame that found no room is lost, and its requests would wait for it: the epoch ends here.
                 let now = self.now();
                 self.cluster.pipeline_failed(now, epoch, None, "the link to the first stage takes no frames");
@@ -125,16 +124,15 @@ impl Engine {
         }
     }
 
-    fn frame(&self, epoch: u64, batch: &MicroBatch) -> Frame {
-        let sampling = |sequence: u64| match self.running.get(&sequence) {
+    fn sampling(&self, sequence: u64) -> Option<Sampling> {
+        match self.running.get(&sequence) {
             Some(running) => Some(running.request.sampling),
             // Whatever the proof draws will do.
             None => (self.proof == Some(sequence)).then_some(Sampling::GREEDY),
-        };
-        frame_of(epoch, self.settings.generation, batch, sampling)
+        }
     }
 
-    pub(super) fn result(&mut self, result: MicroBatchResult) {
+    pub(super) fn result(&mut self, result: BatchResult) {
         let current = result.plan_epoch == self.cluster.epoch();
         if current && self.cluster.last_generation() != Some(result.sender_generation) {
             warn!(micro_batch = result.micro_batch_id, "a result of another process than the last stage's is ignored");
@@ -146,9 +144,8 @@ impl Engine {
         };
         let seconds = done.since.elapsed().as_secs_f64();
         self.cluster.step_done(result.plan_epoch, done.tokens, seconds, &result.timings);
-        let drawn: Vec<(u64, u32)> = result.tokens.iter().map(|token| (token.sequence_id, token.token_id)).collect();
-        let logprobs: HashMap<u64, f32> =
-            result.tokens.iter().map(|token| (token.sequence_id, token.logprob)).collect();
+        let drawn: Vec<(u64, u32)> = result.tokens.iter().map(|token| (token.sequence, token.token_id)).collect();
+        let logprobs: HashMap<u64, f32> = result.tokens.iter().map(|token| (token.sequence, token.logprob)).collect();
         match self.scheduler.complete(result.micro_batch_id, &drawn) {
             Err(error) => {
                 warn!(%error, "a result does not fit its micro-batch");
