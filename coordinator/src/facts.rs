@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use grokpipe_model::{Model, ModelConfig, ModelError, TensorName, WeightSource, contents::PartSum, layer_matrices};
+use grokpipe_model::{
+    Model, ModelConfig, ModelError, TensorName, WeightSource, contents::PartSum, footprint, layer_matrices,
+};
 
 use crate::cluster::messages::{FormatRate, Hello};
 use crate::planner::{
@@ -40,9 +42,6 @@ pub struct PlanWishes {
 const LINK: LinkCost = LinkCost { seconds_per_hop: 200e-6, bytes_per_second: 117e6 };
 /// Room beside weights, KV and activations: the process itself, its pipelines and staging buffers.
 const PROCESS_BYTES: u64 = 64 << 20;
-
-/// Rows of logits that a stage computes at a time, whatever the frame.
-const LOGIT_ROWS: usize = 32;
 
 /// Format of the embedding, which is the head.
 const HEAD_FORMAT: &str = "f32";
@@ -117,21 +116,10 @@ impl ModelFacts {
         self
     }
 
-    /// Bytes that a token takes in one layer's KV, keys and values in f32.
-    pub fn kv_bytes_per_token_per_layer(&self) -> u64 {
-        2 * 4 * (self.config.num_key_value_heads as u64) * (self.config.head_dim as u64)
-    }
-
-    /// The activations of a stage: what a layer keeps for every token of a frame, and the logits of the last stage.
     fn scratch(&self, max_batch_tokens: usize) -> ScratchCost {
-        let config = &self.config;
-        let per_token = 6 * config.hidden_size
-            + 2 * config.num_attention_heads * config.head_dim
-            + config.num_experts_per_tok * (config.intermediate_size + config.hidden_size);
-        let bytes = |values: usize| (values as u64).saturating_mul(4).saturating_mul(max_batch_tokens as u64);
         ScratchCost {
-            stage_bytes: bytes(per_token).saturating_add(PROCESS_BYTES),
-            head_bytes: (config.vocab_size as u64) * 4 * LOGIT_ROWS.min(max_batch_tokens) as u64,
+            stage_bytes: footprint::activation_bytes(&self.config, max_batch_tokens).saturating_add(PROCESS_BYTES),
+            head_bytes: footprint::logit_bytes(&self.config, max_batch_tokens),
         }
     }
 
@@ -149,7 +137,7 @@ impl ModelFacts {
             num_experts_per_tok: config.num_experts_per_tok as u32,
             embedding_bytes: self.head.weight_bytes,
             head: self.head.clone(),
-            kv_bytes_per_token_per_layer: self.kv_bytes_per_token_per_layer(),
+            kv_bytes_per_token_per_layer: footprint::kv_bytes_per_token_per_layer(config),
             kv_tokens: wishes.kv_tokens,
             scratch: self.scratch(wishes.max_batch_tokens),
             hidden_bytes_per_token: 4 * config.hidden_size as u64,

@@ -6,7 +6,7 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use grokpipe_model::tokenizer::Tokenizer;
+use grokpipe_model::{footprint, tokenizer::Tokenizer};
 use grokpipe_proto::{
     DESCRIPTORS, bounds,
     link_token::LinkKey,
@@ -50,8 +50,6 @@ use request::check::{Checker, RequestLimits};
 use scheduler::SchedulerConfig;
 use text::TextDesk;
 
-/// Tokens in a KV block; the kernels' number, part of the protocol.
-pub const KV_BLOCK_TOKENS: u32 = 16;
 /// Most unanswered frames on a link: twice the stages of the largest sensible cluster.
 const MAX_FRAMES_IN_FLIGHT: usize = 64;
 /// Time that connections get to end once the coordinator does.
@@ -272,7 +270,8 @@ fn engine(
     tokenizer: Option<Arc<Tokenizer>>,
     net: Arc<dyn Net>,
 ) -> (Engine, Handle, tokio::sync::mpsc::Receiver<engine::Event>) {
-    let kv_blocks = settings.kv_tokens.div_ceil(u64::from(KV_BLOCK_TOKENS)) as u32;
+    // Workers and scheduler count in the same blocks.
+    let kv_blocks = footprint::kv_blocks(settings.kv_tokens);
     let cluster = Cluster::new(
         ClusterSettings {
             name: settings.name.clone(),
@@ -285,7 +284,7 @@ fn engine(
                 batch_tokens: 1,
                 objective: settings.objective,
             },
-            kv_block_tokens: KV_BLOCK_TOKENS,
+            kv_blocks,
             max_frames_in_flight: MAX_FRAMES_IN_FLIGHT as u32,
             link_key: settings.link_key.clone(),
         },
@@ -295,7 +294,7 @@ fn engine(
         scheduler: SchedulerConfig {
             stages: 1,
             kv_blocks,
-            block_tokens: KV_BLOCK_TOKENS,
+            block_tokens: footprint::KV_BLOCK_TOKENS,
             prefill_chunk_tokens: settings.prefill_chunk_tokens,
             max_batch_tokens: settings.max_batch_tokens,
             max_context: facts.config.max_position_embeddings as u32,

@@ -1,7 +1,7 @@
 //! What a step computes: its rows, where each stands in its sequence, and which KV slots the sequence owns.
 
-/// Tokens in a KV block. A plan may not change it: slots, replays and prefix sharing count in whole blocks.
-pub const KV_BLOCK_TOKENS: usize = 16;
+/// Tokens in a KV block.
+pub const KV_BLOCK_TOKENS: usize = grokpipe_model::footprint::KV_BLOCK_TOKENS as usize;
 
 /// One token of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -16,6 +16,7 @@ mod tensors;
 pub mod checkpoint;
 pub mod contents;
 pub mod convert;
+pub mod footprint;
 pub mod manifest;
 pub mod tokenizer;
 pub mod verify;

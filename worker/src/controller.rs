@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info, info_span, warn};
 
 use crate::{
+    BATCH_TOKENS_MAX,
     executor::{Executor, compute},
     loader::{LoadRequest, StageLoader},
     runner::{Outlet, Runner, SharedStage},
@@ -248,8 +249,8 @@ impl Controller {
         if assignment.activation_dtype != ActivationDtype::F32 as i32 {
             return Err(Failure::fatal("expected activations in f32, found another dtype"));
         }
-        if assignment.kv_blocks == 0 || !(1..=65_536).contains(&assignment.max_batch_tokens) {
-            return Err(Failure::fatal("expected KV blocks and 1 to 65536 tokens a frame"));
+        if assignment.kv_blocks == 0 || !(1..=BATCH_TOKENS_MAX).contains(&(assignment.max_batch_tokens as usize)) {
+            return Err(Failure::fatal(format!("expected KV blocks and 1 to {BATCH_TOKENS_MAX} tokens a frame")));
         }
         if !(1..=4096).contains(&assignment.max_frames_in_flight) {
             return Err(Failure::fatal("expected 1 to 4096 frames in flight"));

@@ -37,8 +37,8 @@ pub mod stats;
 use executor::Executor;
 use loader::StageLoader;
 
-/// Largest frame that is accepted before an assignment says how many tokens there may be; equal to the bound in assignments.
-const MOST_BATCH_TOKENS: usize = 65_536;
+/// Most tokens in a frame of any assignment.
+const BATCH_TOKENS_MAX: usize = 65_536;
 /// Answers that may wait for a previous stage to read them.
 const ANSWERS: usize = 4096;
 
@@ -151,7 +151,7 @@ pub async fn run(
     };
     let probed = ProbePort::service(settings.name.clone());
     let frames = PipelineServiceServer::new(pipeline)
-        .max_decoding_message_size(max_frame_bytes(MOST_BATCH_TOKENS, config.hidden_size));
+        .max_decoding_message_size(max_frame_bytes(BATCH_TOKENS_MAX, config.hidden_size));
     let secret = settings.secret.clone();
     let membership = membership::Membership {
         settings,

@@ -63,8 +63,8 @@ pub struct ClusterSettings {
     pub replan_after: Duration,
     /// What a plan makes room for.
     pub wishes: PlanWishes,
-    /// Tokens in a KV block.
-    pub kv_block_tokens: u32,
+    /// KV blocks of the pool.
+    pub kv_blocks: u32,
     /// Most unanswered frames on a link.
     pub max_frames_in_flight: u32,
     /// What the tokens of links are derived from.

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use grokpipe_model::footprint::KV_BLOCK_TOKENS;
+
 use super::{
     Active, Cluster, Command, Node, SETTLE, StageState,
     measured::Measured,
@@ -230,8 +232,8 @@ impl Cluster {
             next_address: next.map(|node| node.hello.data_address.clone()).unwrap_or_default(),
             next_worker: next.map(|node| node.hello.name.clone()).unwrap_or_default(),
             previous_generation,
-            kv_blocks: settings.wishes.kv_tokens.div_ceil(u64::from(settings.kv_block_tokens)) as u32,
-            kv_block_tokens: settings.kv_block_tokens,
+            kv_blocks: settings.kv_blocks,
+            kv_block_tokens: KV_BLOCK_TOKENS,
             max_batch_tokens: settings.wishes.max_batch_tokens as u32,
             max_frames_in_flight: settings.max_frames_in_flight,
             coordinator_generation: settings.generation,

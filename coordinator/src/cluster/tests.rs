@@ -37,7 +37,7 @@ fn cluster(expected: &[&str]) -> Cluster {
         expected,
         replan_after: Duration::from_secs(30),
         wishes: PlanWishes { kv_tokens: 1024, max_batch_tokens: 64, batch_tokens: 1, objective: Objective::Throughput },
-        kv_block_tokens: 16,
+        kv_blocks: 64,
         max_frames_in_flight: 8,
         link_key: LinkKey::new([7; 32]),
     };

@@ -3,18 +3,15 @@
 
 use std::ops::Range;
 
-use grokpipe_model::{Bytes, ModelConfig};
+use grokpipe_model::{Bytes, ModelConfig, footprint};
 
 use super::StageOptions;
-use crate::{KV_BLOCK_TOKENS, KernelError};
-
-/// Scale groups are filled up to a multiple of this many inputs.
-const GROUP_MULTIPLE: u64 = 16;
+use crate::KernelError;
 
 /// Bytes on a device. Nothing here overflows: what does not fit in 64 bits is the largest number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryNeed {
-    /// Weights as they lie on the device: as stored, with filled groups, and scales in f32.
+    /// Weights as they lie on the device: as stored, with padded groups, and scales in f32.
     pub weights_bytes: u64,
     /// Keys and values of all slots.
     pub kv_bytes: u64,
@@ -24,13 +21,12 @@ impl MemoryNeed {
     /// The need of a stage whose weights are `stored_bytes` in the model's files.
     pub(super) fn new(config: &ModelConfig, stored_bytes: u64, layers: Range<u32>, options: StageOptions) -> Self {
         let head = options.has_head(config, &layers);
-        let count = u64::from(layers.end.saturating_sub(layers.start));
-        let slots = u64::from(options.kv_blocks) * KV_BLOCK_TOKENS as u64;
-        let head_bytes = if head { filling(config.hidden_size, config.vocab_size, None) } else { 0 };
-        let filled = layer_filling(config).saturating_mul(count).saturating_add(head_bytes);
+        let count = layers.end.saturating_sub(layers.start);
+        let of_head = if head { footprint::head_padding(config) } else { 0 };
+        let padding = footprint::layer_padding(config).saturating_mul(u64::from(count)).saturating_add(of_head);
         Self {
-            weights_bytes: stored_bytes.saturating_add(filled),
-            kv_bytes: product(&[slots, kv_width(config), 2 * 4, count]),
+            weights_bytes: stored_bytes.saturating_add(padding),
+            kv_bytes: footprint::kv_bytes(config, count, options.kv_blocks),
         }
     }
 
@@ -52,42 +48,6 @@ impl MemoryNeed {
     pub fn total_bytes(&self) -> u64 {
         self.weights_bytes.saturating_add(self.kv_bytes)
     }
-}
-
-fn product(factors: &[u64]) -> u64 {
-    factors.iter().fold(1u64, |total, &factor| total.saturating_mul(factor))
-}
-
-fn kv_width(config: &ModelConfig) -> u64 {
-    product(&[config.num_key_value_heads as u64, config.head_dim as u64])
-}
-
-/// What a matrix takes beside its stored bytes, at most: groups filled up, and scales in f32 (they are stored in 16 bits).
-fn filling(inputs: usize, outputs: usize, groups: Option<usize>) -> u64 {
-    let (inputs, outputs) = (inputs as u64, outputs as u64);
-    let (count, scale, number) = match groups {
-        None => (1, 0, 4),
-        Some(groups) => ((groups as u64).max(1), 2, 1),
-    };
-    let filled = product(&[count, inputs.div_ceil(count).next_multiple_of(GROUP_MULTIPLE)]).saturating_sub(inputs);
-    product(&[product(&[filled, number]).saturating_add(scale * count), outputs])
-}
-
-fn layer_filling(config: &ModelConfig) -> u64 {
-    let (hidden, ffn, experts) = (config.hidden_size, config.intermediate_size, config.num_experts as u64);
-    let attention = config.num_attention_heads.saturating_mul(config.head_dim);
-    let kv = kv_width(config) as usize;
-    let groups = Some(config.scale_groups_row_parallel);
-    [
-        filling(hidden, attention, Some(1)),
-        product(&[2, filling(hidden, kv, Some(1))]),
-        filling(attention, hidden, groups),
-        product(&[2, experts, filling(hidden, ffn, Some(1))]),
-        product(&[experts, filling(ffn, hidden, groups)]),
-        filling(hidden, config.num_experts, None),
-    ]
-    .into_iter()
-    .fold(0, u64::saturating_add)
 }
 
 #[cfg(test)]

@@ -34,7 +34,7 @@ pub struct StageOptions {
 
 impl Default for StageOptions {
     fn default() -> Self {
-        Self { kv_blocks: 512, max_rows: 512, head: true, logit_rows: 32 }
+        Self { kv_blocks: 512, max_rows: 512, head: true, logit_rows: grokpipe_model::footprint::LOGIT_ROWS }
     }
 }
 
