@@ -218,7 +218,7 @@ impl DeviceLoader {
             draw_seconds,
             notes,
         };
-        // What was said is what is run: a stage without the format that the driver refused would else be faster.
+        // Run exactly what the hello reported, even for a stage that does not contain the format that the driver refused.
         let prefill = Prefill::of_fingerprint(&facts.fingerprint);
         Ok(Self { device, threads, precision, prefill, weights, facts, _claim: claim })
     }

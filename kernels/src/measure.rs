@@ -1,4 +1,4 @@
-//! What a device makes of a model's products, format by format, and what a step costs beside them: what a plan needs to predict.
+//! How fast a device multiplies by a model's matrices, format by format, and the fixed costs of a step: what a plan needs to predict.
 //!
 //! Measured with the kernels that the steps run, at the device's precision, in a fraction of a second each. Where all of a model's
 //! matrices of a format fit into a cache they are measured there, as they will be used; else enough of them that they do not fit.
@@ -36,7 +36,7 @@ pub struct FormatRate {
     pub prefill_flops_per_second: f64,
 }
 
-/// What a step of one token costs beside the numbers of its weights.
+/// Fixed costs of a step of one token, without reading and multiplying weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct StepOverhead {
     /// Seconds a step.

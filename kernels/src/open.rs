@@ -58,7 +58,7 @@ pub trait Device: Send {
     /// [`KernelError`] when the matrices do not fit or the device fails.
     fn measure_format(&mut self, shape: ProductShape, stored_bytes: u64) -> Result<FormatRate, KernelError>;
 
-    /// Measures what a step costs beside the numbers of its weights.
+    /// Measures the fixed costs of a step, without reading and multiplying weights.
     ///
     /// # Errors
     /// [`KernelError`] when the device fails.

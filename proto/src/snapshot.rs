@@ -138,11 +138,11 @@ pub struct SnapshotPlan {
     pub epoch: u64,
     /// What the planner expects with every stage busy.
     pub predicted_tokens_per_second: Option<f64>,
-    /// What the steps of late would give; `None` while there were too few of them.
+    /// The same by recent steps; `None` while there are too few of them.
     pub measured_tokens_per_second: Option<f64>,
     /// What the planner expects of one stream alone.
     pub predicted_stream_tokens_per_second: Option<f64>,
-    /// What one stream got by the steps of late.
+    /// The same by recent steps.
     pub measured_stream_tokens_per_second: Option<f64>,
     /// In the order in which a token passes them.
     pub stages: Vec<SnapshotStage>,

@@ -23,7 +23,7 @@ pub struct DeviceFacts {
     pub flop_rate: f64,
     /// Rates of products by format, of those that the model has; see [`grokpipe_model::Format::name`].
     pub format_rates: BTreeMap<String, FormatRate>,
-    /// What a step costs beside the numbers of its weights.
+    /// Fixed costs of a step, without reading and multiplying weights.
     pub overhead: StepOverhead,
     /// Seconds that drawing a token takes.
     pub draw_seconds: f64,

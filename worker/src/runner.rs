@@ -56,7 +56,7 @@ pub enum Outlet {
 pub struct RunnerFailed {
     /// What broke.
     pub reason: String,
-    /// Whether it is whoever takes this stage's results.
+    /// True if whoever takes this stage's results failed, false if the stage itself did.
     pub outlet: bool,
 }
 

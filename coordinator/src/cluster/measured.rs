@@ -1,9 +1,8 @@
-//! What the steps of late say of a plan's prediction. Pure: times come in as figures.
+//! Compares a plan's predicted speed with recent steps. Pure: times come in as figures.
 //!
-//! A plan predicts the time of each stage, a hop included, for a step of so many tokens. Of every such step that comes back it is
-//! known how long it was under way and how long each stage computed; what is neither computing nor waiting in a queue went into the
-//! hops, one a stage. With medians of both, the slowest stage says what the pipeline gives when every stage is busy, and the sum what
-//! one stream gets.
+//! A plan predicts how long each stage, with its hop, takes for a step of n tokens. For each such step that returns, the total time and
+//! each stage's computing and queueing times are known; the rest is spent in the hops, one a stage. From the medians, the slowest stage
+//! gives the speed with every stage busy, and the sum of all stages the speed of one stream.
 
 use std::collections::VecDeque;
 
@@ -14,7 +13,7 @@ const STEPS_MAX: usize = 256;
 /// With fewer nothing is said.
 const STEPS_MIN: usize = 32;
 
-/// Tokens a second by the steps of late.
+/// Tokens a second, by recent steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Speed {
     /// With every stage busy.
@@ -23,7 +22,7 @@ pub(super) struct Speed {
     pub(super) stream_tokens_per_second: f64,
 }
 
-/// The steps of late of one plan.
+/// Recent steps of one plan.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Measured {
     /// Seconds in each stage's executor, and in a hop.

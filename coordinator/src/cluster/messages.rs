@@ -40,7 +40,7 @@ pub struct Hello {
     pub notes: Vec<String>,
     /// How fast products are, by the matrices' format. A format that is absent goes by the two rates above.
     pub format_rates: Vec<FormatRate>,
-    /// What a step costs beside its products.
+    /// Fixed costs of a step.
     pub step_overhead: StepOverhead,
 }
 

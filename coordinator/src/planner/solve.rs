@@ -152,8 +152,8 @@ fn stages(problem: &Problem, terrain: &Terrain<'_>, mut solver: Solver) -> Resul
             }
         };
         let segments = solver.best_plan(terrain, &ranking).ok_or_else(|| does_not_fit(problem, terrain, &solver))?;
-        // A search over orders may happen on a better order while it looks for fewer moved layers. Then that one counts, lest the
-        // answer, from which the next search starts, be beaten by itself. The value falls each time, so this ends.
+        // While it looks for fewer moved layers, a search over orders may find a better order. If so, repeat with that order as a start;
+        // otherwise re-solving our own answer could find a better plan. The value falls each time, so this ends.
         match &mut solver {
             Solver::Orders { others, .. } => {
                 let order = used_order(terrain, &segments);

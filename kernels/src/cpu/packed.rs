@@ -1,9 +1,15 @@
 //! Quantised weights laid out for products with 8-bit inputs: sixteen outputs side by side, four inputs a register.
 //!
-//! A band is sixteen outputs of one expert, and a column the part of them that fills a register ([`Packing`]). A column lies as one
-//! stream of blocks of 32 inputs, with the scales of some of them before these and what scales many behind, as a product comes to need
-//! them: it reads memory forward, in one place at a time, and nothing twice, which is what processors see coming. The numbers are those of
-//! the file, rearranged; [`Numbers`] and [`Scaling`] say what they mean. F16 and BF16 stay as stored and are multiplied exactly.
+//! A band is sixteen outputs of one expert; a column is the part of a band that fills a register ([`Packing`]). A column is one stream of
+//! chunks ([`Chunk`]), each in the order in which a product needs its parts:
+//!
+//! ```text
+//! chunk: unit | unit | … | scales of the whole chunk, if it has any
+//! unit:  scales of the unit, if it has any | blocks of 32 inputs
+//! ```
+//!
+//! So a product reads memory forward, in one place at a time, and nothing twice, which hardware prefetchers recognise. The numbers are
+//! those of the file, rearranged; [`Numbers`] and [`Scaling`] say what they mean. F16 and BF16 stay as stored and are multiplied exactly.
 
 use grokpipe_model::{BlockType, Codes, MatrixSource, MatrixSpec};
 
@@ -62,17 +68,17 @@ pub(super) enum Scaling {
 /// the low bits, and two bits of the fourth in the high bits of each.
 pub(super) const SIXES: usize = 3;
 
-/// Blocks that share a scale, or lie together for other reasons, in a stream: units, then a word of what scales all of them.
+/// Blocks of a stream that share a scale or lie together for other reasons: units, then a word of the scales of all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Chunk {
     pub(super) blocks: usize,
-    /// Blocks of a unit: behind its words of scales, if it has any, their numbers.
+    /// Blocks of a unit, whose numbers follow its scales.
     unit: usize,
     /// Words of a unit's scales.
     scales: usize,
     /// Words of a block's numbers.
     numbers: usize,
-    /// Words of the chunk, with what scales all of it.
+    /// Words of the chunk, with the scales of all of it.
     pub(super) words: usize,
 }
 

@@ -1,15 +1,15 @@
-//! Asking memory for what will be read soon: how long before, and into which cache. This file knows nothing of what is read, and no result
-//! depends on it.
+//! Prefetching what will be read soon: how far ahead, and into which cache. This file knows nothing of what is read, and no result depends
+//! on it.
 //!
-//! A core can wait for few lines at a time. One from memory keeps its place long, one that is in the second-level cache already only for
-//! some cycles. So a core that reads a stream once asks for it early into the second level, and, where that pays, for what has arrived there
-//! into the first.
+//! A core can wait for few cache lines at a time. A line from memory occupies its slot for long, a line from the second-level cache only
+//! for some cycles. So a core that reads a stream once prefetches it early into the second level and, where that pays, from there into the
+//! first.
 
 use std::sync::LazyLock;
 
-/// Bytes ahead that are asked for into the second level, where the first level is asked for too; up to four times as much is the same.
+/// Bytes ahead to prefetch into the second level, where the first level is used too; up to four times as much makes no difference.
 const SECOND_LEVEL: usize = 12 << 10;
-/// Bytes ahead that are then asked for into the first level.
+/// Bytes ahead to prefetch into the first level in that case.
 const FIRST_LEVEL: usize = 6 << 10;
 
 /// Bytes ahead that a row of weights is asked for into the first level, where products in f32 read several rows side by side, once each: BF16
@@ -54,8 +54,8 @@ pub(super) struct Ask<W, const TWICE: bool> {
 }
 
 impl<W, const TWICE: bool> Ask<W, TWICE> {
-    /// Asks for what the reader of these words will itself read soon: `left` bytes from the first of them on, and after those what begins
-    /// at `then`, or if that is null what follows in memory. All of it for one or the other, whichever the most is for.
+    /// Prefetches what the reader of these words reads next: the rest of the `left` bytes that begin with them, or what begins at `then`.
+    /// One call picks one of the two: the one in which most of the distance ahead lies. If `then` is null, it is what follows in memory.
     #[inline(always)]
     pub(super) fn of_own(words: &[W], left: usize, then: *const W) -> Self {
         let (second_level, first_level) = if TWICE { (SECOND_LEVEL, FIRST_LEVEL) } else { (distance(), 0) };

@@ -125,7 +125,7 @@ fn quantised<S: Simd>(simd: S, block: &[f32; BLOCK]) -> [i32; FIELDS] {
     let inverse = 127.0 / largest;
     // Of a block of zeros, or of numbers so small that they would be infinite, nothing is left.
     let inverse = if inverse.is_finite() { inverse } else { 0.0 };
-    // What is no number makes the scale none, and then it does not matter what the numbers are.
+    // NaN or infinity makes the scale NaN; the quantised values are then irrelevant.
     let scale = if most < INFINITE { largest / 127.0 } else { f32::NAN };
     // At most 127 in magnitude: the largest times its inverse may round up, and 127.0001 is still 127.
     let (mut bytes, mut sums) = ([[0; LANES]; 2], [0; 2]);

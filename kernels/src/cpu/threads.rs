@@ -1,9 +1,9 @@
-//! The backend's threads: work is cut into pieces that each own a part of the output, never a part of a sum.
+//! The backend's threads: a job is cut into pieces that each own a part of the output, never a part of a sum.
 //!
-//! A step hands work over some hundreds of times, each for some microseconds. So the threads look for work for a little while
-//! before they sleep, and the caller is one of them: a hand-over costs about a microsecond while work keeps coming. Between two works the
-//! caller does alone what is too small to share, and memory would wait with the others: they ask meanwhile for what they were told
-//! that they will read next. And whoever does a piece is told what its thread reads after it, to ask for that as the piece ends.
+//! A step hands over some hundreds of jobs, each of some microseconds. So the threads spin for a little while before they sleep, and
+//! the caller is one of them: handing over a job costs about a microsecond while jobs keep coming. Jobs too small to share run on the
+//! caller alone. Meanwhile idle threads prefetch the weights of their first piece of the next job. Each piece is told what its thread
+//! reads next, and prefetches that as it ends.
 
 #![expect(unsafe_code, reason = "work borrows what the caller owns, and threads live longer than the borrow")]
 

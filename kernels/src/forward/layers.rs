@@ -184,9 +184,9 @@ impl<B: Backend> Layers<B> {
         }
     }
 
-    /// One layer over the rows of the step. Of the model's last layer all rows' keys and values are needed, and beyond attention only
-    /// the rows whose logits are wanted: the `picked` ones go on alone, as the first rows of the residual stream. Attention is of all
-    /// rows, since it asks where each stands; none are picked where nothing is wanted, and then there is none.
+    /// One layer over the rows of the step. In the model's last layer every row's keys and values are stored. After attention only the
+    /// `picked` rows go on, those whose logits are wanted; they become the first rows of the residual stream. Attention runs over all
+    /// rows, because each row's position matters. If no logits are wanted, no rows are picked and attention is skipped.
     fn layer(&mut self, backend: &mut B, index: usize, picked: Option<&[u32]>) {
         let (layer, b, eps) = (&self.layers[index], &mut self.buffers, self.config.rms_norm_eps);
         backend.rms_norm(eps, &b.residual, &layer.pre_attention_norm, &mut b.normed);

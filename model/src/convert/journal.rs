@@ -1,9 +1,9 @@
 //! The journal of an unfinished conversion: which tensors are whole, by the checksum of their file up to their end.
 //!
-//! Lines of text: what conversion it is, then part, count, checksum and numbers lost of each finished header or tensor; a line of an
-//! earlier count takes back what came behind it. Lines are only ever added, but for one that was not finished, which is cut off: a
-//! process that ends at any moment loses no others. Nothing is believed that the files do not confirm, so that the order in which a
-//! failing machine wrote its blocks does not matter. The journal is locked while it is written; it knows nothing of what the files hold.
+//! Lines of text: first which conversion it is, then for each finished header or tensor its part, count, checksum and number of values
+//! lost. A later line with a smaller count supersedes what follows it. Lines are only appended; an unfinished last line is cut off, so a
+//! process that ends at any moment loses no other. Entries count only once the files' checksums confirm them, so writes that a crash lost
+//! or reordered are harmless. The journal is locked while it is written; it knows nothing of what the files hold.
 
 use std::{
     fs::{File, OpenOptions, TryLockError},

@@ -62,16 +62,15 @@ impl Output {
         }
     }
 
-    /// Where a conversion begins there must be none of its files, and none of their temporary names: nothing is ever overwritten.
+    /// At the start of a conversion none of its files may exist, not even under their temporary names: nothing is ever overwritten.
     pub(super) fn check_free(&self, parts: &[Part]) -> Result<(), ModelError> {
         let results = parts.iter().map(|part| part.path.clone()).chain([self.checksums()]);
         let temporary = parts.iter().map(temporary).chain([with_suffix(&self.checksums(), ".partial")]);
         results.chain(temporary).try_for_each(|path| check_absent(&path))
     }
 
-    /// Where a conversion goes on, what stands under a name of its results must be able to be its own: a part only when it was whole
-    /// and has no temporary file any more, checksums only beside all parts. And what is read or written on must be a plain file, not
-    /// something that waits or leads to another's.
+    /// On resume, an existing result file must be one that this conversion could have written: a part only if it was finished and has no
+    /// temporary file left, checksums only if all parts exist. Whatever is read or continued must be a plain file, not a pipe or a link.
     pub(super) fn check_own(&self, parts: &[Part], records: &[Vec<Record>]) -> Result<(), ModelError> {
         let checksums = self.checksums();
         check_plain(&with_suffix(&checksums, ".partial"))?;

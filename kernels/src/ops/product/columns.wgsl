@@ -1,11 +1,11 @@
 // columns: weights as the device holds them, and how a thread's sums are kept; joined to every shader that multiplies by weights.
 // Columns (outputs) stand in blocks of 64. A chunk is 16 bytes of neighbouring inputs of one column, and the chunks of a block's 64
-// columns stand side by side, [blocks, chunks, 64]: neighbouring threads read neighbouring chunks. What a chunk holds says NUMBERS.
-// A group of inputs shares a scale, and with MINIMA a minimum: w = scale * number - minimum. The last chunk of a group is filled
-// with zeros, and inputs are not read there; so are the columns of the last block beyond the outputs. With HALVED two groups share
-// a chunk. Words of scales stand as chunks do, [blocks, words, 64]; what they hold says SCALES.
-// Order of a sum, whatever the other constants are: a column is cut into SLICES stretches of one length or nearly so, of whole chunks,
-// with 8-bit inputs of whole blocks; what stretches come to is added by ascending stretches, what is in them as the inputs' file says.
+// columns stand side by side, [blocks, chunks, 64]: neighbouring threads read neighbouring chunks. NUMBERS selects what a chunk holds.
+// A group of inputs shares a scale, and with MINIMA a minimum: w = scale * number - minimum. The last chunk of a group is padded with
+// zeros, and inputs are not read there; the columns of the last block beyond the outputs are zeros too. With HALVED two groups share
+// a chunk. Words of scales stand as chunks do, [blocks, words, 64]; SCALES selects what they hold.
+// Order of a sum, whatever the other constants are: a column is cut into SLICES slices of (nearly) equal length, each of whole chunks,
+// or of whole blocks with 8-bit inputs. Slice totals are added in ascending order; inputs*.wgsl defines the order within a slice.
 override NUMBERS: u32 = 0u;
 override OFFSET: f32 = 0.0;             // what NIBBLES are too large by
 override QUADS: u32 = 1u;               // quads of inputs in a chunk; in half of one with HALVED
