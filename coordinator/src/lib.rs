@@ -302,16 +302,18 @@ fn engine(
             max_waiting: settings.max_waiting,
             max_running: settings.max_running,
         },
-        pipeline: PipelineSettings {
-            secret: settings.secret.clone(),
-            max_frame_bytes: max_frame_bytes(settings.max_batch_tokens, facts.config.hidden_size),
-            max_frames_in_flight: MAX_FRAMES_IN_FLIGHT,
-            generation: settings.generation,
-        },
         model: facts.config.name.clone(),
         proof_token: u32::from(facts.config.pad_token_id == 0),
     };
-    Engine::new(engine_settings, net, cluster, tokenizer)
+    let pipeline = PipelineSettings {
+        secret: settings.secret.clone(),
+        max_frame_bytes: max_frame_bytes(settings.max_batch_tokens, facts.config.hidden_size),
+        max_frames_in_flight: MAX_FRAMES_IN_FLIGHT,
+        generation: settings.generation,
+    };
+    let open_pipeline =
+        move |first, events, stop| pipeline::open(Arc::clone(&net), pipeline.clone(), first, events, stop);
+    Engine::new(engine_settings, Box::new(open_pipeline), cluster, tokenizer)
 }
 
 async fn serve_http(

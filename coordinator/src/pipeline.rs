@@ -72,7 +72,7 @@ pub struct Told {
 }
 
 /// A micro-batch on its way, and of each of its slices how its sequence draws.
-type Outgoing = (MicroBatch, Vec<Option<Sampling>>);
+pub type Outgoing = (MicroBatch, Vec<Option<Sampling>>);
 
 /// The way into the pipeline.
 #[derive(Debug)]
@@ -83,6 +83,12 @@ pub struct Frames(mpsc::Sender<Outgoing>);
 pub struct Full;
 
 impl Frames {
+    /// A way in that has room for so many micro-batches, and its other end.
+    pub fn with_room(frames: usize) -> (Self, mpsc::Receiver<Outgoing>) {
+        let (sender, receiver) = mpsc::channel(frames);
+        (Self(sender), receiver)
+    }
+
     /// Sends a micro-batch; `sampling` says of each slice how its sequence draws, which matters where the sequence begins.
     ///
     /// # Errors
@@ -113,9 +119,9 @@ pub fn open<E: From<Told> + Send + 'static>(
         let (link_events, mut said) = mpsc::channel(64);
         let opened = Link::open(&net, link_settings, link_events, stop.clone()).await;
         let opened = opened.map_err(|error| error.to_string()).map(|link| {
-            let (frames, queue) = mpsc::channel(settings.max_frames_in_flight);
+            let (frames, queue) = Frames::with_room(settings.max_frames_in_flight);
             tokio::spawn(pass_on(link, queue, epoch, settings.generation, stop.clone()));
-            Frames(frames)
+            frames
         });
         let tell = async |event| {
             // A gone engine means that the coordinator ends.

@@ -11,10 +11,7 @@ use std::{
 };
 
 use grokpipe_model::tokenizer::Tokenizer;
-use grokpipe_proto::{
-    snapshot::{ClusterSnapshot, SnapshotRequests},
-    transport::Net,
-};
+use grokpipe_proto::snapshot::{ClusterSnapshot, SnapshotRequests};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::{Instant, MissedTickBehavior},
@@ -28,7 +25,7 @@ use crate::{
         messages::{BatchResult, Hello, Order, Report, Welcome},
     },
     engine::outlet::Outlet,
-    pipeline::{self, FirstStage, Frames, PipelineEvent, PipelineSettings, Told},
+    pipeline::{FirstStage, Frames, PipelineEvent, Told},
     planner::{Plan, Refusal},
     request::{Request, RequestError, StageUse},
     scheduler::{Scheduler, SchedulerConfig},
@@ -37,6 +34,8 @@ use crate::{
 
 mod outlet;
 mod requests;
+#[cfg(test)]
+mod tests;
 
 pub use outlet::ClientStream;
 
@@ -116,13 +115,14 @@ pub struct PlanView {
 pub struct EngineSettings {
     /// How the scheduler works; `stages` follows the plan.
     pub scheduler: SchedulerConfig,
-    /// How the link to the first stage is made.
-    pub pipeline: PipelineSettings,
     /// Name of the model.
     pub model: String,
     /// A token that a plan is proven with: any but the one that is never attended to.
     pub proof_token: u32,
 }
+
+/// Opens the link to the first stage of an epoch and tells the engine of it, until the epoch is over.
+pub type OpenPipeline = Box<dyn Fn(FirstStage, mpsc::Sender<Event>, CancellationToken) + Send + Sync>;
 
 /// A way to reach the engine. Cheap to clone.
 #[derive(Clone)]
@@ -196,7 +196,7 @@ struct InFlight {
 /// The engine's state. [`Engine::run`] is its life.
 pub struct Engine {
     settings: EngineSettings,
-    net: Arc<dyn Net>,
+    open_pipeline: OpenPipeline,
     cluster: Cluster,
     scheduler: Scheduler,
     tokenizer: Option<Arc<Tokenizer>>,
@@ -227,7 +227,7 @@ impl Engine {
     /// An engine and the handle to it.
     pub fn new(
         settings: EngineSettings,
-        net: Arc<dyn Net>,
+        open_pipeline: OpenPipeline,
         cluster: Cluster,
         tokenizer: Option<Arc<Tokenizer>>,
     ) -> (Self, Handle, mpsc::Receiver<Event>) {
@@ -238,7 +238,7 @@ impl Engine {
         let engine = Self {
             scheduler: Scheduler::new(settings.scheduler),
             settings,
-            net,
+            open_pipeline,
             cluster,
             tokenizer,
             outboxes: HashMap::new(),
@@ -389,8 +389,7 @@ impl Engine {
         self.epoch_stop.cancel();
         self.epoch_stop = CancellationToken::new();
         self.stages = stages;
-        let (net, settings) = (Arc::clone(&self.net), self.settings.pipeline.clone());
-        pipeline::open(net, settings, first, self.events.clone(), self.epoch_stop.clone());
+        (self.open_pipeline)(first, self.events.clone(), self.epoch_stop.clone());
     }
 
     fn pipeline_opened(&mut self, epoch: u64, link: Result<Frames, String>) {
