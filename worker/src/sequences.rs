@@ -358,3 +358,6 @@ impl Sequences {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
