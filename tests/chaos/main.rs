@@ -77,6 +77,8 @@ async fn until_exact(grpc: &str, question: &Question) -> Result<Duration, String
 #[tokio::main]
 async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let args = Args::parse();
+    // Before anything waits for the cluster: it may have to be built.
+    grokpipe_tests::processes::binary();
     let temporary = tempfile::tempdir()?;
     let folder = args.logs.clone().unwrap_or_else(|| temporary.path().to_owned());
     std::fs::create_dir_all(&folder)?;
