@@ -27,7 +27,9 @@ pub(crate) struct ConfigArgs {
 impl ConfigArgs {
     /// The layers below the flags.
     pub(crate) fn layers(&self) -> Layers {
-        let named = || variable_os("GROKPIPE_CONFIG").map(PathBuf::from);
+        // One whose home is not known stays as it is, and the message about it names it.
+        let named =
+            || variable_os("GROKPIPE_CONFIG").map(PathBuf::from).map(|path| paths::expanded(&path).unwrap_or(path));
         let mut layers = Layers::of_process(self.config.clone().or_else(named));
         layers.no_file = self.no_config;
         layers

@@ -105,6 +105,15 @@ impl CliError {
                 .because(why)
                 .advise("check that the cluster runs and that --server names its gRPC address");
         }
+        // What a server sent has its headers; what was made here has none.
+        if status.message().starts_with(TOO_LONG) && !status.metadata().is_empty() {
+            return Self::failed("the request is longer than the server takes")
+                .at(server.to_owned())
+                .because(why)
+                .advise(
+                    "shorten it; limits.max_prompt_bytes in the server's configuration says how long a text may be",
+                );
+        }
         if status.message().starts_with(TOO_LONG) {
             return Self::failed("the server's answer is longer than this program reads")
                 .at(server.to_owned())
@@ -212,7 +221,7 @@ pub(crate) fn output(error: &std::io::Error) -> CliError {
         .because(error)
 }
 
-/// How tonic begins what it says of a message beyond the limit on this side.
+/// How tonic begins what it says of a message beyond a limit, on either side.
 const TOO_LONG: &str = "Error, decoded message length too large";
 
 /// Whether this side gave up waiting: tonic says so as if the call had been cancelled.

@@ -416,6 +416,7 @@ impl<'a> Up<'a> {
         let mut waiting_since: Option<Instant> = None;
         let mut told = false;
         let mut most_loaded: Option<(u64, Instant)> = None;
+        let mut silent_since: Option<Instant> = None;
         loop {
             match client.status().await {
                 Ok(snapshot) if snapshot.verdict.serving => return Ok(()),
@@ -448,9 +449,21 @@ impl<'a> Up<'a> {
                     }
                 }
                 // A coordinator that is being started again does not answer for a moment.
-                Err(error) if error.is_passing() => {}
+                Err(error) if error.is_passing() => {
+                    let since = *silent_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= PROGRESS_WITHIN {
+                        if self.args.once.is_some() {
+                            return Err(error);
+                        }
+                        self.screen.say(&error.to_string());
+                        silent_since = Some(Instant::now());
+                    }
+                    time::sleep(POLL_INTERVAL).await;
+                    continue;
+                }
                 Err(error) => return Err(error),
             }
+            silent_since = None;
             time::sleep(POLL_INTERVAL).await;
         }
     }

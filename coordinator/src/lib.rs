@@ -13,14 +13,17 @@ use grokpipe_proto::{
     max_frame_bytes,
     probe::{DescribeMachine, ProbePort},
     secret::Secret,
-    transport::{self, ConnectionLimits, Keepalive, Net},
+    transport::{self, ConnectionLimits, Keepalive, Net, Peer},
     v1::{
         cluster_service_server::ClusterServiceServer, inference_service_server::InferenceServiceServer,
         membership_service_server::MembershipServiceServer, result_service_server::ResultServiceServer,
     },
 };
 use tokio_util::sync::CancellationToken;
-use tonic::service::interceptor::InterceptedService;
+use tonic::{
+    Request,
+    service::{Interceptor, interceptor::InterceptedService},
+};
 
 pub mod api;
 pub mod cluster;
@@ -227,7 +230,7 @@ impl Coordinator {
             .add_service(health)
             .add_service(reflection_v1)
             .add_service(reflection_v1alpha)
-            .add_service(InterceptedService::new(membership, settings.secret.require()))
+            .add_service(InterceptedService::new(membership, telling(settings.secret.require(), handle.clone())))
             .add_service(InterceptedService::new(ResultServiceServer::new(results), settings.secret.require()))
             .add_service(InterceptedService::new(ProbePort::service(""), settings.secret.require()))
             .add_service(Received::new(Timed(inference), &intake))
@@ -254,6 +257,17 @@ impl Coordinator {
         let health = report_health(handle.clone(), health_reporter, ending.clone());
         let (served, http, (), ()) = tokio::join!(serving, http, health, engine.run(inbox, ending.clone()));
         served.and(http)
+    }
+}
+
+/// `guard`, with an event for each worker that it refuses: whoever waits for that worker looks here, not into its log.
+fn telling(mut guard: impl Interceptor + Clone, engine: Handle) -> impl Interceptor + Clone {
+    move |request: Request<()>| {
+        let peer = request.extensions().get::<Peer>().map(|peer| peer.address.ip().to_string());
+        guard.call(request).inspect_err(|refusal| {
+            let (from, reason) = (peer.unwrap_or_else(|| "an unknown address".into()), refusal.message().to_owned());
+            engine.try_send(engine::Event::Refused { from, reason });
+        })
     }
 }
 

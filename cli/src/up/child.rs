@@ -142,7 +142,9 @@ async fn start(
     mut command: Command,
     first_line: Option<&str>,
 ) -> std::io::Result<(tokio::process::Child, Option<ChildStdin>)> {
-    let mut process = command.spawn()?;
+    let program = command.as_std().get_program().to_string_lossy().into_owned();
+    let mut process =
+        command.spawn().map_err(|error| std::io::Error::new(error.kind(), format!("{program}: {error}")))?;
     let mut stdin = process.stdin.take();
     if let (Some(stdin), Some(line)) = (&mut stdin, first_line) {
         // A process that died at once says so by its exit.

@@ -6,6 +6,9 @@
 /// What stands in the place of what was taken out.
 const WITHHELD: &str = "(withheld)";
 
+/// How the system begins to say that a device failed (EIO). It is no path.
+const SYSTEMS_WORD: &str = "Input/output";
+
 /// The text without such places. A path may have spaces, so all of its clause goes: to the next colon, comma or semicolon.
 pub(crate) fn without_places(text: &str) -> String {
     let mut told = String::with_capacity(text.len());
@@ -14,7 +17,7 @@ pub(crate) fn without_places(text: &str) -> String {
     for word in text.split_inclusive(' ') {
         let bare = word.trim_end();
         let ends_clause = bare.ends_with([':', ',', ';']);
-        let is_path = bare.contains(['/', '\\']);
+        let is_path = bare.contains(['/', '\\']) && !bare.starts_with(SYSTEMS_WORD);
         let is_number = bare.trim_matches(|c: char| !c.is_ascii_digit()).parse::<u64>().is_ok();
         if in_path || is_path || is_address(bare) || is_pointer(bare) || (after_pid && is_number) {
             if !told.trim_end().ends_with(WITHHELD) {
@@ -85,6 +88,7 @@ mod tests {
             "sampling.top_p: expected a number in (0, 1], found NaN",
             "this cluster has no tokenizer: send token ids, or start it with --tokenizer",
             "expected an end within 300 ms, found 0 tokens by then",
+            "worker w1 with layers 0..16 was lost: Input/output error (os error 5)",
         ];
         for text in texts {
             assert_eq!(without_places(text), text);

@@ -6,6 +6,8 @@
 
 use std::time::Duration;
 
+use grokpipe_proto::HEARTBEAT_INTERVAL;
+
 use super::{
     Cluster, Command, RETRY, Until,
     messages::{FrameFailed, StageBlocked, StageFailed},
@@ -124,12 +126,14 @@ impl Cluster {
         self.pipeline_failed(now, epoch, Some(&name), &reason);
     }
 
-    /// Who has been at one step for longest, in words; for the text of a time-out.
+    /// Who has been at one step for longest, in words; for the text of a time-out. Steps that are shorter than the time between two
+    /// heartbeats are nobody's fault, and have most likely ended since.
     pub fn slowest_step(&self, now: Duration) -> Option<String> {
         let active = self.active.as_ref()?;
         let step = |name: &String| {
             let node = self.nodes.get(name)?;
-            let beat = node.heartbeat.as_ref().filter(|beat| beat.step_rows > 0 && beat.step_age_seconds > 0.0)?;
+            let long = HEARTBEAT_INTERVAL.as_secs_f64();
+            let beat = node.heartbeat.as_ref().filter(|beat| beat.step_rows > 0 && beat.step_age_seconds >= long)?;
             Some(beat.step_age_seconds + now.saturating_sub(node.last_heard).as_secs_f64())
         };
         let steps = active.stages.iter().filter_map(|stage| Some((stage, step(&stage.node)?)));

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use grokpipe_proto::{HEARTBEAT_INTERVAL, LOST_AFTER, PROTOCOL_VERSIONS, link_token::LinkKey};
+use grokpipe_proto::{HEARTBEAT_INTERVAL, LOST_AFTER, PROTOCOL_VERSIONS, bounds, link_token::LinkKey};
 
 use self::{
     contents::Contents,
@@ -197,6 +197,8 @@ struct Event {
     text: String,
 }
 
+/// Shortest time between two events about strangers.
+const STRANGERS_EVERY: Duration = Duration::from_secs(10);
 /// Events that are remembered.
 const EVENTS: usize = 32;
 /// With no list of workers to wait for, planning waits this long after the latest join, in case more are coming.
@@ -225,6 +227,8 @@ pub struct Cluster {
     planned_for: Option<u64>,
     /// What the model's numbers are, by those who loaded them.
     contents: Contents,
+    /// When a stranger was last told of.
+    last_stranger: Option<Duration>,
     /// Counts what may change a plan, so that a refused plan is not tried again for nothing.
     changes: u64,
 }
@@ -237,6 +241,7 @@ impl Cluster {
             settings,
             facts,
             contents,
+            last_stranger: None,
             nodes: BTreeMap::new(),
             epoch: 0,
             active: None,
@@ -279,6 +284,23 @@ impl Cluster {
     /// # Errors
     /// [`JoinRefusal`], which the worker is told.
     pub fn join(&mut self, now: Duration, hello: Hello) -> Result<Welcome, JoinRefusal> {
+        let shown: String = hello.name.chars().take(bounds::NAME).collect();
+        self.admit(now, hello).inspect_err(|refusal| {
+            let code = if matches!(refusal, JoinRefusal::NameTaken(_)) { "name_taken" } else { "worker_refused" };
+            self.record_once(now, code, format!("a worker named {shown:?} was refused: {refusal}"));
+        })
+    }
+
+    /// A stranger's call was refused before it could say who it is. At most one such event in ten seconds, so that no crowd of them
+    /// pushes all else out.
+    pub fn stranger_refused(&mut self, now: Duration, from: &str, reason: &str) {
+        if self.last_stranger.is_none_or(|last| now.saturating_sub(last) >= STRANGERS_EVERY) {
+            self.last_stranger = Some(now);
+            self.record_once(now, "worker_refused", format!("a worker at {from} was refused: {reason}"));
+        }
+    }
+
+    fn admit(&mut self, now: Duration, hello: Hello) -> Result<Welcome, JoinRefusal> {
         hello::check_hello(&hello)?;
         let version = *PROTOCOL_VERSIONS.end();
         if !(hello.version_min..=hello.version_max).contains(&version) {
@@ -290,11 +312,6 @@ impl Cluster {
         }
         let known = self.nodes.get(&hello.name);
         if known.is_some_and(|node| node.present) {
-            let text = format!("another worker asks for the name {}, which a live one has", hello.name);
-            // It asks again and again.
-            if self.events.back().is_none_or(|last| last.text != text) {
-                self.record(now, "name_taken", Some(&hello.name), text);
-            }
             return Err(JoinRefusal::NameTaken(hello.name));
         }
         if self.present_count() >= gone::PRESENT_MAX {
@@ -436,7 +453,8 @@ impl Cluster {
         };
         active.proven = true;
         (self.trouble, self.failing_since) = (None, None);
-        let text = format!("serving {} layers on {} nodes", self.facts.config.num_hidden_layers, active.stages.len());
+        let (layers, nodes) = (self.facts.config.num_hidden_layers, active.stages.len());
+        let text = format!("serving {layers} layers on {nodes} node{}", if nodes == 1 { "" } else { "s" });
         self.record(now, "serving", None, text);
     }
 
@@ -495,6 +513,13 @@ impl Cluster {
 
     fn present(&mut self, name: &str, generation: u64) -> Option<&mut Node> {
         self.nodes.get_mut(name).filter(|node| node.present && node.hello.generation == generation)
+    }
+
+    /// As `record`, but for what is remembered already: refused workers ask again and again.
+    fn record_once(&mut self, at: Duration, code: &'static str, text: String) {
+        if self.events.iter().all(|event| event.text != text) {
+            self.record(at, code, None, text);
+        }
     }
 
     fn record(&mut self, at: Duration, code: &'static str, node: Option<&str>, text: String) {

@@ -1,6 +1,6 @@
 //! When a plan is made, of which workers, and how it is put in force.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use grokpipe_model::footprint::KV_BLOCK_TOKENS;
 
@@ -197,6 +197,7 @@ impl Cluster {
         let text: Vec<String> =
             stages.iter().map(|stage| format!("{} {}..{}", stage.node, stage.layers.start, stage.layers.end)).collect();
         self.record(now, "plan_changed", None, format!("plan epoch {}: {}", self.epoch, text.join(", ")));
+        self.tell_mixed_numerics(now, names);
         self.active = Some(Active {
             plan,
             stages,
@@ -208,6 +209,25 @@ impl Cluster {
             retry_at: None,
             measured: Measured::default(),
         });
+    }
+
+    /// Workers whose fingerprints differ compute other bits, so tokens depend on who runs which layers.
+    fn tell_mixed_numerics(&mut self, now: Duration, names: &[String]) {
+        let mut kinds: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for name in names {
+            if let Some(node) = self.nodes.get(name) {
+                kinds.entry(&node.hello.fingerprint).or_default().push(name);
+            }
+        }
+        if kinds.len() > 1 {
+            let kinds: Vec<String> =
+                kinds.iter().map(|(kind, workers)| format!("{} as {kind:?}", workers.join(", "))).collect();
+            let text = format!(
+                "the workers do not compute alike, so tokens depend on who runs which layers: {}",
+                kinds.join("; ")
+            );
+            self.record(now, "mixed_numerics", None, text);
+        }
     }
 
     fn assignment(

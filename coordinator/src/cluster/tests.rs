@@ -741,3 +741,41 @@ fn there_are_so_many_workers_and_no_more() {
     }
     assert_eq!(cluster.join(at(0.0), hello("one-more", 1)).unwrap_err(), JoinRefusal::Full(256));
 }
+
+#[test]
+fn workers_that_do_not_compute_alike_are_told_of() {
+    for (fingerprints, told) in [(["cpu/fast", "cpu/fast"], false), (["cpu/fast", "cpu/exact"], true)] {
+        let mut cluster = cluster(&["w1", "w2"]);
+        for (name, fingerprint) in ["w1", "w2"].into_iter().zip(fingerprints) {
+            cluster.join(Duration::ZERO, Hello { fingerprint: fingerprint.into(), ..hello(name, 1) }).unwrap();
+            cluster.joined(Duration::ZERO);
+        }
+        assert_eq!(cluster.epoch(), 1);
+        let events = cluster.snapshot(Duration::ZERO, SnapshotRequests::default()).events;
+        let event = events.iter().find(|event| event.code == "mixed_numerics");
+        assert_eq!(event.is_some(), told, "{events:?}");
+        assert!(event.is_none_or(|event| event.text.contains("w1 as \"cpu/fast\"")), "{events:?}");
+    }
+}
+
+#[test]
+fn a_worker_that_is_refused_leaves_an_event_and_only_one() {
+    let mut cluster = cluster(&["w1"]);
+    let told = |cluster: &Cluster| {
+        let events = cluster.snapshot(Duration::ZERO, SnapshotRequests::default()).events;
+        events.into_iter().filter(|event| event.code == "worker_refused").map(|event| event.text).collect::<Vec<_>>()
+    };
+    for _ in 0..3 {
+        assert!(cluster.join(Duration::ZERO, Hello { version_max: 1, version_min: 1, ..hello("w1", 1) }).is_err());
+        assert!(cluster.join(Duration::ZERO, Hello { device: "x".repeat(5000), ..hello("w1", 1) }).is_err());
+        cluster.stranger_refused(Duration::ZERO, "10.0.0.9", "expected the cluster's secret, found another one");
+    }
+    let texts = told(&cluster);
+    assert_eq!(texts.len(), 3, "{texts:?}");
+    assert!(texts[0].contains("protocol version 2, found 1 to 1") && texts[1].contains("device"), "{texts:?}");
+    assert!(texts[2].contains("10.0.0.9") && texts[2].contains("found another one"), "{texts:?}");
+    for seconds in 1..60 {
+        cluster.stranger_refused(Duration::from_secs(seconds), &format!("10.0.1.{seconds}"), "none");
+    }
+    assert_eq!(told(&cluster).len(), 3 + 5, "one in ten seconds");
+}

@@ -52,6 +52,13 @@ pub enum Event {
         /// Welcome or refusal.
         reply: oneshot::Sender<Result<Welcome, JoinRefusal>>,
     },
+    /// A worker's stream was refused before its hello.
+    Refused {
+        /// Where it came from.
+        from: String,
+        /// Why.
+        reason: String,
+    },
     /// A worker said something else.
     FromWorker {
         /// Its stream.
@@ -136,6 +143,11 @@ impl Handle {
     pub async fn send(&self, event: Event) {
         // A gone engine means that the coordinator ends; whoever waits for a reply sees its sender dropped.
         let _ = self.events.send(event).await;
+    }
+
+    /// Tells the engine, unless its queue is full.
+    pub fn try_send(&self, event: Event) {
+        let _ = self.events.try_send(event);
     }
 
     /// Submits a request.
@@ -303,6 +315,7 @@ impl Engine {
                     self.cluster.joined(now);
                 }
             }
+            Event::Refused { from, reason } => self.cluster.stranger_refused(now, &from, &reason),
             Event::FromWorker { connection, name, generation, report } => {
                 if self.is_current(&name, connection) {
                     self.worker_said(now, &name, generation, *report);

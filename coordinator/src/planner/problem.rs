@@ -276,7 +276,7 @@ pub enum Refusal {
     },
     /// The pins leave layers out for which there are too few other workers: one runs a single run of layers.
     #[error(
-        "the workers' pins leave out layers {}: expected a worker without a pin for each of these {}, found {unpinned}",
+        "the workers' pins leave out layers {}: expected a worker without a pin for each of these {} ranges, found {unpinned}",
         runs(gaps),
         gaps.len()
     )]
@@ -287,7 +287,7 @@ pub enum Refusal {
         unpinned: usize,
     },
     /// A pinned range is too large for its worker.
-    #[error("worker {worker:?} is pinned to layers {}..{}, which need {}; it has {}: {} are missing", pinned.start, pinned.end, Bytes(*needed_bytes), Bytes(*memory_bytes), Bytes(*missing_bytes))]
+    #[error("worker {worker:?} is to run layers {}..{}, which need {}; it has {}: {} are missing", pinned.start, pinned.end, Bytes(*needed_bytes), Bytes(*memory_bytes), Bytes(*missing_bytes))]
     PinDoesNotFit {
         /// Name of the worker.
         worker: String,

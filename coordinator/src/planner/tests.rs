@@ -289,15 +289,15 @@ fn bad_problems_are_refused_in_words() {
         ),
         (
             grok(vec![pinned(worker("a", 1, 1.0), 0..1)]),
-            "\"a\" is pinned to layers 0..1, which need 5.0 GiB; it has 1.0 GiB: 4.0 GiB are missing",
+            "\"a\" is to run layers 0..1, which need 5.0 GiB; it has 1.0 GiB: 4.0 GiB are missing",
         ),
         (
             grok(vec![pinned(one()[0].clone(), 0..63)]),
-            "leave out layers 63..64: expected a worker without a pin for each of these 1, found 0",
+            "leave out layers 63..64: expected a worker without a pin for each of these 1 ranges, found 0",
         ),
         (
             grok(vec![pinned(worker("a", 400, 1.0), 8..20), worker("b", 400, 1.0)]),
-            "leave out layers 0..8, 20..64: expected a worker without a pin for each of these 2, found 1",
+            "leave out layers 0..8, 20..64: expected a worker without a pin for each of these 2 ranges, found 1",
         ),
     ];
     for (problem, expected) in cases {
