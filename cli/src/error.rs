@@ -105,19 +105,16 @@ impl CliError {
                 .because(why)
                 .advise("check that the cluster runs and that --server names its gRPC address");
         }
-        // What a server sent has its headers; what was made here has none.
-        if status.message().starts_with(TOO_LONG) && !status.metadata().is_empty() {
-            return Self::failed("the request is longer than the server takes")
-                .at(server.to_owned())
-                .because(why)
-                .advise(
-                    "shorten it; limits.max_prompt_bytes in the server's configuration says how long a text may be",
-                );
-        }
         if status.message().starts_with(TOO_LONG) {
-            return Self::failed("the server's answer is longer than this program reads")
-                .at(server.to_owned())
-                .because(why);
+            // What a server sent has its headers; what was made here has none.
+            let error = if status.metadata().is_empty() {
+                Self::failed("the server's answer is longer than this program reads")
+            } else {
+                let advice =
+                    "shorten it; limits.max_prompt_bytes in the server's configuration says how long a text may be";
+                Self::failed("the request is longer than the server takes").advise(advice)
+            };
+            return error.at(server.to_owned()).because(why);
         }
         let (code, advice) = match status.code() {
             Grpc::Unavailable => (Code::Failed, "see `grokpipe status` for the nodes"),

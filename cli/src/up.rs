@@ -418,7 +418,11 @@ impl<'a> Up<'a> {
         let mut most_loaded: Option<(u64, Instant)> = None;
         let mut silent_since: Option<Instant> = None;
         loop {
-            match client.status().await {
+            let answer = client.status().await;
+            if answer.is_ok() {
+                silent_since = None;
+            }
+            match answer {
                 Ok(snapshot) if snapshot.verdict.serving => return Ok(()),
                 Ok(snapshot) => {
                     self.screen.progress(&snapshot);
@@ -458,12 +462,9 @@ impl<'a> Up<'a> {
                         self.screen.say(&error.to_string());
                         silent_since = Some(Instant::now());
                     }
-                    time::sleep(POLL_INTERVAL).await;
-                    continue;
                 }
                 Err(error) => return Err(error),
             }
-            silent_since = None;
             time::sleep(POLL_INTERVAL).await;
         }
     }

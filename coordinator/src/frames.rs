@@ -10,7 +10,7 @@ pub fn frame_of(plan_epoch: u64, sender_generation: u64, batch: &MicroBatch, sam
         let last = slice.first_position + slice.token_ids.len() as u32 - 1;
         let draw = slice.wants_token.then(|| WantedLogits { position: last, draw: true, target_ids: Vec::new() });
         let open = slice.opens.then(|| SequenceOpen {
-            sampling: sampling.get(index).copied().flatten().map(drawn_so),
+            sampling: sampling.get(index).copied().flatten().map(wire_sampling),
             choice_index: 0,
             token_counts: Vec::new(),
         });
@@ -35,7 +35,7 @@ pub fn frame_of(plan_epoch: u64, sender_generation: u64, batch: &MicroBatch, sam
     }
 }
 
-fn drawn_so(sampling: Sampling) -> v1::Sampling {
+fn wire_sampling(sampling: Sampling) -> v1::Sampling {
     let Sampling { temperature, top_k, top_p, min_p, seed } = sampling;
     v1::Sampling { temperature, top_k, top_p, min_p, seed }
 }

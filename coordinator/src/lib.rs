@@ -230,7 +230,10 @@ impl Coordinator {
             .add_service(health)
             .add_service(reflection_v1)
             .add_service(reflection_v1alpha)
-            .add_service(InterceptedService::new(membership, telling(settings.secret.require(), handle.clone())))
+            .add_service(InterceptedService::new(
+                membership,
+                reporting_refusals(settings.secret.require(), handle.clone()),
+            ))
             .add_service(InterceptedService::new(ResultServiceServer::new(results), settings.secret.require()))
             .add_service(InterceptedService::new(ProbePort::service(""), settings.secret.require()))
             .add_service(Received::new(Timed(inference), &intake))
@@ -260,8 +263,8 @@ impl Coordinator {
     }
 }
 
-/// `guard`, with an event for each worker that it refuses: whoever waits for that worker looks here, not into its log.
-fn telling(mut guard: impl Interceptor + Clone, engine: Handle) -> impl Interceptor + Clone {
+/// `guard`, which also reports each refusal as an event: whoever waits for that worker looks here, not into its log.
+fn reporting_refusals(mut guard: impl Interceptor + Clone, engine: Handle) -> impl Interceptor + Clone {
     move |request: Request<()>| {
         let peer = request.extensions().get::<Peer>().map(|peer| peer.address.ip().to_string());
         guard.call(request).inspect_err(|refusal| {

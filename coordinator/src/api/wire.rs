@@ -3,6 +3,7 @@
 //! What a worker says later than its hello comes from a worker that may have been overtaken, so its texts are cut and its figures made
 //! finite here; a hello is checked by the cluster, which refuses it with the field's name.
 
+use grokpipe_model::footprint::KV_BLOCK_TOKENS;
 use grokpipe_proto::{bounds, v1};
 
 use crate::cluster::messages::{
@@ -131,7 +132,7 @@ fn assigned(assignment: Assignment) -> v1::Assignment {
         next_worker: assignment.next_worker,
         previous_generation: assignment.previous_generation,
         kv_blocks: assignment.kv_blocks,
-        kv_block_tokens: assignment.kv_block_tokens,
+        kv_block_tokens: KV_BLOCK_TOKENS,
         max_batch_tokens: assignment.max_batch_tokens,
         max_frames_in_flight: assignment.max_frames_in_flight,
         activation_dtype: v1::ActivationDtype::F32 as i32,

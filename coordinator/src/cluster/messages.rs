@@ -236,8 +236,6 @@ pub struct Assignment {
     pub previous_generation: u64,
     /// KV blocks of the pool.
     pub kv_blocks: u32,
-    /// Tokens in a KV block.
-    pub kv_block_tokens: u32,
     /// Most tokens that a frame may carry.
     pub max_batch_tokens: u32,
     /// Most frames that may wait at a stage.

@@ -13,7 +13,9 @@ use std::{
     time::Duration,
 };
 
-use grokpipe_proto::{HEARTBEAT_INTERVAL, LOST_AFTER, PROTOCOL_VERSIONS, bounds, link_token::LinkKey};
+use grokpipe_proto::{
+    HEARTBEAT_INTERVAL, LOST_AFTER, PROTOCOL_VERSIONS, bounds, link_token::LinkKey, snapshot::EVENTS_MAX,
+};
 
 use self::{
     contents::Contents,
@@ -86,12 +88,7 @@ pub enum Command {
     /// End the running requests with this, and forget all frames under way.
     Interrupt(RequestError),
     /// All stages are ready: open the link to the first one.
-    OpenPipeline {
-        /// The first stage, and the epoch that the link is for.
-        first: FirstStage,
-        /// Number of stages.
-        stages: usize,
-    },
+    OpenPipeline(FirstStage),
     /// Send one token through all stages, and say [`Cluster::proven`] when it is back.
     Prove {
         /// The epoch that is to be proven.
@@ -199,8 +196,6 @@ struct Event {
 
 /// Shortest time between two events about strangers.
 const STRANGERS_EVERY: Duration = Duration::from_secs(10);
-/// Events that are remembered.
-const EVENTS: usize = 32;
 /// With no list of workers to wait for, planning waits this long after the latest join, in case more are coming.
 const SETTLE: Duration = Duration::from_secs(1);
 /// First and longest pause before a failed epoch is tried again.
@@ -272,6 +267,11 @@ impl Cluster {
     pub fn last_generation(&self) -> Option<u64> {
         let last = self.active.as_ref()?.stages.last()?;
         self.nodes.get(&last.node).map(|node| node.hello.generation)
+    }
+
+    /// Stages of the plan in force; 0 before the first plan.
+    pub fn stages(&self) -> usize {
+        self.active.as_ref().map_or(0, |active| active.stages.len())
     }
 
     /// Whether requests can run: a token has gone through every stage, and nothing broke since.
@@ -424,11 +424,10 @@ impl Cluster {
         stage.blocked = None;
         if active.broken_since.is_none() && active.stages.iter().all(|stage| stage.ready) {
             let first = active.stages[0].node.clone();
-            let stages = active.stages.len();
             let address = self.nodes.get(&first).map(|node| node.hello.data_address.clone()).unwrap_or_default();
             let token = self.settings.link_key.frames(epoch, 0);
             let first = FirstStage { epoch, address, worker: first, token };
-            self.commands.push(Command::OpenPipeline { first, stages });
+            self.commands.push(Command::OpenPipeline(first));
         }
     }
 
@@ -524,7 +523,7 @@ impl Cluster {
 
     fn record(&mut self, at: Duration, code: &'static str, node: Option<&str>, text: String) {
         tracing::info!(code, node, "{text}");
-        if self.events.len() == EVENTS {
+        if self.events.len() == EVENTS_MAX {
             self.events.pop_front();
         }
         self.events.push_back(Event { id: self.next_event, at, code, node: node.map(str::to_owned), text });

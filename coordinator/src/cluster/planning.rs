@@ -2,8 +2,6 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use grokpipe_model::footprint::KV_BLOCK_TOKENS;
-
 use super::{
     Active, Cluster, Command, Node, SETTLE, StageState,
     measured::Measured,
@@ -253,7 +251,6 @@ impl Cluster {
             next_worker: next.map(|node| node.hello.name.clone()).unwrap_or_default(),
             previous_generation,
             kv_blocks: settings.kv_blocks,
-            kv_block_tokens: KV_BLOCK_TOKENS,
             max_batch_tokens: settings.wishes.max_batch_tokens as u32,
             max_frames_in_flight: settings.max_frames_in_flight,
             coordinator_generation: settings.generation,

@@ -216,8 +216,6 @@ pub struct Engine {
     running: HashMap<u64, Running>,
     next_sequence: u64,
     pipeline: Option<Pipeline>,
-    /// Stages of the pipeline that is open, or is being opened.
-    stages: usize,
     in_flight: HashMap<u64, InFlight>,
     /// The sequence that proves the plan in force, while it is under way.
     proof: Option<u64>,
@@ -257,7 +255,6 @@ impl Engine {
             running: HashMap::new(),
             next_sequence: 1,
             pipeline: None,
-            stages: 1,
             in_flight: HashMap::new(),
             proof: None,
             events,
@@ -382,7 +379,7 @@ impl Engine {
             match command {
                 Command::Send { node, generation, order } => self.tell(&node, generation, order),
                 Command::Interrupt(error) => self.interrupt(&error),
-                Command::OpenPipeline { first, stages } => self.open_pipeline(first, stages),
+                Command::OpenPipeline(first) => self.open_pipeline(first),
                 Command::Prove { epoch } => self.prove(epoch),
             }
         }
@@ -398,10 +395,9 @@ impl Engine {
         }
     }
 
-    fn open_pipeline(&mut self, first: FirstStage, stages: usize) {
+    fn open_pipeline(&mut self, first: FirstStage) {
         self.epoch_stop.cancel();
         self.epoch_stop = CancellationToken::new();
-        self.stages = stages;
         (self.open_pipeline)(first, self.events.clone(), self.epoch_stop.clone());
     }
 
@@ -413,7 +409,7 @@ impl Engine {
             }
             Ok(frames) => {
                 self.pipeline = Some(Pipeline { epoch, frames });
-                self.scheduler.reconfigure(self.stages);
+                self.scheduler.reconfigure(self.cluster.stages());
                 self.cluster.pipeline_open(epoch);
                 self.carry_out();
             }

@@ -62,12 +62,6 @@ where
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(self.visitor.clone());
         let answer = self.router.call(request);
-        Box::pin(async move {
-            let answer = answer.await?;
-            Ok(match call {
-                Some(call) => answer.map(|body| Body::new(Answer::new(body, call))),
-                None => answer,
-            })
-        })
+        Box::pin(async move { Ok(answer.await?.map(|body| Body::new(Answer::new(body, call)))) })
     }
 }

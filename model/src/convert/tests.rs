@@ -1,13 +1,13 @@
 //! Whole conversions of small models: what comes out, what is refused, and what an interruption leaves.
 
 use std::{
-    fs, io,
+    fs,
     path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use tempfile::TempDir;
@@ -15,12 +15,10 @@ use tempfile::TempDir;
 use super::*;
 use crate::{
     BlockType, Format, LayerTensor, Layout, MatrixSource, ModelConfig, TensorName, TensorShape, WeightSource,
-    checkpoint::{
-        storage::{Folder, ReadAt, Storage},
-        tests::{
-            build::{ArraySpec, Pickle},
-            hugging_face,
-        },
+    checkpoint::tests::{
+        build::{ArraySpec, Pickle},
+        failing::Failing,
+        hugging_face,
     },
     tokenizer::Tokenizer,
 };
@@ -277,55 +275,10 @@ fn split_output_equals_unsplit_and_no_part_is_longer_than_asked() {
     assert!(files_of(target.path()).iter().all(|name| !name.starts_with("small")));
 }
 
-/// A folder whose files give no more than so many bytes in all, and that counts what they gave.
-struct Failing {
-    folder: Folder,
-    left: Arc<AtomicU64>,
-}
-
-struct FailingFile {
-    file: Box<dyn ReadAt>,
-    left: Arc<AtomicU64>,
-}
-
-impl Storage for Failing {
-    fn list(&self, folder: &str) -> io::Result<Option<Vec<(String, u64)>>> {
-        self.folder.list(folder)
-    }
-
-    fn open(&self, name: &str) -> io::Result<Box<dyn ReadAt>> {
-        Ok(Box::new(FailingFile { file: self.folder.open(name)?, left: Arc::clone(&self.left) }))
-    }
-
-    fn changed(&self, name: &str) -> io::Result<Option<SystemTime>> {
-        self.folder.changed(name)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path(name)
-    }
-}
-
-impl ReadAt for FailingFile {
-    fn length(&self) -> u64 {
-        self.file.length()
-    }
-
-    fn read_exact_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
-        let take = |left: u64| left.checked_sub(out.len() as u64);
-        let taken = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take);
-        if taken.is_err() {
-            return Err(io::Error::other("the disk was pulled out"));
-        }
-        self.file.read_exact_at(out, offset)
-    }
-}
-
 /// Converts until `bytes` of the source were read; bytes that were left at the end, or how it failed.
 fn limited(source: &Path, out: &Path, options: &Options, bytes: u64) -> Result<u64, ModelError> {
     let left = Arc::new(AtomicU64::new(bytes));
-    let storage = Failing { folder: Folder(source.to_owned()), left: Arc::clone(&left) };
-    let model = Model::open_folder(source, Arc::new(storage))?;
+    let model = Model::open_folder(source, Failing::after_bytes(source, &left))?;
     convert(&model, out, options, &mut |_, _| ())?;
     Ok(left.load(Ordering::SeqCst))
 }
@@ -377,8 +330,8 @@ impl Interrupted {
     /// Converts again, and compares all files; bytes of the source that were read.
     fn resumed(&self) -> (Report, u64) {
         let left = Arc::new(AtomicU64::new(u64::MAX));
-        let storage = Failing { folder: Folder(self.source.path().to_owned()), left: Arc::clone(&left) };
-        let model = Model::open_folder(self.source.path(), Arc::new(storage)).unwrap();
+        let folder = self.source.path();
+        let model = Model::open_folder(folder, Failing::after_bytes(folder, &left)).unwrap();
         let report = convert(&model, &self.out, &self.options, &mut |done, total| assert!(done <= total)).unwrap();
         let names: Vec<&String> = self.expected.iter().map(|(name, _)| name).collect();
         assert_eq!(files_of(self.target.path()).iter().collect::<Vec<_>>(), names);

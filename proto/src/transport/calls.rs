@@ -46,13 +46,7 @@ where
         // Absent where a test serves without connections of ours.
         let call = request.extensions().get::<Peer>().map(Peer::begin);
         let answer = self.0.call(request);
-        Box::pin(async move {
-            let answer = answer.await?;
-            Ok(match call {
-                Some(call) => answer.map(|body| Body::new(Answer::new(body, call))),
-                None => answer,
-            })
-        })
+        Box::pin(async move { Ok(answer.await?.map(|body| Body::new(Answer::new(body, call)))) })
     }
 }
 
@@ -60,12 +54,12 @@ where
 #[derive(Debug)]
 pub struct Answer<B> {
     body: B,
-    _call: Call,
+    _call: Option<Call>,
 }
 
 impl<B> Answer<B> {
-    /// `call` runs until this answer has been sent or dropped.
-    pub fn new(body: B, call: Call) -> Self {
+    /// `call`, if there is one, runs until this answer has been sent or dropped.
+    pub fn new(body: B, call: Option<Call>) -> Self {
         Self { body, _call: call }
     }
 }

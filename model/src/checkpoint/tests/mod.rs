@@ -9,6 +9,7 @@ use super::*;
 
 pub(crate) mod build;
 mod downloads;
+pub(crate) mod failing;
 mod goldens;
 mod hostile_files;
 mod hostile_gguf;

@@ -2,13 +2,10 @@
 
 use std::{
     collections::BTreeSet,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering::SeqCst},
-    },
+    sync::{Mutex, PoisonError},
 };
 
-use super::{tiny, *};
+use super::{failing::Failing, tiny, *};
 use crate::LayerTensor;
 
 #[derive(Default)]
@@ -183,43 +180,6 @@ fn a_layer_of_a_safetensors_file_is_read_alone() {
     assert_eq!(read, model.stored_bytes(0..1, false));
 }
 
-/// A folder whose open files can be read so many times more.
-struct Failing {
-    folder: Folder,
-    good_reads: Arc<AtomicUsize>,
-}
-
-struct FailingFile {
-    file: Box<dyn ReadAt>,
-    good_reads: Arc<AtomicUsize>,
-}
-
-impl Storage for Failing {
-    fn list(&self, folder: &str) -> io::Result<Option<Vec<(String, u64)>>> {
-        self.folder.list(folder)
-    }
-
-    fn open(&self, name: &str) -> io::Result<Box<dyn ReadAt>> {
-        Ok(Box::new(FailingFile { file: self.folder.open(name)?, good_reads: Arc::clone(&self.good_reads) }))
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path(name)
-    }
-}
-
-impl ReadAt for FailingFile {
-    fn length(&self) -> u64 {
-        self.file.length()
-    }
-
-    fn read_exact_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
-        let counted = self.good_reads.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1));
-        counted.map_err(|_none_left| io::Error::from_raw_os_error(5))?;
-        self.file.read_exact_at(out, offset)
-    }
-}
-
 #[test]
 fn a_read_that_fails_is_never_taken_for_a_file_that_is_wrong() {
     let names = TensorName::in_file_order(tiny::LAYERS);
@@ -230,9 +190,7 @@ fn a_read_that_fails_is_never_taken_for_a_file_that_is_wrong() {
     for (kind, folder) in [("pickles", &pickles), ("safetensors", &safetensors), ("GGUF", &gguf)] {
         // All that opening a model, its embedding and a row of it read, with the first, the second, ... of them failing.
         for good in 0.. {
-            let good_reads = Arc::new(AtomicUsize::new(good));
-            let storage = Failing { folder: Folder(folder.path().to_owned()), good_reads: Arc::clone(&good_reads) };
-            let open = Model::open_folder(folder.path(), Arc::new(storage));
+            let open = Model::open_folder(folder.path(), Failing::after_reads(folder.path(), good));
             let read = open.and_then(|model| model.embedding_rows(&[0]));
             match read {
                 Ok(_) => {
