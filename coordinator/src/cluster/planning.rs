@@ -224,7 +224,7 @@ impl Cluster {
                 "the workers do not compute alike, so tokens depend on who runs which layers: {}",
                 kinds.join("; ")
             );
-            self.record(now, "mixed_numerics", None, text);
+            self.record_once(now, "mixed_numerics", text);
         }
     }
 
