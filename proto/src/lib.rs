@@ -7,6 +7,7 @@ pub mod address;
 pub mod bounds;
 mod dial;
 pub mod hidden_states;
+pub mod ids;
 pub mod link;
 pub mod link_token;
 pub mod probe;
