@@ -19,7 +19,7 @@ use grokpipe_proto::{
     PROTOCOL_VERSIONS, hidden_states,
     link_token::{LinkKey, LinkToken},
     secret::Secret,
-    snapshot::{ClusterSnapshot, SnapshotEvent},
+    snapshot::{ClusterSnapshot, NodeStats, SnapshotEvent, SnapshotMemory},
     transport::{self, ConnectionLimits, Keepalive, Net, Tcp},
     v1::{
         ActivationDtype, Assignment, DeliverRequest, DetokenizeRequest, DrawnToken, FormatRate, Frame, FrameFailed,
@@ -136,7 +136,7 @@ async fn channel(address: &str) -> Channel {
 async fn snapshot(coordinator: &str) -> ClusterSnapshot {
     let mut client = ClusterServiceClient::new(channel(coordinator).await);
     let status = client.get_status(GetStatusRequest {}).await.expect("a status").into_inner();
-    status.snapshot.expect("a snapshot").try_into().expect("a good snapshot")
+    status.snapshot.expect("a snapshot").checked().expect("a good snapshot")
 }
 
 async fn generate(coordinator: &str, request: GenerateRequest) -> Result<Vec<u32>, Status> {
@@ -172,7 +172,7 @@ impl Live {
             tokio::spawn(grokpipe_worker::run(settings, net(), Arc::new(InlineExecutor), loader, shutdown.clone()));
         }
         soon(async {
-            while !snapshot(&address).await.verdict.serving {
+            while !snapshot(&address).await.verdict().serving {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         })
@@ -243,7 +243,7 @@ async fn bad_input_gets_a_typed_error_and_harms_no_other_request() {
     secrets(&live, &mut table).await;
     ports(&live, &mut table).await;
     assignments(&mut table).await;
-    let serving = snapshot(&live.coordinator).await.verdict;
+    let serving = snapshot(&live.coordinator).await.verdict.expect("a verdict");
     assert!(serving.serving, "{}", serving.text);
     let beside = live.end().await.expect("requests beside the cases");
     println!("{} cases of bad input refused, {beside} requests beside them unharmed", table.names.len());
@@ -449,14 +449,18 @@ async fn first_messages(live: &Live, table: &mut Table) {
 async fn reports(live: &Live, table: &mut Table) {
     use join_request::Message;
     let epoch = live.epoch().await;
-    let wild = Heartbeat {
-        step_seconds_p50: f64::NAN,
-        tokens_per_second: f64::NEG_INFINITY,
-        idle_ratio: f64::INFINITY,
-        free_bytes: u64::MAX,
-        rss_bytes: u64::MAX,
-        ..Heartbeat::default()
+    let stats = NodeStats {
+        step_seconds_p50: Some(f64::NAN),
+        tokens_per_second: Some(f64::NEG_INFINITY),
+        idle_ratio: Some(f64::INFINITY),
+        memory: Some(SnapshotMemory {
+            free_bytes: Some(u64::MAX),
+            rss_bytes: Some(u64::MAX),
+            ..SnapshotMemory::default()
+        }),
+        ..NodeStats::default()
     };
+    let wild = Heartbeat { stats: Some(stats), ..Heartbeat::default() };
     let failed = |plan_epoch| StageFailed {
         plan_epoch,
         coordinator_generation: 1,
@@ -509,14 +513,14 @@ async fn reports(live: &Live, table: &mut Table) {
                 .await
                 .nodes
                 .iter()
-                .any(|node| node.name == "rogue" && node.state != grokpipe_proto::snapshot::NodeState::Down)
+                .any(|node| node.name == "rogue" && node.state() != grokpipe_proto::snapshot::NodeState::Down)
             {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         })
         .await;
         let after = snapshot(&live.coordinator).await;
-        let kept = after.verdict.serving && after.plan.as_ref().is_some_and(|plan| plan.epoch == epoch);
+        let kept = after.verdict().serving && after.plan.as_ref().is_some_and(|plan| plan.epoch == epoch);
         let outcome = if welcomed && kept { Ok(()) } else { Err(format!("welcomed {welcomed}, {after:?}")) };
         table.note(format!("report: {name}"), outcome);
     }
@@ -654,7 +658,7 @@ async fn results(live: &Live, table: &mut Table) {
         // The answer stream ends when the coordinator has taken what came.
         let ended = soon(answers.message()).await;
         let after = snapshot(&live.coordinator).await;
-        let kept = after.verdict.serving && after.plan.is_some_and(|plan| plan.epoch == epoch);
+        let kept = after.verdict().serving && after.plan.is_some_and(|plan| plan.epoch == epoch);
         let outcome = if matches!(ended, Ok(None)) && kept { Ok(()) } else { Err(format!("{ended:?}, kept {kept}")) };
         table.note(format!("result: {name}"), outcome);
     }

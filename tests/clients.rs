@@ -64,7 +64,7 @@ fn buf_curl_streams_a_generation_and_asks_for_health() {
     };
     assert!(health(&cluster).contains("\"SERVING\""), "{}", health(&cluster));
     cluster.kill_worker(2);
-    cluster.wait_until("not serving", |snapshot| !snapshot.verdict.serving);
+    cluster.wait_until("not serving", |snapshot| !snapshot.verdict().serving);
     assert!(health(&cluster).contains("NOT_SERVING"), "{}", health(&cluster));
 }
 

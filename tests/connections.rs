@@ -90,7 +90,7 @@ fn five_thousand_silent_connections_harm_neither_clients_nor_probes_nor_a_rejoin
     cluster.kill_worker(1);
     cluster.start_worker(1);
     let returned = cluster.wait_until("serving with the worker that came back", |snapshot| {
-        snapshot.verdict.serving && snapshot.plan.as_ref().is_some_and(|plan| plan.epoch > epoch)
+        snapshot.verdict().serving && snapshot.plan.as_ref().is_some_and(|plan| plan.epoch > epoch)
     });
     assert_eq!(token_ids(&cluster.generated(ask), "output_token_ids"), alone, "after the return");
     println!("serving again {:.1} s after w2 was killed and started among the crowds", returned.as_secs_f64());

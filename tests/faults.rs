@@ -164,11 +164,11 @@ impl Client {
     async fn snapshot(&self) -> ClusterSnapshot {
         let status = ClusterServiceClient::new(self.0.clone()).get_status(GetStatusRequest {}).await;
         let snapshot = status.expect("the coordinator answers").into_inner().snapshot.expect("a snapshot");
-        snapshot.try_into().expect("a good snapshot")
+        snapshot.checked().expect("a good snapshot")
     }
 
     async fn until_serving(&self) {
-        while !self.snapshot().await.verdict.serving {
+        while !self.snapshot().await.verdict().serving {
             sleep(Duration::from_millis(20)).await;
         }
     }
@@ -199,7 +199,7 @@ async fn meet(cell: &Cell, faults: &Faults, expected: &Expected) -> Result<Strin
     let client = Client::open().await;
     if timeout(ENDS_WITHIN, client.until_serving()).await.is_err() {
         let told = client.snapshot().await;
-        return Err(format!("it does not serve: {}; {:?}", told.verdict.text, told.events));
+        return Err(format!("it does not serve: {}; {:?}", told.verdict().text, told.events));
     }
     let before = client.generate(short()).await.map_err(|status| format!("before the fault: {status}"))?;
     if before != expected.short {
@@ -232,7 +232,7 @@ async fn meet(cell: &Cell, faults: &Faults, expected: &Expected) -> Result<Strin
     let since = Instant::now().max(struck_at + cell.lasts.unwrap_or_default());
     let mut lies = Vec::new();
     loop {
-        let told = client.snapshot().await.verdict;
+        let told = client.snapshot().await.verdict.expect("a verdict");
         if told.serving {
             match timeout(ENDS_WITHIN, client.generate(short())).await {
                 Err(_elapsed) => return Err(format!("HUNG: the next request had no end after {ENDS_WITHIN:?}")),
@@ -245,7 +245,8 @@ async fn meet(cell: &Cell, faults: &Faults, expected: &Expected) -> Result<Strin
             let told = client.snapshot().await;
             return Err(format!(
                 "no tokens within {NEXT_WITHIN:?}: {}; lies: {lies:?}; {:?}",
-                told.verdict.text, told.events
+                told.verdict().text,
+                told.events
             ));
         }
         sleep(Duration::from_millis(20)).await;

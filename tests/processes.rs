@@ -250,9 +250,9 @@ fn a_spare_whose_copy_of_a_layer_differs_by_a_bit_is_named_and_computes_nothing(
         snapshot.events.iter().any(is_it)
     };
     cluster.wait_until("named", named);
-    assert!(!cluster.snapshot().verdict.serving);
+    assert!(!cluster.snapshot().verdict().serving);
     cluster.start_worker(0);
-    cluster.wait_until("serving", |snapshot| snapshot.verdict.serving);
+    cluster.wait_until("serving", |snapshot| snapshot.verdict().serving);
     let question = &quiz()[0];
     let count = question.answer_ids.len().to_string();
     let generated = cluster.generated([&question.prompt, "--max-tokens", &count, "--ignore-eos"]);
@@ -320,17 +320,17 @@ fn a_worker_killed_in_mid_generation_is_a_typed_error_and_its_return_serves_agai
     println!("typed error after {took:?}: {complaint}");
     assert!(took < ERROR_WITHIN, "{took:?}");
     assert!(!status.success());
-    let named = format!("worker w3 with layers {}..{} was lost", lost.start(), lost.end());
+    let named = format!("worker w3 with layers {}..{} was lost", lost.start, lost.end);
     assert!(complaint.contains(&named), "{complaint}");
 
     let snapshot = cluster.snapshot();
-    assert!(!snapshot.verdict.serving && snapshot.verdict.text.contains("w3"), "{}", snapshot.verdict.text);
-    assert_eq!(snapshot.verdict.missing_layers, [lost]);
+    assert!(!snapshot.verdict().serving && snapshot.verdict().text.contains("w3"), "{}", snapshot.verdict().text);
+    assert_eq!(snapshot.verdict().missing_layers, [lost]);
     let refused = cluster.generate(["x"]).wait_with_output().expect("generate ends");
     assert!(String::from_utf8_lossy(&refused.stderr).contains("w3"), "a request meanwhile is told what is missing");
 
     cluster.start_worker(2);
-    let back = cluster.wait_until("serving again", |snapshot| snapshot.verdict.serving);
+    let back = cluster.wait_until("serving again", |snapshot| snapshot.verdict().serving);
     println!("serving again {back:?} after the worker's return");
     let again = cluster.generated(["The capital of France is", "--max-tokens", "8"]);
     assert_eq!(token_ids(&again, "output_token_ids"), token_ids(&expected, "output_token_ids"));
@@ -341,10 +341,10 @@ fn a_worker_killed_in_mid_generation_is_a_typed_error_and_its_return_serves_agai
 fn a_client_that_leaves_frees_its_place_on_every_stage() {
     let cluster = Cluster::start(ClusterOptions::demo());
     let mut leaving = cluster.generate(["Count: 1", "--ignore-eos", "--max-tokens", "4000"]);
-    cluster.wait_until("running", |snapshot| snapshot.requests.running == 1);
+    cluster.wait_until("running", |snapshot| snapshot.requests().running == 1);
     leaving.kill().expect("a process of ours");
     leaving.wait().expect("a process of ours");
-    cluster.wait_until("idle", |snapshot| snapshot.requests.running == 0 && snapshot.requests.waiting == 0);
+    cluster.wait_until("idle", |snapshot| snapshot.requests().running == 0 && snapshot.requests().waiting == 0);
     // The pool of 4096 tokens has room for this only if the other's blocks are free again.
     let generated = cluster.generated(["Count: 1", "--ignore-eos", "--max-tokens", "5"]);
     assert_eq!(token_ids(&generated, "output_token_ids").len(), 5);
@@ -357,11 +357,14 @@ fn processes_take_little_more_memory_than_weights_and_kv() {
     cluster.generated(["The capital of France is", "--max-tokens", "32", "--ignore-eos"]);
     // Heartbeats bring the figures.
     cluster.wait_until("told what weights and KV take", |snapshot| {
-        snapshot.nodes.iter().all(|node| node.memory.weights_bytes.is_some() && node.memory.kv_bytes.is_some())
+        snapshot
+            .nodes
+            .iter()
+            .all(|node| node.stats().memory().weights_bytes.is_some() && node.stats().memory().kv_bytes.is_some())
     });
     for (index, node) in cluster.snapshot().nodes.iter().enumerate() {
         let pid = node.pid.expect("a process");
-        let held = node.memory.weights_bytes.expect("weights") + node.memory.kv_bytes.expect("KV");
+        let held = node.stats().memory().weights_bytes.expect("weights") + node.stats().memory().kv_bytes.expect("KV");
         let peak = peak_rss(pid);
         println!("worker {}: peak {} MB, weights and KV {} MB", index + 1, peak >> 20, held >> 20);
         assert!(peak <= held + ROOM, "worker {}: {peak} bytes for {held}", node.name);

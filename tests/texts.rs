@@ -118,5 +118,5 @@ fn sixty_four_long_texts_at_once_take_little_memory_and_leave_others_their_answe
         }
     });
     let snapshot = cluster.snapshot();
-    assert!(snapshot.verdict.serving && snapshot.plan.is_some_and(|plan| plan.epoch == 1), "nobody was lost");
+    assert!(snapshot.verdict().serving && snapshot.plan.is_some_and(|plan| plan.epoch == 1), "nobody was lost");
 }

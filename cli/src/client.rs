@@ -108,7 +108,7 @@ impl Client {
         let nonsense =
             |why: String| CliError::failed("the server's status makes no sense").at(self.server()).because(why);
         let snapshot = answer.into_inner().snapshot.ok_or_else(|| nonsense("it is empty".to_owned()))?;
-        ClusterSnapshot::try_from(snapshot).map_err(|error| nonsense(error.to_string()))
+        snapshot.checked().map_err(|error| nonsense(error.to_string()))
     }
 
     /// Has the cluster examine its machines and links; what comes are its findings.

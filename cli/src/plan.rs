@@ -275,7 +275,7 @@ fn wire(plan: &Plan, names: &[String]) -> GetPlanResponse {
 
 fn offered(snapshot: &ClusterSnapshot) -> HashMap<String, u64> {
     let of = |node: &grokpipe_proto::snapshot::SnapshotNode| {
-        let memory = node.memory;
+        let memory = node.stats().memory();
         let parts = [memory.weights_bytes, memory.kv_bytes, memory.free_bytes];
         Some((node.name.clone(), parts.into_iter().flatten().sum())).filter(|_| memory.free_bytes.is_some())
     };

@@ -5,7 +5,10 @@
 
 use std::fmt::Write as _;
 
-use grokpipe_proto::snapshot::{ClusterSnapshot, Prediction, SnapshotNode};
+use grokpipe_proto::{
+    ids::LayerRange,
+    snapshot::{ClusterSnapshot, Prediction, SnapshotNode},
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -35,7 +38,7 @@ pub(crate) fn run(args: &Args) -> Result<bool, CliError> {
     let text = if args.json { format!("{:#}\n", to_json(&snapshot)?) } else { render(&snapshot) };
     // Whether it serves is answered also when `head` has read enough.
     print(&text).or_else(|error| if error.is_closed_output() { Ok(()) } else { Err(error) })?;
-    Ok(snapshot.verdict.serving)
+    Ok(snapshot.verdict().serving)
 }
 
 /// The snapshot as the page's route serves it, and by how much measured figures differ from predicted ones.
@@ -52,9 +55,14 @@ fn to_json(snapshot: &ClusterSnapshot) -> Result<Value, CliError> {
 
 /// The snapshot for people.
 fn render(snapshot: &ClusterSnapshot) -> String {
-    let mut text = format!("{}\n", snapshot.verdict.text);
-    let _ =
-        writeln!(text, "cluster {}, model {}, {} layers", snapshot.cluster, snapshot.model.name, snapshot.model.layers);
+    let mut text = format!("{}\n", snapshot.verdict().text);
+    let _ = writeln!(
+        text,
+        "cluster {}, model {}, {} layers",
+        snapshot.cluster,
+        snapshot.model().name,
+        snapshot.model().layers
+    );
     if let Some(plan) = &snapshot.plan {
         let _ = writeln!(text, "plan {}", plan.epoch);
         for (prediction, what) in
@@ -65,7 +73,8 @@ fn render(snapshot: &ClusterSnapshot) -> String {
             }
         }
     }
-    let _ = writeln!(text, "requests: {} running, {} waiting\n", snapshot.requests.running, snapshot.requests.waiting);
+    let _ =
+        writeln!(text, "requests: {} running, {} waiting\n", snapshot.requests().running, snapshot.requests().waiting);
     let mut table = Table::new(&[
         "node", "state", "layers", "loaded", "weights", "kv", "free", "tokens/s", "step", "heard", "device",
     ]);
@@ -83,17 +92,19 @@ fn render(snapshot: &ClusterSnapshot) -> String {
 }
 
 fn row(node: &SnapshotNode) -> Vec<String> {
+    let stats = node.stats();
+    let memory = stats.memory();
     let bytes = |value: Option<u64>| value.map_or_else(unknown, |bytes| ByteSize(bytes).to_string());
     vec![
         node.name.clone(),
-        node.state.as_str().to_owned(),
-        node.layers.map_or_else(unknown, |span| format!("{}..{}", span.start(), span.end())),
-        node.load.ratio().map_or_else(unknown, |ratio| format!("{:.0} %", ratio * 100.0)),
-        bytes(node.memory.weights_bytes),
-        bytes(node.memory.kv_bytes),
-        bytes(node.memory.free_bytes),
-        node.tokens_per_second.map_or_else(unknown, |rate| format!("{rate:.1}")),
-        node.step_seconds_p50.map_or_else(unknown, |step| format!("{:.2} ms", step * 1e3)),
+        node.state().to_string(),
+        node.layers().map_or_else(unknown, LayerRange::numbers),
+        node.load().ratio().map_or_else(unknown, |ratio| format!("{:.0} %", ratio * 100.0)),
+        bytes(memory.weights_bytes),
+        bytes(memory.kv_bytes),
+        bytes(memory.free_bytes),
+        stats.tokens_per_second.map_or_else(unknown, |rate| format!("{rate:.1}")),
+        stats.step_seconds_p50.map_or_else(unknown, |step| format!("{:.2} ms", step * 1e3)),
         node.heartbeat_age_seconds.map_or_else(unknown, |age| format!("{age:.1} s")),
         node.device.clone().unwrap_or_else(unknown),
     ]
@@ -110,8 +121,7 @@ mod tests {
     use super::*;
 
     fn snapshot(measured: Option<f64>) -> ClusterSnapshot {
-        let verdict =
-            Verdict { serving: true, phase: VerdictPhase::Serving, text: "Serving".into(), missing_layers: Vec::new() };
+        let verdict = Verdict::new(VerdictPhase::Serving, "Serving".into(), None);
         let plan = SnapshotPlan {
             epoch: 3,
             predicted_tokens_per_second: Some(800.0),
@@ -122,11 +132,11 @@ mod tests {
         };
         ClusterSnapshot {
             cluster: "demo".into(),
-            verdict,
-            model: SnapshotModel { name: "m".into(), layers: 64 },
+            verdict: Some(verdict),
+            model: Some(SnapshotModel { name: "m".into(), layers: 64 }),
             plan: Some(plan),
             nodes: Vec::new(),
-            requests: SnapshotRequests::default(),
+            requests: Some(SnapshotRequests::default()),
             events: Vec::new(),
         }
     }

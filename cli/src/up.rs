@@ -423,11 +423,11 @@ impl<'a> Up<'a> {
                 silent_since = None;
             }
             match answer {
-                Ok(snapshot) if snapshot.verdict.serving => return Ok(()),
+                Ok(snapshot) if snapshot.verdict().serving => return Ok(()),
                 Ok(snapshot) => {
                     self.screen.progress(&snapshot);
                     let all_here = snapshot.nodes.len() >= self.roster.len();
-                    if snapshot.verdict.phase == VerdictPhase::Waiting && all_here {
+                    if snapshot.verdict().phase() == VerdictPhase::Waiting && all_here {
                         let since = *waiting_since.get_or_insert_with(Instant::now);
                         if since.elapsed() >= PLAN_WITHIN && self.args.once.is_some() {
                             // The plan's refusal tells a lack of memory from other reasons.
@@ -436,13 +436,14 @@ impl<'a> Up<'a> {
                         }
                         if since.elapsed() >= PLAN_WITHIN && !told {
                             told = true;
-                            self.screen.say(&snapshot.verdict.text);
+                            self.screen.say(&snapshot.verdict().text);
                         }
                     } else {
                         waiting_since = None;
                     }
                     let all_joined = all_here && snapshot.nodes.iter().all(|node| node.joins > 0);
-                    let loaded = snapshot.nodes.iter().filter_map(|node| node.load.bytes).fold(0, u64::saturating_add);
+                    let loaded =
+                        snapshot.nodes.iter().filter_map(|node| node.load().bytes).fold(0, u64::saturating_add);
                     match most_loaded {
                         Some((before, since)) if all_joined && loaded <= before => {
                             if since.elapsed() >= PROGRESS_WITHIN && self.args.once.is_some() {
@@ -532,7 +533,7 @@ async fn connected(grpc: &str) -> Result<Client, CliError> {
 
 /// A cluster that got no further for so long.
 fn stuck(snapshot: &ClusterSnapshot, waited: Duration) -> CliError {
-    let mut why = snapshot.verdict.text.clone();
+    let mut why = snapshot.verdict().text.clone();
     for node in &snapshot.nodes {
         if let Some(error) = node.last_error.as_ref().filter(|error| !why.contains(error.as_str())) {
             why.push_str(&format!("; {}: {error}", node.name));

@@ -7,11 +7,14 @@
 use std::{sync::Arc, time::Duration};
 
 use grokpipe_coordinator::http::{AllowedHosts, HttpState, serve};
-use grokpipe_proto::snapshot::{
-    ClusterSnapshot, LayerSpan, NodeState, SnapshotEvent, SnapshotLoad, SnapshotMemory, SnapshotModel, SnapshotNode,
-    SnapshotPlan, SnapshotRequests, SnapshotStage, VerdictInput, verdict,
+use grokpipe_proto::{
+    ids::LayerRange,
+    snapshot::{
+        ClusterSnapshot, NodeState, NodeStats, SnapshotEvent, SnapshotLoad, SnapshotMemory, SnapshotModel,
+        SnapshotNode, SnapshotPlan, SnapshotRequests, SnapshotStage, VerdictInput, verdict,
+    },
+    transport::ConnectionLimits,
 };
-use grokpipe_proto::transport::ConnectionLimits;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
@@ -72,19 +75,23 @@ fn node(scene: &str, index: usize, lasted: f64) -> SnapshotNode {
     }
     let loaded = (weights as f64 * share) as u64;
     let kv = 4 * GIB;
-    node.layers = LayerSpan::new(start, end).ok();
-    node.load = SnapshotLoad { bytes: Some(loaded), bytes_total: Some(weights) };
-    node.memory = SnapshotMemory {
+    node.layers = LayerRange::new(start, end).ok().map(Into::into);
+    node.load = Some(SnapshotLoad { bytes: Some(loaded), bytes_total: Some(weights) });
+    let memory = SnapshotMemory {
         weights_bytes: Some(loaded),
         kv_bytes: Some(kv),
         free_bytes: Some(64 * GIB - loaded - kv),
         rss_bytes: Some(loaded / 16 + GIB / 4),
     };
     let wobble = (lasted * 0.7 + index as f64).sin();
-    node.tokens_per_second = ready.then(|| if busy { 38.4 + 2.5 * (lasted * 0.7).sin() } else { 0.0 });
-    node.step_seconds_p50 = ready.then_some(0.0231 + 0.004 * index as f64 + 0.001 * wobble);
-    node.queue_depth = ready.then_some(if busy { index as u32 % 2 } else { 0 });
-    node.idle_ratio = ready.then_some(if busy { 0.12 + 0.03 * index as f64 } else { 1.0 });
+    let stats = NodeStats { memory: Some(memory), ..NodeStats::default() };
+    node.stats = Some(NodeStats {
+        tokens_per_second: ready.then(|| if busy { 38.4 + 2.5 * (lasted * 0.7).sin() } else { 0.0 }),
+        step_seconds_p50: ready.then_some(0.0231 + 0.004 * index as f64 + 0.001 * wobble),
+        queue_depth: ready.then_some(if busy { index as u32 % 2 } else { 0 }),
+        idle_ratio: ready.then_some(if busy { 0.12 + 0.03 * index as f64 } else { 1.0 }),
+        ..stats
+    });
     node
 }
 
@@ -110,8 +117,7 @@ fn events(scene: &str, lasted: f64) -> Vec<SnapshotEvent> {
 fn snapshot(scene: &str, lasted: f64) -> ClusterSnapshot {
     let count = if scene == "waiting" { 2 } else { NODES.len() };
     let nodes: Vec<_> = (0..count).map(|index| node(scene, index, lasted)).collect();
-    let stages =
-        || nodes.iter().filter_map(|node| Some(SnapshotStage { node: node.name.clone(), layers: node.layers? }));
+    let stages = || nodes.iter().map(|node| SnapshotStage { node: node.name.clone(), layers: node.layers });
     let plan = (scene != "waiting").then(|| SnapshotPlan {
         epoch: 1,
         predicted_tokens_per_second: Some(41.0),
@@ -132,13 +138,13 @@ fn snapshot(scene: &str, lasted: f64) -> ClusterSnapshot {
     let serving = matches!(scene, "serving" | "frozen");
     ClusterSnapshot {
         cluster: "attic".into(),
-        verdict: verdict(input),
-        model: SnapshotModel { name: "grok-1".into(), layers: LAYERS },
+        verdict: Some(verdict(input)),
+        model: Some(SnapshotModel { name: "grok-1".into(), layers: LAYERS }),
         plan: plan.clone(),
-        requests: SnapshotRequests {
+        requests: Some(SnapshotRequests {
             running: if serving { 6 } else { 0 },
             waiting: if scene == "down" { 3 } else { 0 },
-        },
+        }),
         nodes,
         events: events(scene, lasted),
     }

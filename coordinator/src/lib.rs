@@ -358,7 +358,7 @@ async fn report_health(engine: Handle, reporter: tonic_health::server::HealthRep
     let service = <InferenceServiceServer<api::inference::Inference> as tonic::server::NamedService>::NAME;
     let mut known = None;
     loop {
-        let serving = snapshot.borrow_and_update().verdict.serving;
+        let serving = snapshot.borrow_and_update().verdict().serving;
         if known != Some(serving) {
             known = Some(serving);
             let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };

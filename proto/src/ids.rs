@@ -4,7 +4,7 @@
 
 use std::{borrow::Borrow, fmt, ops::Range, str::FromStr, sync::Arc};
 
-use crate::bounds;
+use crate::{bounds, v1};
 
 /// A number with a meaning: ordered, printed as the number, never mixed with another.
 macro_rules! number {
@@ -154,6 +154,20 @@ impl LayerRange {
         self.end - self.start
     }
 
+    /// The same range, longer where `end` lies behind it.
+    #[must_use]
+    pub fn through(self, end: u32) -> Self {
+        Self { start: self.start, end: self.end.max(end) }
+    }
+
+    /// The numbers without the noun, for lists and tables: "7", "32–47".
+    pub fn numbers(self) -> String {
+        match self.count() {
+            1 => self.start.to_string(),
+            _ => format!("{}–{}", self.start, self.end - 1),
+        }
+    }
+
     /// Every layer in turn.
     pub fn iter(self) -> Range<u32> {
         self.start..self.end
@@ -163,10 +177,7 @@ impl LayerRange {
 /// For people, both ends inclusive: "layer 7", "layers 32–47".
 impl fmt::Display for LayerRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.count() {
-            1 => write!(f, "layer {}", self.start),
-            _ => write!(f, "layers {}–{}", self.start, self.end - 1),
-        }
+        write!(f, "{} {}", if self.count() == 1 { "layer" } else { "layers" }, self.numbers())
     }
 }
 
@@ -175,6 +186,20 @@ impl TryFrom<Range<u32>> for LayerRange {
 
     fn try_from(range: Range<u32>) -> Result<Self, BadRange> {
         Self::new(range.start, range.end)
+    }
+}
+
+impl TryFrom<v1::LayerRange> for LayerRange {
+    type Error = BadRange;
+
+    fn try_from(range: v1::LayerRange) -> Result<Self, BadRange> {
+        Self::new(range.start, range.end)
+    }
+}
+
+impl From<LayerRange> for v1::LayerRange {
+    fn from(range: LayerRange) -> Self {
+        Self { start: range.start, end: range.end }
     }
 }
 

@@ -1,282 +1,134 @@
 //! The one view of the cluster that page, health routes, `grokpipe status` and gRPC all show.
 //!
-//! This module decides the words and the JSON of that view: field names, units, and that an unknown figure is `null`, never 0.
-//! Sizes are bytes, times seconds, layer ranges half-open `[start, end)`. Fields are added, never renamed.
-//! It does not know how the figures were measured; the coordinator fills them in. Times are ages, not clock readings, so that
-//! two machines whose clocks differ still agree.
+//! `snapshot.proto` defines it, and `build.rs` makes its JSON. Here are the names that the rest of the program uses, the check of a
+//! snapshot that came over the network, and how its parts are put in words. This module does not know how the figures were measured;
+//! workers and coordinator fill them in.
 
-mod convert;
+pub(crate) mod json;
 mod prediction;
 mod verdict;
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
 
-pub use convert::SnapshotError;
+use serde::Serialize;
+
+use crate::ids::LayerRange;
+pub use crate::v1::{
+    ClusterSnapshot, NodeState, NodeStats, SnapshotEvent, SnapshotLoad, SnapshotMemory, SnapshotModel, SnapshotNode,
+    SnapshotPlan, SnapshotRequests, SnapshotStage, Verdict, VerdictPhase,
+};
 pub use prediction::Prediction;
 pub use verdict::{VerdictInput, verdict};
 
-/// The whole cluster at one moment.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ClusterSnapshot {
-    /// Name of the cluster, from its configuration.
-    pub cluster: String,
-    /// Whether requests are served, in words.
-    pub verdict: Verdict,
-    /// The model served.
-    pub model: SnapshotModel,
-    /// Who runs which layers; `None` before the first plan.
-    pub plan: Option<SnapshotPlan>,
-    /// Every worker that has ever joined, in the order of the stages, then by name.
-    pub nodes: Vec<SnapshotNode>,
-    /// Requests in the coordinator.
-    pub requests: SnapshotRequests,
-    /// What happened lately, latest last; at most [`EVENTS_MAX`].
-    pub events: Vec<SnapshotEvent>,
-}
-
-/// Most events that a snapshot carries.
+/// Most events in a snapshot.
 pub const EVENTS_MAX: usize = 32;
 
-/// Whether the cluster serves, and if not, why.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Verdict {
-    /// All layers are covered by ready stages.
-    pub serving: bool,
-    /// The first word of [`Verdict::text`], for programs.
-    pub phase: VerdictPhase,
-    /// One line for people.
-    pub text: String,
-    /// Layers that no ready stage covers, in order, neighbours merged.
-    pub missing_layers: Vec<LayerSpan>,
+/// Why a received snapshot cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SnapshotError {
+    /// A part that every snapshot has is absent.
+    #[error("expected \"{field}\" in the cluster snapshot, found none")]
+    Missing {
+        /// The part.
+        field: &'static str,
+    },
+    /// A range without a layer.
+    #[error("expected a layer range [start, end) with start < end, found [{start}, {end})")]
+    Range {
+        /// Start found.
+        start: u32,
+        /// End found.
+        end: u32,
+    },
+    /// A value of an enumeration that this build does not know.
+    #[error("expected a known \"{field}\", found number {found}")]
+    Unknown {
+        /// The field.
+        field: &'static str,
+        /// Number found.
+        found: i32,
+    },
 }
 
-/// What the cluster is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum VerdictPhase {
-    /// No plan yet: workers are missing, or their memory does not suffice.
-    Waiting,
-    /// Every stage has a live node; some still read their layers, or no token has gone through them yet.
-    Loading,
-    /// All layers are covered and loaded, and a token went through them.
-    Serving,
-    /// A planned stage has no live node, or the stages do not reach each other.
-    Down,
-}
-
-/// Layers `[start, end)`; in JSON an array of the two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(into = "[u32; 2]", try_from = "[u32; 2]")]
-pub struct LayerSpan {
-    start: u32,
-    end: u32,
-}
-
-impl LayerSpan {
-    /// The layers `start..end`.
+impl ClusterSnapshot {
+    /// A snapshot from another process, once it is known to be complete: it has a verdict, a model and counts of requests, every state
+    /// is known to this build, and every range has a layer.
     ///
     /// # Errors
-    /// [`SnapshotError::Span`] when `end` comes before `start`.
-    pub fn new(start: u32, end: u32) -> Result<Self, SnapshotError> {
-        if end < start { Err(SnapshotError::Span { start, end }) } else { Ok(Self { start, end }) }
-    }
-
-    /// First layer.
-    pub fn start(self) -> u32 {
-        self.start
-    }
-
-    /// The layer after the last one.
-    pub fn end(self) -> u32 {
-        self.end
-    }
-
-    /// Number of layers.
-    pub fn count(self) -> u32 {
-        self.end - self.start
-    }
-}
-
-impl From<LayerSpan> for [u32; 2] {
-    fn from(span: LayerSpan) -> Self {
-        [span.start, span.end]
-    }
-}
-
-impl TryFrom<[u32; 2]> for LayerSpan {
-    type Error = SnapshotError;
-
-    fn try_from([start, end]: [u32; 2]) -> Result<Self, SnapshotError> {
-        Self::new(start, end)
-    }
-}
-
-/// For people, both ends inclusive: "layer 7", "layers 32–47", "no layers".
-impl std::fmt::Display for LayerSpan {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.count() {
-            0 => write!(f, "no layers"),
-            1 => write!(f, "layer {}", self.start),
-            _ => write!(f, "layers {}–{}", self.start, self.end - 1),
+    /// [`SnapshotError`], which names the field.
+    pub fn checked(self) -> Result<Self, SnapshotError> {
+        let missing = |field| SnapshotError::Missing { field };
+        let verdict = self.verdict.as_ref().ok_or(missing("verdict"))?;
+        self.model.as_ref().ok_or(missing("model"))?;
+        self.requests.as_ref().ok_or(missing("requests"))?;
+        if verdict.phase() == VerdictPhase::Unspecified {
+            return Err(SnapshotError::Unknown { field: "verdict.phase", found: verdict.phase });
+        }
+        for node in &self.nodes {
+            if node.state() == NodeState::Unspecified {
+                return Err(SnapshotError::Unknown { field: "nodes.state", found: node.state });
+            }
+        }
+        let mut ranges: Vec<&crate::v1::LayerRange> = verdict.missing_layers.iter().collect();
+        ranges.extend(self.nodes.iter().filter_map(|node| node.layers.as_ref()));
+        for stage in self.plan.iter().flat_map(|plan| &plan.stages) {
+            ranges.push(stage.layers.as_ref().ok_or(missing("plan.stages.layers"))?);
+        }
+        match ranges.into_iter().find(|range| range.start >= range.end) {
+            Some(&crate::v1::LayerRange { start, end }) => Err(SnapshotError::Range { start, end }),
+            None => Ok(self),
         }
     }
-}
 
-/// The model served.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotModel {
-    /// Its name.
-    pub name: String,
-    /// Number of layers.
-    pub layers: u32,
-}
-
-/// The plan in force.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct SnapshotPlan {
-    /// Number of the plan; each new plan counts up.
-    pub epoch: u64,
-    /// What the planner expects with every stage busy.
-    pub predicted_tokens_per_second: Option<f64>,
-    /// The same by recent steps; `None` while there are too few of them.
-    pub measured_tokens_per_second: Option<f64>,
-    /// What the planner expects of one stream alone.
-    pub predicted_stream_tokens_per_second: Option<f64>,
-    /// The same by recent steps.
-    pub measured_stream_tokens_per_second: Option<f64>,
-    /// In the order in which a token passes them.
-    pub stages: Vec<SnapshotStage>,
-}
-
-/// One stage of the plan.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotStage {
-    /// Name of the node.
-    pub node: String,
-    /// Its layers.
-    pub layers: LayerSpan,
-}
-
-/// What a node is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum NodeState {
-    /// Connected, without layers yet.
-    Joining,
-    /// Reads its layers.
-    Loading,
-    /// Runs frames.
-    Ready,
-    /// A spare without layers.
-    Standby,
-    /// Finishes its requests and takes no new ones.
-    Draining,
-    /// Lost.
-    Down,
-    /// Connected, but left out of plans; its last error says why.
-    Excluded,
-}
-
-impl NodeState {
-    /// The word in JSON and on the page.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Joining => "joining",
-            Self::Loading => "loading",
-            Self::Ready => "ready",
-            Self::Standby => "standby",
-            Self::Draining => "draining",
-            Self::Down => "down",
-            Self::Excluded => "excluded",
-        }
+    /// Whether the cluster serves. A snapshot without a verdict does not.
+    pub fn verdict(&self) -> &Verdict {
+        const NONE: &Verdict = &Verdict { serving: false, text: String::new(), missing_layers: Vec::new(), phase: 0 };
+        self.verdict.as_ref().unwrap_or(NONE)
     }
-}
 
-/// One worker.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct SnapshotNode {
-    /// Its name, unique in the cluster.
-    pub name: String,
-    /// What it is doing.
-    pub state: NodeState,
-    /// Layers assigned to it; `None` for a spare.
-    pub layers: Option<LayerSpan>,
-    /// Where other stages reach it, `host:port`.
-    pub address: Option<String>,
-    /// Backend and adapter.
-    pub device: Option<String>,
-    /// Process id on its own machine.
-    pub pid: Option<u32>,
-    /// Memory in use and free.
-    pub memory: SnapshotMemory,
-    /// How much of its layers it has read.
-    pub load: SnapshotLoad,
-    /// Tokens that passed through it lately, per second.
-    pub tokens_per_second: Option<f64>,
-    /// Median time of one step.
-    pub step_seconds_p50: Option<f64>,
-    /// Seconds since it was last heard of.
-    pub heartbeat_age_seconds: Option<f64>,
-    /// What last went wrong; kept after the node has returned.
-    pub last_error: Option<String>,
-    /// Seconds since then.
-    pub last_error_age_seconds: Option<f64>,
-    /// Frames that wait at it.
-    pub queue_depth: Option<u32>,
-    /// Share of the time that it waited for frames, 0 to 1.
-    pub idle_ratio: Option<f64>,
-    /// How often it has joined.
-    pub joins: u32,
+    /// The model served.
+    pub fn model(&self) -> &SnapshotModel {
+        const NONE: &SnapshotModel = &SnapshotModel { name: String::new(), layers: 0 };
+        self.model.as_ref().unwrap_or(NONE)
+    }
+
+    /// Requests in the coordinator.
+    pub fn requests(&self) -> SnapshotRequests {
+        self.requests.unwrap_or_default()
+    }
 }
 
 impl SnapshotNode {
     /// A node of which nothing but its name and state is known.
     pub fn new(name: impl Into<String>, state: NodeState) -> Self {
-        Self {
-            name: name.into(),
-            state,
-            layers: None,
-            address: None,
-            device: None,
-            pid: None,
-            memory: SnapshotMemory::default(),
-            load: SnapshotLoad::default(),
-            tokens_per_second: None,
-            step_seconds_p50: None,
-            heartbeat_age_seconds: None,
-            last_error: None,
-            last_error_age_seconds: None,
-            queue_depth: None,
-            idle_ratio: None,
-            joins: 0,
-        }
+        Self { name: name.into(), state: state.into(), ..Self::default() }
+    }
+
+    /// Layers assigned to it; `None` for a spare.
+    pub fn layers(&self) -> Option<LayerRange> {
+        self.layers.and_then(|range| range.try_into().ok())
+    }
+
+    /// How much of its layers it has loaded.
+    pub fn load(&self) -> SnapshotLoad {
+        self.load.unwrap_or_default()
+    }
+
+    /// What it last said of itself.
+    pub fn stats(&self) -> NodeStats {
+        self.stats.unwrap_or_default()
     }
 }
 
-/// A node's memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotMemory {
-    /// Weights on the device.
-    pub weights_bytes: Option<u64>,
-    /// The pool of KV blocks.
-    pub kv_bytes: Option<u64>,
-    /// What is left of what the node offered.
-    pub free_bytes: Option<u64>,
-    /// Resident size of the process.
-    pub rss_bytes: Option<u64>,
-}
-
-/// How much of its layers a node has read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotLoad {
-    /// Bytes read.
-    pub bytes: Option<u64>,
-    /// Bytes to read.
-    pub bytes_total: Option<u64>,
+impl SnapshotStage {
+    /// Its layers.
+    pub fn layers(&self) -> Option<LayerRange> {
+        self.layers.and_then(|range| range.try_into().ok())
+    }
 }
 
 impl SnapshotLoad {
-    /// Share read, 0 to 1; `None` while the total is unknown.
+    /// Share loaded, 0 to 1; `None` while the total is unknown.
     pub fn ratio(self) -> Option<f64> {
         match (self.bytes, self.bytes_total) {
             (Some(_), Some(0)) => Some(1.0),
@@ -286,28 +138,28 @@ impl SnapshotLoad {
     }
 }
 
-/// Requests in the coordinator.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotRequests {
-    /// In the pipeline.
-    pub running: u32,
-    /// In the queue.
-    pub waiting: u32,
+impl NodeStats {
+    /// Its memory.
+    pub fn memory(&self) -> SnapshotMemory {
+        self.memory.unwrap_or_default()
+    }
+
+    /// Without figures that no honest worker sends: they become unknown.
+    #[must_use]
+    pub fn plausible(mut self) -> Self {
+        for figure in [&mut self.tokens_per_second, &mut self.step_seconds_p50, &mut self.idle_ratio] {
+            *figure = figure.filter(|value| value.is_finite() && *value >= 0.0);
+        }
+        self.idle_ratio = self.idle_ratio.filter(|ratio| *ratio <= 1.0);
+        self
+    }
 }
 
-/// Something that happened.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct SnapshotEvent {
-    /// Counts up without gaps.
-    pub id: u64,
-    /// Seconds since then.
-    pub age_seconds: f64,
-    /// Stable code: `worker_lost`, `plan_changed`.
-    pub code: String,
-    /// The node concerned, if it is one.
-    pub node: Option<String>,
-    /// For people.
-    pub text: String,
+/// The word in JSON, on the page and in tables: "ready".
+impl fmt::Display for NodeState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
 #[cfg(test)]

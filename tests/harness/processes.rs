@@ -125,7 +125,7 @@ impl Cluster {
         for index in 0..cluster.options.workers {
             cluster.start_worker(index);
         }
-        cluster.wait_until("serving", |snapshot| snapshot.verdict.serving);
+        cluster.wait_until("serving", |snapshot| snapshot.verdict().serving);
         cluster
     }
 
@@ -220,7 +220,7 @@ impl Cluster {
             let net: std::sync::Arc<dyn Net> = std::sync::Arc::new(Tcp);
             let channel = transport::connect(&net, &address, Keepalive::Client).await.expect("the coordinator answers");
             let answer = ClusterServiceClient::new(channel).get_status(GetStatusRequest {}).await.expect("a status");
-            answer.into_inner().snapshot.expect("a snapshot").try_into().expect("a good snapshot")
+            answer.into_inner().snapshot.expect("a snapshot").checked().expect("a good snapshot")
         })
     }
 

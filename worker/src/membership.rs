@@ -176,7 +176,7 @@ impl Membership {
                     Err(status) => return self.refused(&status),
                 },
                 _now = beat.tick() => {
-                    let resident = grokpipe_kernels::resident_memory_bytes().unwrap_or(0);
+                    let resident = grokpipe_kernels::resident_memory_bytes();
                     Message::Heartbeat(self.stats.heartbeat(self.device.memory_bytes, resident))
                 }
                 report = self.reports.recv() => match report {

@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
-use grokpipe_proto::v1::Heartbeat;
+use grokpipe_proto::{
+    snapshot::{NodeStats, SnapshotMemory},
+    v1::Heartbeat,
+};
 use tokio::time::Instant;
 
 /// Rates are over this long.
@@ -24,7 +27,6 @@ struct StepDone {
 #[derive(Debug, Default)]
 struct Inner {
     frames_total: u64,
-    rows_total: u64,
     recent: VecDeque<StepDone>,
     weights_bytes: u64,
     kv_bytes: u64,
@@ -77,7 +79,6 @@ impl Stats {
     pub fn step_done(&self, rows: usize, compute: Duration) {
         let mut inner = self.inner();
         inner.frames_total += 1;
-        inner.rows_total += rows as u64;
         if inner.recent.len() == MOST_STEPS {
             inner.recent.pop_front();
         }
@@ -90,7 +91,7 @@ impl Stats {
     }
 
     /// The figures of now.
-    pub fn heartbeat(&self, memory_bytes: u64, rss_bytes: u64) -> Heartbeat {
+    pub fn heartbeat(&self, memory_bytes: u64, rss_bytes: Option<u64>) -> Heartbeat {
         let mut inner = self.inner();
         let now = Instant::now();
         while inner.recent.front().is_some_and(|step| now.duration_since(step.at) > WINDOW) {
@@ -103,21 +104,21 @@ impl Stats {
         let oldest = inner.running.values().next();
         let step_age_seconds = oldest.map_or(0.0, |(since, _)| now.duration_since(*since).as_secs_f64());
         let step_rows = oldest.map_or(0, |(_, rows)| *rows as u64);
-        let p50 = if times.is_empty() { Duration::ZERO } else { *times.select_nth_unstable(middle).1 };
-        Heartbeat {
-            frames_total: inner.frames_total,
-            rows_total: inner.rows_total,
-            step_seconds_p50: p50.as_secs_f64(),
-            tokens_per_second: rows as f64 / WINDOW.as_secs_f64(),
-            queue_depth: inner.queue_depth,
-            weights_bytes: inner.weights_bytes,
-            kv_bytes: inner.kv_bytes,
-            free_bytes: memory_bytes.saturating_sub(inner.weights_bytes + inner.kv_bytes),
+        let p50 = (!times.is_empty()).then(|| times.select_nth_unstable(middle).1.as_secs_f64());
+        let memory = SnapshotMemory {
+            weights_bytes: Some(inner.weights_bytes),
+            kv_bytes: Some(inner.kv_bytes),
+            free_bytes: Some(memory_bytes.saturating_sub(inner.weights_bytes + inner.kv_bytes)),
             rss_bytes,
-            step_age_seconds,
-            step_rows,
-            idle_ratio: (1.0 - busy.as_secs_f64() / WINDOW.as_secs_f64()).clamp(0.0, 1.0),
-        }
+        };
+        let stats = NodeStats {
+            memory: Some(memory),
+            tokens_per_second: Some(rows as f64 / WINDOW.as_secs_f64()),
+            step_seconds_p50: p50,
+            queue_depth: Some(inner.queue_depth),
+            idle_ratio: Some((1.0 - busy.as_secs_f64() / WINDOW.as_secs_f64()).clamp(0.0, 1.0)),
+        };
+        Heartbeat { frames_total: inner.frames_total, step_age_seconds, step_rows, stats: Some(stats) }
     }
 }
 
@@ -131,14 +132,14 @@ mod tests {
         let step = stats.begin_step(5);
         tokio::time::advance(Duration::from_secs(7)).await;
         stats.start_epoch(1, 1);
-        let beat = stats.heartbeat(10, 0);
+        let beat = stats.heartbeat(10, None);
         assert_eq!((beat.step_rows, beat.step_age_seconds), (5, 7.0));
         let behind = stats.begin_step(1);
         tokio::time::advance(Duration::from_secs(2)).await;
-        let beat = stats.heartbeat(10, 0);
+        let beat = stats.heartbeat(10, None);
         assert_eq!((beat.step_rows, beat.step_age_seconds), (5, 9.0), "the oldest");
         drop((step, behind));
-        let beat = stats.heartbeat(10, 0);
+        let beat = stats.heartbeat(10, None);
         assert_eq!((beat.step_rows, beat.step_age_seconds), (0, 0.0));
     }
 
@@ -149,14 +150,15 @@ mod tests {
         stats.step_done(50, Duration::from_secs(1));
         tokio::time::advance(Duration::from_secs(4)).await;
         stats.step_done(10, Duration::from_millis(500));
-        let now = stats.heartbeat(1000, 7);
-        assert_eq!((now.tokens_per_second, now.free_bytes, now.frames_total), (12.0, 880, 2));
-        assert!((now.idle_ratio - 0.7).abs() < 1e-9);
+        assert_eq!(stats.heartbeat(1000, Some(7)).frames_total, 2);
+        let figures = || stats.heartbeat(1000, Some(7)).stats.unwrap();
+        let now = figures();
+        assert_eq!((now.tokens_per_second, now.memory().free_bytes), (Some(12.0), Some(880)));
+        assert!((now.idle_ratio.unwrap() - 0.7).abs() < 1e-9);
         tokio::time::advance(Duration::from_secs(2)).await;
-        let later = stats.heartbeat(1000, 7);
-        assert_eq!((later.tokens_per_second, later.rows_total), (2.0, 60));
+        assert_eq!(figures().tokens_per_second, Some(2.0));
         tokio::time::advance(Duration::from_secs(9)).await;
-        let idle = stats.heartbeat(1000, 7);
-        assert_eq!((idle.tokens_per_second, idle.idle_ratio, idle.step_seconds_p50), (0.0, 1.0, 0.0));
+        let idle = figures();
+        assert_eq!((idle.tokens_per_second, idle.idle_ratio, idle.step_seconds_p50), (Some(0.0), Some(1.0), None));
     }
 }

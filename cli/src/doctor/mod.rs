@@ -148,8 +148,8 @@ async fn connect(server: &str) -> Result<(Client, grokpipe_proto::snapshot::Clus
 async fn examine(client: &Client, gentle: bool, report: &mut Report) {
     let (mut nodes, mut links): (Vec<DiagnosedNode>, Vec<DiagnosedLink>) = (Vec::new(), Vec::new());
     match client.status().await {
-        Ok(snapshot) if snapshot.verdict.serving => report.push(Check::ok("cluster", snapshot.verdict.text)),
-        Ok(snapshot) => report.push(Check::warn("cluster", snapshot.verdict.text).advise("see `grokpipe status`")),
+        Ok(snapshot) if snapshot.verdict().serving => report.push(Check::ok("cluster", &snapshot.verdict().text)),
+        Ok(snapshot) => report.push(Check::warn("cluster", &snapshot.verdict().text).advise("see `grokpipe status`")),
         Err(error) => report.push(Check::fail("cluster", local::one_line(&error))),
     }
     let asked = (Instant::now(), clock_us());

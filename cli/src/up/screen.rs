@@ -98,29 +98,29 @@ fn style(bar: ProgressBar, template: &str) -> ProgressBar {
 
 fn update(bar: &ProgressBar, node: &SnapshotNode) {
     // An empty range has no progress to show, and indicatif would draw it as done.
-    if let (Some(bytes), Some(total)) = (node.load.bytes, node.load.bytes_total.filter(|&total| total > 0)) {
+    if let (Some(bytes), Some(total)) = (node.load().bytes, node.load().bytes_total.filter(|&total| total > 0)) {
         if bar.length() != Some(total) {
             style(bar.clone(), READING).set_length(total);
         }
         bar.set_position(bytes);
     }
-    let layers = node.layers.map_or_else(String::new, |span| format!(" {span}"));
+    let layers = node.layers().map_or_else(String::new, |layers| format!(" {layers}"));
     bar.set_message(format!("{}{layers}", word(node)));
 }
 
 /// What a node does; one that never joined is not down, it is on its way.
-fn word(node: &SnapshotNode) -> &'static str {
-    if node.joins == 0 { "starting" } else { node.state.as_str() }
+fn word(node: &SnapshotNode) -> String {
+    if node.joins == 0 { "starting".to_owned() } else { node.state().to_string() }
 }
 
 fn line(snapshot: &ClusterSnapshot) -> String {
     let node = |node: &SnapshotNode| {
-        let loaded = match (node.load.bytes, node.load.bytes_total) {
+        let loaded = match (node.load().bytes, node.load().bytes_total) {
             (Some(bytes), Some(total)) => format!(" {} of {}", ByteSize(bytes), ByteSize(total)),
             _ => String::new(),
         };
         format!("{} {}{loaded}", node.name, word(node))
     };
     let nodes: Vec<String> = snapshot.nodes.iter().map(node).collect();
-    format!("{} [{}]", snapshot.verdict.text, nodes.join(", "))
+    format!("{} [{}]", snapshot.verdict().text, nodes.join(", "))
 }

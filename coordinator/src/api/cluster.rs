@@ -25,10 +25,6 @@ pub struct Cluster {
     pub diagnosis: Diagnosis,
 }
 
-fn wire(snapshot: &Arc<ClusterSnapshot>) -> Option<grokpipe_proto::v1::ClusterSnapshot> {
-    Some(grokpipe_proto::v1::ClusterSnapshot::from(ClusterSnapshot::clone(snapshot)))
-}
-
 /// No plan: for lack of memory, or for another reason.
 fn refused(refusal: &Refusal) -> Status {
     let code = if refusal.is_out_of_memory() { Code::ResourceExhausted } else { Code::FailedPrecondition };
@@ -40,8 +36,8 @@ impl ClusterService for Cluster {
     type WatchStatusStream = Pin<Box<dyn Stream<Item = Result<WatchStatusResponse, Status>> + Send>>;
 
     async fn get_status(&self, _request: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {
-        let snapshot = wire(&self.engine.snapshot().borrow());
-        Ok(Response::new(GetStatusResponse { snapshot }))
+        let snapshot = ClusterSnapshot::clone(&self.engine.snapshot().borrow());
+        Ok(Response::new(GetStatusResponse { snapshot: Some(snapshot) }))
     }
 
     async fn watch_status(
@@ -49,7 +45,8 @@ impl ClusterService for Cluster {
         request: Request<WatchStatusRequest>,
     ) -> Result<Response<Self::WatchStatusStream>, Status> {
         let changes = WatchStream::new(self.engine.snapshot());
-        let changes = changes.map(|snapshot| Ok(WatchStatusResponse { snapshot: wire(&snapshot) }));
+        let changes =
+            changes.map(|snapshot| Ok(WatchStatusResponse { snapshot: Some(Arc::unwrap_or_clone(snapshot)) }));
         let Some(deadline) = request.extensions().get::<Deadline>().copied() else {
             return Ok(Response::new(Box::pin(changes)));
         };

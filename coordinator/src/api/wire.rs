@@ -49,20 +49,12 @@ impl From<v1::Hello> for Hello {
 /// What a worker reports; `None` for what is none of the cluster's business.
 pub(super) fn report(message: v1::join_request::Message) -> Option<Report> {
     use v1::join_request::Message;
-    let figure = |value: f64| if value.is_finite() { value.max(0.0) } else { 0.0 };
     Some(match message {
         Message::Heartbeat(beat) => Report::Heartbeat(Heartbeat {
             frames_total: beat.frames_total,
-            step_seconds_p50: figure(beat.step_seconds_p50),
-            tokens_per_second: figure(beat.tokens_per_second),
-            queue_depth: beat.queue_depth,
-            weights_bytes: beat.weights_bytes,
-            kv_bytes: beat.kv_bytes,
-            free_bytes: beat.free_bytes,
-            rss_bytes: beat.rss_bytes,
-            idle_ratio: figure(beat.idle_ratio).min(1.0),
-            step_age_seconds: figure(beat.step_age_seconds),
+            step_age_seconds: if beat.step_age_seconds.is_finite() { beat.step_age_seconds.max(0.0) } else { 0.0 },
             step_rows: beat.step_rows,
+            stats: beat.stats.unwrap_or_default().plausible(),
         }),
         Message::LoadProgress(progress) => Report::LoadProgress(LoadProgress {
             plan_epoch: progress.plan_epoch,
@@ -180,12 +172,8 @@ mod tests {
         let failed = v1::FrameFailed { message: long, ..v1::FrameFailed::default() };
         let Some(Report::FrameFailed(failed)) = report(Message::FrameFailed(failed)) else { panic!("another report") };
         assert!(failed.message.len() <= bounds::REASON);
-        let beat = v1::Heartbeat {
-            step_seconds_p50: f64::NAN,
-            tokens_per_second: f64::INFINITY,
-            idle_ratio: -1.0,
-            ..v1::Heartbeat::default()
-        };
+        let stats = Some(v1::NodeStats { idle_ratio: Some(-1.0), ..v1::NodeStats::default() });
+        let beat = v1::Heartbeat { step_age_seconds: f64::NAN, stats, ..v1::Heartbeat::default() };
         assert_eq!(report(Message::Heartbeat(beat)), Some(Report::Heartbeat(Heartbeat::default())));
     }
 }

@@ -1,7 +1,7 @@
 //! What workers and coordinator tell each other, in no protocol's words. `api/wire.rs` translates.
 
 use bytes::Bytes;
-use grokpipe_proto::link_token::LinkToken;
+use grokpipe_proto::{link_token::LinkToken, snapshot::NodeStats};
 
 /// What a worker says of itself when it joins.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -96,31 +96,17 @@ pub enum Report {
     FrameFailed(FrameFailed),
 }
 
-/// Figures of a worker that lives.
+/// What a worker that lives says of itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Heartbeat {
     /// Frames computed since the last assignment.
     pub frames_total: u64,
-    /// Median time of the last steps in the executor, in seconds; 0 while unknown.
-    pub step_seconds_p50: f64,
-    /// Rows a second over the last five seconds.
-    pub tokens_per_second: f64,
-    /// Frames waiting.
-    pub queue_depth: u32,
-    /// Bytes of weights on the device.
-    pub weights_bytes: u64,
-    /// Bytes of the KV pool.
-    pub kv_bytes: u64,
-    /// Bytes still free of what it may fill.
-    pub free_bytes: u64,
-    /// Resident set of the process in bytes; 0 while unknown.
-    pub rss_bytes: u64,
-    /// Share of the last five seconds in which the executor had nothing to do, 0 to 1.
-    pub idle_ratio: f64,
     /// How long ago the oldest step that has not ended was given to the device, in seconds; 0 when there is none.
     pub step_age_seconds: f64,
     /// Rows of that step.
     pub step_rows: u64,
+    /// Figures that are shown as they come; nothing is decided by them.
+    pub stats: NodeStats,
 }
 
 /// How far a load is.

@@ -137,7 +137,7 @@ fn a_plan_waits_for_the_workers_that_the_configuration_names() {
     join(&mut cluster, at(0.0), "w1", 1);
     cluster.tick(at(2.0));
     assert_eq!(cluster.epoch(), 0);
-    assert_eq!(snapshot(&cluster, at(2.0)).verdict.text, "Waiting for workers: 1 of 2 joined");
+    assert_eq!(snapshot(&cluster, at(2.0)).verdict().text, "Waiting for workers: 1 of 2 joined");
     cluster.heartbeat(at(2.0), "w1", 1, Heartbeat::default());
     join(&mut cluster, at(2.1), "w2", 2);
     let sent = assignments(&mut cluster);
@@ -183,11 +183,11 @@ fn a_lost_worker_interrupts_with_its_name_and_layers_and_its_return_begins_a_new
     let [Command::Interrupt(RequestError::WorkerLost { worker, layers: lost, .. })] = &interrupted[..] else {
         panic!("{interrupted:?}")
     };
-    assert_eq!((worker.as_str(), lost.start, lost.end), ("w2", layers.start(), layers.end()));
+    assert_eq!((worker.as_str(), lost.start, lost.end), ("w2", layers.start, layers.end));
     let seen = snapshot(&cluster, at(2.0));
-    assert_eq!(seen.verdict.phase, VerdictPhase::Down);
-    assert!(seen.verdict.text.contains("w2 lost: its connection was reset"), "{}", seen.verdict.text);
-    assert_eq!(seen.verdict.missing_layers, vec![layers]);
+    assert_eq!(seen.verdict().phase(), VerdictPhase::Down);
+    assert!(seen.verdict().text.contains("w2 lost: its connection was reset"), "{}", seen.verdict().text);
+    assert_eq!(seen.verdict().missing_layers, vec![layers]);
 
     cluster.heartbeat(at(2.9), "w1", 1, Heartbeat::default());
     join(&mut cluster, at(3.0), "w2", 9);
@@ -198,7 +198,7 @@ fn a_lost_worker_interrupts_with_its_name_and_layers_and_its_return_begins_a_new
     assert_eq!(sent[0].1.next_address, "127.0.0.1:1009");
     make_ready(&mut cluster, at(5.0), &[("w1", 1), ("w2", 9)]);
     let seen = snapshot(&cluster, at(5.0));
-    assert!(seen.verdict.serving);
+    assert!(seen.verdict().serving);
     let returned = seen.nodes.iter().find(|node| node.name == "w2").unwrap();
     assert_eq!((returned.joins, returned.last_error.as_deref()), (2, Some("its connection was reset")));
 }
@@ -211,7 +211,7 @@ fn silence_for_three_seconds_is_a_loss() {
     assert!(cluster.is_serving(), "2.95 s of silence are not a loss");
     cluster.tick(at(3.3));
     assert!(!cluster.is_serving());
-    assert!(snapshot(&cluster, at(3.3)).verdict.text.contains("no heartbeat for 3 s"));
+    assert!(snapshot(&cluster, at(3.3)).verdict().text.contains("no heartbeat for 3 s"));
 }
 
 #[test]
@@ -317,8 +317,8 @@ fn a_worker_that_failed_for_good_is_left_out() {
     let failed = StageFailed { retryable: false, ..failed(&cluster, "no such tensor") };
     cluster.stage_failed(at(1.0), "w2", 2, &failed);
     cluster.take_commands();
-    let verdict = snapshot(&cluster, at(2.0)).verdict;
-    assert_eq!(verdict.phase, VerdictPhase::Down);
+    let verdict = snapshot(&cluster, at(2.0)).verdict.expect("a verdict");
+    assert_eq!(verdict.phase(), VerdictPhase::Down);
     assert!(verdict.text.ends_with("w2 is left out: no such tensor"), "{}", verdict.text);
     for second in 2..=40 {
         let now = at(f64::from(second));
@@ -330,7 +330,7 @@ fn a_worker_that_failed_for_good_is_left_out() {
     assert_eq!((sent.len(), sent[0].0.as_str()), (1, "w1"));
     let seen = snapshot(&cluster, at(41.0));
     let node = seen.nodes.iter().find(|node| node.name == "w2").unwrap();
-    assert_eq!((node.state, node.last_error.as_deref()), (NodeState::Excluded, Some("no such tensor")));
+    assert_eq!((node.state(), node.last_error.as_deref()), (NodeState::Excluded, Some("no such tensor")));
 }
 
 #[test]
@@ -388,7 +388,7 @@ fn too_little_memory_is_a_verdict_that_says_how_much_is_missing() {
     let mut cluster = cluster(&["w1"]);
     cluster.join(at(0.0), Hello { memory_bytes: 1000, ..hello("w1", 1) }).unwrap();
     cluster.joined(at(0.0));
-    let verdict = snapshot(&cluster, at(0.1)).verdict;
+    let verdict = snapshot(&cluster, at(0.1)).verdict.expect("a verdict");
     assert!(!verdict.serving);
     assert!(verdict.text.starts_with("No plan: 10.1 MiB are missing"), "{}", verdict.text);
 }
@@ -475,13 +475,13 @@ fn a_plan_serves_once_a_token_has_gone_through_it() {
     cluster.take_commands();
     cluster.pipeline_open(epoch);
     assert_eq!(cluster.take_commands(), [Command::Prove { epoch }]);
-    let seen = snapshot(&cluster, at(0.2)).verdict;
+    let seen = snapshot(&cluster, at(0.2)).verdict.expect("a verdict");
     assert_eq!((seen.serving, cluster.is_serving()), (false, false));
     assert_eq!(seen.text, "Loading: 8 of 8 layers, waiting for a first token to go through");
     cluster.proven(at(0.3), epoch + 1);
     assert!(!cluster.is_serving(), "a token of another epoch");
     cluster.proven(at(0.3), epoch);
-    let seen = snapshot(&cluster, at(0.4)).verdict;
+    let seen = snapshot(&cluster, at(0.4)).verdict.expect("a verdict");
     assert_eq!((seen.serving, cluster.is_serving()), (true, true));
 }
 
@@ -501,8 +501,8 @@ fn a_stage_that_cannot_reach_the_next_one_says_so_to_everybody_and_is_given_up_i
     let blocked = StageBlocked { plan_epoch: epoch, coordinator_generation: 77, peer: second.clone(), reason };
     for now in [1.0, 2.0] {
         cluster.stage_blocked(at(now), &first, generation(&first), &blocked);
-        let verdict = snapshot(&cluster, at(now)).verdict;
-        assert_eq!(verdict.phase, VerdictPhase::Down);
+        let verdict = snapshot(&cluster, at(now)).verdict.expect("a verdict");
+        assert_eq!(verdict.phase(), VerdictPhase::Down);
         assert_eq!(verdict.text, format!("Down: {first} cannot reach {second} at 10.0.0.2:43197: connection refused"));
     }
     assert_eq!(cluster.events.iter().filter(|event| event.code == "stage_blocked").count(), 1, "said once");
@@ -557,7 +557,7 @@ fn a_suspect_is_tried_again_when_nobody_can_do_without_it() {
         assert_eq!(assignments(&mut cluster).len(), 2);
     }
     assert!(cluster.is_suspect("w2"));
-    let verdict = snapshot(&cluster, at(now)).verdict;
+    let verdict = snapshot(&cluster, at(now)).verdict.expect("a verdict");
     assert!(!verdict.serving && verdict.text.contains("w2: read error"), "{}", verdict.text);
 }
 
@@ -584,11 +584,11 @@ fn a_device_that_hangs_is_named_left_out_and_taken_back_when_it_has_finished() {
     );
     let seen = snapshot(&cluster, at(11.0));
     assert!(
-        seen.verdict.text.contains("w2 is left out: its device hangs in a step of 1 token"),
+        seen.verdict().text.contains("w2 is left out: its device hangs in a step of 1 token"),
         "{}",
-        seen.verdict.text
+        seen.verdict().text
     );
-    assert_eq!(seen.nodes.iter().find(|node| node.name == "w2").unwrap().state, NodeState::Excluded);
+    assert_eq!(seen.nodes.iter().find(|node| node.name == "w2").unwrap().state(), NodeState::Excluded);
     for tenth in 106..200 {
         let now = at(f64::from(tenth) / 10.0);
         cluster.heartbeat(now, "w1", 1, Heartbeat::default());

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
-use grokpipe_proto::snapshot::{
-    ClusterSnapshot, LayerSpan, NodeState, SnapshotEvent, SnapshotLoad, SnapshotMemory, SnapshotModel, SnapshotNode,
-    SnapshotPlan, SnapshotRequests, SnapshotStage, VerdictInput, verdict,
+use grokpipe_proto::{
+    ids::LayerRange,
+    snapshot::{
+        ClusterSnapshot, NodeState, SnapshotEvent, SnapshotLoad, SnapshotModel, SnapshotNode, SnapshotPlan,
+        SnapshotRequests, SnapshotStage, VerdictInput, verdict,
+    },
 };
 
 use super::{Active, Cluster, Node};
@@ -17,8 +20,11 @@ impl Cluster {
         let mut nodes: Vec<SnapshotNode> = self.nodes.values().map(|node| self.node_view(now, node)).collect();
         for worker in &self.settings.expected {
             if !self.nodes.contains_key(&worker.name) {
-                let layers = worker.layers.as_ref().and_then(|layers| LayerSpan::new(layers.start, layers.end).ok());
-                nodes.push(SnapshotNode { layers, ..SnapshotNode::new(worker.name.clone(), NodeState::Down) });
+                let layers = worker.layers.clone().and_then(|layers| LayerRange::try_from(layers).ok());
+                nodes.push(SnapshotNode {
+                    layers: layers.map(Into::into),
+                    ..SnapshotNode::new(worker.name.clone(), NodeState::Down)
+                });
             }
         }
         let order = |name: &str| {
@@ -45,19 +51,19 @@ impl Cluster {
         });
         ClusterSnapshot {
             cluster: self.settings.name.clone(),
-            verdict,
-            model: SnapshotModel { name: self.facts.config.name.clone(), layers },
+            verdict: Some(verdict),
+            model: Some(SnapshotModel { name: self.facts.config.name.clone(), layers }),
             events: events.collect(),
             plan,
             nodes,
-            requests,
+            requests: Some(requests),
         }
     }
 
     fn plan_view(&self, active: &Active) -> SnapshotPlan {
         let stages = active.stages.iter().filter_map(|stage| {
-            let layers = LayerSpan::new(stage.layers.start, stage.layers.end).ok()?;
-            Some(SnapshotStage { node: stage.node.clone(), layers })
+            let layers = LayerRange::try_from(stage.layers.clone()).ok()?;
+            Some(SnapshotStage { node: stage.node.clone(), layers: Some(layers.into()) })
         });
         let speed = active.measured.speed(self.settings.wishes.batch_tokens);
         SnapshotPlan {
@@ -89,29 +95,16 @@ impl Cluster {
             None => NodeState::Joining,
         };
         let age = |at: Duration| now.saturating_sub(at).as_secs_f64();
-        let beat = node.heartbeat.as_ref();
         SnapshotNode {
-            layers: stage.and_then(|(_, stage)| LayerSpan::new(stage.layers.start, stage.layers.end).ok()),
+            layers: stage.and_then(|(_, stage)| LayerRange::try_from(stage.layers.clone()).ok()).map(Into::into),
             address: Some(hello.data_address.clone()),
             device: Some(hello.device.clone()),
             pid: Some(hello.pid),
-            memory: SnapshotMemory {
-                weights_bytes: beat.map(|beat| beat.weights_bytes),
-                kv_bytes: beat.map(|beat| beat.kv_bytes),
-                free_bytes: beat.map(|beat| beat.free_bytes),
-                rss_bytes: beat.map(|beat| beat.rss_bytes).filter(|bytes| *bytes > 0),
-            },
-            load: SnapshotLoad {
-                bytes: node.load.map(|(bytes, _)| bytes),
-                bytes_total: node.load.map(|(_, total)| total),
-            },
-            tokens_per_second: beat.map(|beat| beat.tokens_per_second),
-            step_seconds_p50: beat.map(|beat| beat.step_seconds_p50).filter(|seconds| *seconds > 0.0),
+            load: node.load.map(|(bytes, total)| SnapshotLoad { bytes: Some(bytes), bytes_total: Some(total) }),
+            stats: node.heartbeat.as_ref().map(|beat| beat.stats),
             heartbeat_age_seconds: Some(age(node.last_heard)),
             last_error: node.last_error.as_ref().map(|(_, text)| text.clone()),
             last_error_age_seconds: node.last_error.as_ref().map(|(at, _)| age(*at)),
-            queue_depth: beat.map(|beat| beat.queue_depth),
-            idle_ratio: beat.map(|beat| beat.idle_ratio),
             joins: node.joins,
             ..SnapshotNode::new(hello.name.clone(), state)
         }

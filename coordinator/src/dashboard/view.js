@@ -5,21 +5,11 @@
 import { UNKNOWN, age, bytes, capital, duration, layers, measured, number, percent } from "./format.js";
 
 /**
- * @typedef {[number, number]} Span
- * @typedef {"joining" | "loading" | "ready" | "standby" | "draining" | "down" | "excluded"} State
- * @typedef {{
- *   name: string, state: State, layers: Span | null, address: string | null, device: string | null, pid: number | null,
- *   memory: { weights_bytes: number | null, kv_bytes: number | null, free_bytes: number | null, rss_bytes: number | null },
- *   load: { bytes: number | null, bytes_total: number | null }, tokens_per_second: number | null,
- *   step_seconds_p50: number | null, heartbeat_age_seconds: number | null, last_error: string | null,
- *   last_error_age_seconds: number | null, queue_depth: number | null, idle_ratio: number | null, joins: number }} Node
- * @typedef {{ id: number, age_seconds: number, code: string, node: string | null, text: string }} Happening
- * @typedef {{
- *   cluster: string, model: { name: string, layers: number },
- *   verdict: { serving: boolean, phase: "waiting" | "loading" | "serving" | "down", text: string, missing_layers: Span[] },
- *   plan: { epoch: number, predicted_tokens_per_second: number | null, measured_tokens_per_second: number | null,
- *     stages: { node: string, layers: Span }[] } | null,
- *   nodes: Node[], requests: { running: number, waiting: number }, events: Happening[] }} Snapshot
+ * What `GET /api/v1/cluster` serves. proto/grokpipe/v1/snapshot.proto defines every field; they are not listed here again.
+ * @typedef {any} Snapshot message ClusterSnapshot
+ * @typedef {any} Node message SnapshotNode
+ * @typedef {string} State a word of enum NodeState
+ * @typedef {[number, number]} Span message LayerRange: first layer, layer after the last
  * @typedef {{ span: Span, name: string | null, node: Node | undefined }} Stage
  */
 

@@ -125,7 +125,7 @@ impl Diagnosis {
 
     /// Why nothing may be done that takes the links or disks for itself now.
     fn why_gentle(&self) -> Option<String> {
-        let requests = self.snapshot.borrow().requests;
+        let requests = self.snapshot.borrow().requests();
         match requests.running + requests.waiting {
             0 => None,
             1 => Some("a request runs".to_owned()),

@@ -66,7 +66,7 @@ impl Engine {
 
     fn try_submit(&mut self, request: Request) -> Result<ClientStream, RequestError> {
         if !self.cluster.is_serving() {
-            return Err(RequestError::NotServing(self.snapshot_now().verdict.text));
+            return Err(RequestError::NotServing(self.snapshot_now().verdict().text.clone()));
         }
         let sequence = self.next_sequence;
         let (client, max_tokens) = (request.client, request.rules.max_tokens);

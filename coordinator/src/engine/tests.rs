@@ -155,7 +155,7 @@ impl World {
         world.open(1).await;
         let proof = world.frame().await;
         world.answer(1, &proof, 9).await;
-        world.until(|snapshot| snapshot.verdict.serving).await;
+        world.until(|snapshot| snapshot.verdict().serving).await;
         world
     }
 
@@ -212,7 +212,7 @@ async fn a_plan_serves_only_once_its_proof_has_come_back() {
     let refused = world.submit(4, MINUTE).await.err();
     assert!(matches!(refused, Some(RequestError::NotServing(_))), "{refused:?}");
     world.answer(1, &proof, 9).await;
-    world.until(|snapshot| snapshot.verdict.serving).await;
+    world.until(|snapshot| snapshot.verdict().serving).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -274,9 +274,9 @@ async fn a_lost_worker_ends_its_requests_by_name_and_serves_again_when_it_is_bac
     // What the old process still says changes nothing.
     world.answer(1, &proof, 9).await;
     sleep(Duration::from_secs(1)).await;
-    assert!(!world.handle.snapshot().borrow().verdict.serving);
+    assert!(!world.handle.snapshot().borrow().verdict().serving);
     world.answer(2, &proof, 9).await;
-    world.until(|snapshot| snapshot.verdict.serving).await;
+    world.until(|snapshot| snapshot.verdict().serving).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -290,7 +290,7 @@ async fn a_request_whose_time_is_up_ends_and_one_whose_client_left_makes_room() 
     drop(world.submit(3, MINUTE).await.expect("accepted"));
     let abandoned = world.frame().await;
     world.answer(1, &abandoned, 11).await;
-    world.until(|snapshot| snapshot.requests.running == 0).await;
+    world.until(|snapshot| snapshot.requests().running == 0).await;
 }
 
 #[tokio::test(start_paused = true)]

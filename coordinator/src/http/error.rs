@@ -97,10 +97,10 @@ impl ApiError {
     /// The cluster does not serve; `verdict` says which layers are missing.
     pub(super) fn not_serving(verdict: &Verdict) -> Self {
         // A lost worker is restarted within a second or two; reading weights takes longer.
-        let (status_word, wait) = match verdict.phase {
+        let (status_word, wait) = match verdict.phase() {
             VerdictPhase::Loading => ("loading", 5),
             VerdictPhase::Waiting => ("waiting", 5),
-            VerdictPhase::Down | VerdictPhase::Serving => ("down", 2),
+            VerdictPhase::Down | VerdictPhase::Serving | VerdictPhase::Unspecified => ("down", 2),
         };
         let more = vec![("status", json!(status_word)), ("missing_layers", json!(verdict.missing_layers))];
         let retry_after = Some(Duration::from_secs(wait));

@@ -104,10 +104,10 @@ impl Feed {
 /// Whether `next` holds more than new figures.
 fn news(sent: &ClusterSnapshot, next: &ClusterSnapshot) -> bool {
     fn states(snapshot: &ClusterSnapshot) -> impl Iterator<Item = (&str, NodeState)> {
-        snapshot.nodes.iter().map(|node| (node.name.as_str(), node.state))
+        snapshot.nodes.iter().map(|node| (node.name.as_str(), node.state()))
     }
-    sent.verdict.phase != next.verdict.phase
-        || sent.verdict.missing_layers != next.verdict.missing_layers
+    sent.verdict().phase != next.verdict().phase
+        || sent.verdict().missing_layers != next.verdict().missing_layers
         || sent.plan.as_ref().map(|plan| plan.epoch) != next.plan.as_ref().map(|plan| plan.epoch)
         || sent.events.last().map(|event| event.id) != next.events.last().map(|event| event.id)
         || !states(sent).eq(states(next))
@@ -137,9 +137,9 @@ mod tests {
         let (publish, snapshots) = watch::channel(Arc::new(serving()));
         let mut feed = feed(snapshots).await;
         let mut ticked = serving();
-        ticked.requests.running = 5;
+        ticked.requests.as_mut().unwrap().running = 5;
         let mut news = ticked.clone();
-        news.nodes[1].state = NodeState::Down;
+        news.nodes[1].set_state(NodeState::Down);
         for (next, wait) in [(ticked, TICK), (news, GAP_MIN)] {
             let start = Instant::now();
             publish.send_replace(Arc::new(next.clone()));
@@ -157,10 +157,10 @@ mod tests {
         let start = Instant::now();
         let publisher = async {
             let mut next = serving();
-            next.requests.running = 5;
+            next.requests.as_mut().unwrap().running = 5;
             publish.send_replace(Arc::new(next.clone()));
             tokio::time::sleep(Duration::from_millis(300)).await;
-            next.verdict.phase = grokpipe_proto::snapshot::VerdictPhase::Down;
+            next.verdict.as_mut().unwrap().set_phase(grokpipe_proto::snapshot::VerdictPhase::Down);
             publish.send_replace(Arc::new(next));
         };
         let (event, ()) = tokio::join!(feed.next(), publisher);
@@ -175,7 +175,7 @@ mod tests {
         let start = Instant::now();
         assert!(feed.next().await.is_some());
         assert_eq!(start.elapsed().as_secs(), 6, "the first full second after five");
-        assert_eq!(feed.sent.as_ref().map(|(sent, _)| sent.verdict.serving), Some(false));
+        assert_eq!(feed.sent.as_ref().map(|(sent, _)| sent.verdict().serving), Some(false));
     }
 
     #[tokio::test]

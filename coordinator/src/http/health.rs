@@ -26,11 +26,11 @@ pub(super) async fn options() -> impl IntoResponse {
 /// 200 only while every layer is covered and loaded.
 pub(super) async fn ready(State(state): State<HttpState>) -> Result<Response, ApiError> {
     let snapshot = state.view.current();
-    let verdict = &snapshot.verdict;
+    let verdict = snapshot.verdict();
     if !verdict.serving {
         return Err(ApiError::not_serving(verdict));
     }
-    let body = json!({ "status": "serving", "text": verdict.text, "model": snapshot.model.name });
+    let body = json!({ "status": "serving", "text": verdict.text, "model": snapshot.model().name });
     Ok(([(header::CACHE_CONTROL, "no-store")], Json(body)).into_response())
 }
 

@@ -5,7 +5,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use grokpipe_proto::snapshot::{ClusterSnapshot, LayerSpan, Verdict, VerdictPhase};
+use grokpipe_proto::{
+    ids::LayerRange,
+    snapshot::{ClusterSnapshot, NodeStats, Verdict, VerdictPhase},
+};
 use tokio::{sync::watch, time::Instant};
 
 /// Five missed publications: a busy machine misses one or two, not five.
@@ -59,18 +62,15 @@ impl SnapshotView {
     }
 }
 
-/// A snapshot of `seconds` ago of which nobody knows whether it still holds: ages have grown, rates are unknown.
+/// A snapshot of `seconds` ago that may no longer hold: ages have grown, and figures other than memory are unknown.
 fn aged(mut snapshot: ClusterSnapshot, text: String, seconds: f64) -> ClusterSnapshot {
-    let missing_layers = LayerSpan::new(0, snapshot.model.layers).into_iter().collect();
-    snapshot.verdict = Verdict { serving: false, phase: VerdictPhase::Down, text, missing_layers };
+    let missing_layers = LayerRange::new(0, snapshot.model().layers);
+    snapshot.verdict = Some(Verdict::new(VerdictPhase::Down, text, missing_layers));
     for node in &mut snapshot.nodes {
         for age in [&mut node.heartbeat_age_seconds, &mut node.last_error_age_seconds] {
             *age = age.map(|age| age + seconds);
         }
-        node.tokens_per_second = None;
-        node.step_seconds_p50 = None;
-        node.queue_depth = None;
-        node.idle_ratio = None;
+        node.stats = node.stats.map(|stats| NodeStats { memory: stats.memory, ..NodeStats::default() });
     }
     for event in &mut snapshot.events {
         event.age_seconds += seconds;
@@ -87,36 +87,36 @@ mod tests {
     async fn silent_engine_is_not_serving() {
         let mut before = serving();
         before.nodes[0].heartbeat_age_seconds = Some(0.5);
-        before.nodes[0].tokens_per_second = Some(9.0);
+        before.nodes[0].stats = Some(NodeStats { tokens_per_second: Some(9.0), ..NodeStats::default() });
         let (publish, snapshots) = watch::channel(Arc::new(before));
         let view = SnapshotView::new(snapshots);
         tokio::spawn(view.clone().follow());
         tokio::time::sleep(Duration::from_secs(5)).await;
-        assert!(view.current().verdict.serving, "five seconds are not yet silence");
+        assert!(view.current().verdict().serving, "five seconds are not yet silence");
         tokio::time::sleep(Duration::from_secs(2)).await;
         let current = view.current();
-        assert!(!current.verdict.serving);
-        assert_eq!(current.verdict.text, "Down: the coordinator has reported nothing for 7 s");
-        assert_eq!(current.verdict.missing_layers, [LayerSpan::new(0, 64).expect("forwards")]);
+        assert!(!current.verdict().serving);
+        assert_eq!(current.verdict().text, "Down: the coordinator has reported nothing for 7 s");
+        assert_eq!(current.verdict().missing_layers, [LayerRange::new(0, 64).expect("64 layers").into()]);
 
         let node = &current.nodes[0];
         assert_eq!(
-            (node.heartbeat_age_seconds, node.tokens_per_second),
+            (node.heartbeat_age_seconds, node.stats().tokens_per_second),
             (Some(7.5), None),
             "old figures do not pass as new"
         );
 
         publish.send_replace(Arc::new(serving()));
         tokio::time::sleep(Duration::from_millis(1)).await;
-        assert!(view.current().verdict.serving, "and it is believed again");
+        assert!(view.current().verdict().serving, "and it is believed again");
     }
 
     #[tokio::test]
     async fn ended_engine_is_not_serving() {
         let (publish, snapshots) = watch::channel(Arc::new(serving()));
         let view = SnapshotView::new(snapshots);
-        assert!(view.current().verdict.serving);
+        assert!(view.current().verdict().serving);
         drop(publish);
-        assert_eq!(view.current().verdict.text, "Down: the coordinator has stopped");
+        assert_eq!(view.current().verdict().text, "Down: the coordinator has stopped");
     }
 }
