@@ -76,7 +76,7 @@ fn render(snapshot: &ClusterSnapshot) -> String {
     let _ =
         writeln!(text, "requests: {} running, {} waiting\n", snapshot.requests().running, snapshot.requests().waiting);
     let mut table = Table::new(&[
-        "node", "state", "layers", "loaded", "weights", "kv", "free", "tokens/s", "step", "heard", "device",
+        "node", "state", "layers", "loaded", "weights", "kv", "free", "tokens/s", "step", "heard", "up", "device",
     ]);
     for node in &snapshot.nodes {
         table.row(row(node));
@@ -106,6 +106,7 @@ fn row(node: &SnapshotNode) -> Vec<String> {
         stats.tokens_per_second.map_or_else(unknown, |rate| format!("{rate:.1}")),
         stats.step_seconds_p50.map_or_else(unknown, |step| format!("{:.2} ms", step * 1e3)),
         node.heartbeat_age_seconds.map_or_else(unknown, |age| format!("{age:.1} s")),
+        stats.uptime_seconds.map_or_else(unknown, |up| format!("{}:{:02}:{:02}", up / 3600, up / 60 % 60, up % 60)),
         node.device.clone().unwrap_or_else(unknown),
     ]
 }

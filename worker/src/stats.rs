@@ -50,12 +50,21 @@ impl Drop for RunningStep {
 }
 
 /// Counters of one worker.
-#[derive(Debug, Default)]
-pub struct Stats(Mutex<Inner>);
+#[derive(Debug)]
+pub struct Stats {
+    started: Instant,
+    inner: Mutex<Inner>,
+}
+
+impl Default for Stats {
+    fn default() -> Self {
+        Self { started: Instant::now(), inner: Mutex::default() }
+    }
+}
 
 impl Stats {
     fn inner(&self) -> std::sync::MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A new assignment: counts start again.
@@ -117,6 +126,7 @@ impl Stats {
             step_seconds_p50: p50,
             queue_depth: Some(inner.queue_depth),
             idle_ratio: Some((1.0 - busy.as_secs_f64() / WINDOW.as_secs_f64()).clamp(0.0, 1.0)),
+            uptime_seconds: Some(now.duration_since(self.started).as_secs()),
         };
         Heartbeat { frames_total: inner.frames_total, step_age_seconds, step_rows, stats: Some(stats) }
     }
@@ -160,5 +170,6 @@ mod tests {
         tokio::time::advance(Duration::from_secs(9)).await;
         let idle = figures();
         assert_eq!((idle.tokens_per_second, idle.idle_ratio, idle.step_seconds_p50), (Some(0.0), Some(1.0), None));
+        assert_eq!(idle.uptime_seconds, Some(15));
     }
 }

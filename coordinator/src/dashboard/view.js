@@ -336,7 +336,8 @@ function showNode({ row, set, load, memory, text }, node, elapsed) {
   mark(row, "state", node.state);
   set(node.state);
   say("device", node.device ?? "device unknown");
-  const place = [node.address ?? "address unknown", node.pid === null ? "" : `pid ${node.pid}`, node.joins > 1 ? `joined ${node.joins} times` : ""];
+  const up = node.uptime_seconds === null ? "" : `up ${age(node.uptime_seconds)}`;
+  const place = [node.address ?? "address unknown", node.pid === null ? "" : `pid ${node.pid}`, up, node.joins > 1 ? `joined ${node.joins} times` : ""];
   say("place", place.filter(Boolean).join(" · "));
 
   const ratio = loadRatio(node);
