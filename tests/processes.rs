@@ -320,7 +320,7 @@ fn a_worker_killed_in_mid_generation_is_a_typed_error_and_its_return_serves_agai
     println!("typed error after {took:?}: {complaint}");
     assert!(took < ERROR_WITHIN, "{took:?}");
     assert!(!status.success());
-    let named = format!("worker w3 with layers {}..{} was lost", lost.start, lost.end);
+    let named = format!("worker w3 with layers {}–{} was lost", lost.start, lost.end - 1);
     assert!(complaint.contains(&named), "{complaint}");
 
     let snapshot = cluster.snapshot();

@@ -16,6 +16,7 @@ use grokpipe_coordinator::{
 };
 use grokpipe_model::Model;
 use grokpipe_proto::{
+    ids::LayerRange,
     snapshot::ClusterSnapshot,
     v1::{GetPlanResponse, PlannedStage},
 };
@@ -117,7 +118,8 @@ impl PlanView {
         for stage in &plan.stages {
             table.row(vec![
                 stage.worker.clone(),
-                format!("{}..{}", stage.layer_start, stage.layer_end),
+                LayerRange::new(stage.layer_start, stage.layer_end)
+                    .map_or_else(|_| "-".to_owned(), LayerRange::numbers),
                 ByteSize(stage.weights_bytes).to_string(),
                 ByteSize(stage.kv_bytes).to_string(),
                 ByteSize(stage.scratch_bytes).to_string(),
@@ -256,8 +258,8 @@ fn wire(plan: &Plan, names: &[String]) -> GetPlanResponse {
     let name = |index: usize| names.get(index).cloned().unwrap_or_default();
     let stages = plan.stages.iter().map(|stage| PlannedStage {
         worker: name(stage.worker),
-        layer_start: stage.layers.start,
-        layer_end: stage.layers.end,
+        layer_start: stage.layers.start(),
+        layer_end: stage.layers.end(),
         weights_bytes: stage.weight_bytes,
         kv_bytes: stage.kv_bytes,
         scratch_bytes: stage.scratch_bytes,
@@ -299,7 +301,7 @@ mod tests {
         };
         let view = PlanView { plan, offered: HashMap::from([("w1".into(), 2 << 30)]), assumed: true };
         let text = view.render();
-        for part in ["0..16", "1.0 GiB", "2.0 GiB", "standby: w9", "41.0 tokens/s", "assumed"] {
+        for part in ["0–15", "1.0 GiB", "2.0 GiB", "standby: w9", "41.0 tokens/s", "assumed"] {
             assert!(text.contains(part), "{text}");
         }
         let json = view.to_json();

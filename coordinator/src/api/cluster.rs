@@ -59,8 +59,8 @@ impl ClusterService for Cluster {
         let view = self.engine.plan().await?.map_err(|refusal| refused(&refusal))?;
         let stages = view.plan.stages.iter().zip(&view.workers).map(|(stage, (worker, _memory))| PlannedStage {
             worker: worker.clone(),
-            layer_start: stage.layers.start,
-            layer_end: stage.layers.end,
+            layer_start: stage.layers.start(),
+            layer_end: stage.layers.end(),
             weights_bytes: stage.weight_bytes,
             kv_bytes: stage.kv_bytes,
             scratch_bytes: stage.scratch_bytes,

@@ -79,7 +79,7 @@ impl From<RequestError> for Status {
             metadata.insert("worker".to_owned(), without_places(worker));
         }
         if let RequestError::WorkerLost { layers, .. } = &error {
-            metadata.insert("layers".to_owned(), format!("{}..{}", layers.start, layers.end));
+            metadata.insert("layers".to_owned(), format!("{}..{}", layers.start(), layers.end()));
         }
         let Row { code, reason, .. } = row(&error);
         let mut details = ErrorDetails::new();
@@ -99,17 +99,19 @@ impl From<RequestError> for Status {
 
 #[cfg(test)]
 mod tests {
+    use grokpipe_proto::ids::LayerRange;
+
     use super::*;
 
     #[test]
     fn a_lost_worker_is_named_for_people_and_for_programs() {
         let status = Status::from(RequestError::WorkerLost {
             worker: "w2".into(),
-            layers: 16..32,
+            layers: LayerRange::new(16, 32).unwrap(),
             reason: "its connection was reset".into(),
         });
         assert_eq!(status.code(), Code::Unavailable);
-        assert_eq!(status.message(), "worker w2 with layers 16..32 was lost: its connection was reset");
+        assert_eq!(status.message(), "worker w2 with layers 16–31 was lost: its connection was reset");
         let info = status.get_details_error_info().unwrap();
         assert_eq!((info.reason.as_str(), info.metadata["worker"].as_str()), ("WORKER_LOST", "w2"));
         assert_eq!(info.metadata["layers"], "16..32");
@@ -127,7 +129,7 @@ mod tests {
             RequestError::ShareTaken { limit: 1, waiting: 1 },
             RequestError::TextQueueFull { limit: 1, found: 1 },
             RequestError::NotServing(text()),
-            RequestError::WorkerLost { worker: "w1".into(), layers: 0..1, reason: text() },
+            RequestError::WorkerLost { worker: "w1".into(), layers: LayerRange::new(0, 1).unwrap(), reason: text() },
             RequestError::StageFailed { worker: text(), reason: text() },
             RequestError::Internal(text()),
             RequestError::Deadline { limit: Duration::from_secs(1), produced: 1, waited_on: Some(text()) },

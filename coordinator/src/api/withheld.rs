@@ -84,11 +84,11 @@ mod tests {
             "",
             "Loading: 48 of 64 layers, w1 at 100 %",
             "expected at most 8192 tokens, found 9000: the model's context",
-            "worker w2 with layers 16..32 was lost: no heartbeat for 3 s",
+            "worker w2 with layers 16–31 was lost: no heartbeat for 3 s",
             "sampling.top_p: expected a number in (0, 1], found NaN",
             "this cluster has no tokenizer: send token ids, or start it with --tokenizer",
             "expected an end within 300 ms, found 0 tokens by then",
-            "worker w1 with layers 0..16 was lost: Input/output error (os error 5)",
+            "worker w1 with layers 0–15 was lost: Input/output error (os error 5)",
         ];
         for text in texts {
             assert_eq!(without_places(text), text);

@@ -7,6 +7,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use grokpipe_model::contents::{Part, Sum};
+use grokpipe_proto::ids::LayerRange;
 
 use super::{
     Cluster, Until,
@@ -129,22 +130,18 @@ impl Cluster {
     }
 }
 
-/// "layers 32..48 and the head".
+/// "layers 32–47, the head".
 fn listed(parts: &[Part]) -> String {
-    let mut runs: Vec<(u32, u32)> = Vec::new();
+    let mut runs: Vec<LayerRange> = Vec::new();
     let mut others = Vec::new();
     for part in parts {
         match (part, runs.last_mut()) {
-            (Part::Layer(layer), Some((_, end))) if *end == *layer => *end += 1,
-            (Part::Layer(layer), _) => runs.push((*layer, layer + 1)),
+            (Part::Layer(layer), Some(run)) if run.end() == *layer => *run = run.through(layer + 1),
+            (Part::Layer(layer), _) => runs.extend(LayerRange::new(*layer, layer + 1)),
             (other, _) => others.push(format!("the {other}")),
         }
     }
-    let layers = runs.into_iter().map(|(start, end)| match end - start {
-        1 => format!("layer {start}"),
-        _ => format!("layers {start}..{end}"),
-    });
-    layers.chain(others).collect::<Vec<_>>().join(", ")
+    runs.iter().map(LayerRange::to_string).chain(others).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
@@ -238,6 +235,6 @@ mod tests {
     #[test]
     fn parts_are_listed_in_runs() {
         let parts = [Part::Layer(3), Part::Layer(4), Part::Layer(9), Part::Embedding, Part::FinalNorm];
-        assert_eq!(listed(&parts), "layers 3..5, layer 9, the embedding, the final norm");
+        assert_eq!(listed(&parts), "layers 3–4, layer 9, the embedding, the final norm");
     }
 }

@@ -138,10 +138,7 @@ impl Cluster {
         };
         let steps = active.stages.iter().filter_map(|stage| Some((stage, step(&stage.node)?)));
         let (stage, seconds) = steps.max_by(|a, b| a.1.total_cmp(&b.1))?;
-        Some(format!(
-            "{} with layers {}..{}, {seconds:.1} s at one step",
-            stage.node, stage.layers.start, stage.layers.end
-        ))
+        Some(format!("{} with {}, {seconds:.1} s at one step", stage.node, stage.layers))
     }
 
     /// A worker's device has been at a step of so many rows for so long; none with 0 rows.
@@ -232,7 +229,7 @@ impl Cluster {
             self.retry_pause = (self.retry_pause * 2).min(RETRY.1);
             self.commands.push(Command::Interrupt(RequestError::WorkerLost {
                 worker: name.to_owned(),
-                layers: stage.layers.clone(),
+                layers: stage.layers,
                 reason: reason.to_owned(),
             }));
             self.trouble = Some(trouble);

@@ -1,6 +1,10 @@
 //! Whether a worker's hello makes sense.
 
-use grokpipe_proto::{address::Address, bounds};
+use grokpipe_proto::{
+    address::Address,
+    bounds,
+    ids::{BadName, WorkerName},
+};
 
 use super::{JoinRefusal, messages::Hello};
 
@@ -9,14 +13,8 @@ pub(super) fn check_hello(hello: &Hello) -> Result<(), JoinRefusal> {
     let invalid = |field, expected: &str, found: String| {
         Err(JoinRefusal::Invalid { field, expected: expected.to_owned(), found })
     };
-    let name_ok = (1..=bounds::NAME).contains(&hello.name.len())
-        && hello.name.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'));
-    if !name_ok {
-        return invalid(
-            "name",
-            "1 to 64 of a-z, 0-9, '.', '_', '-'",
-            format!("{:?}", hello.name.chars().take(80).collect::<String>()),
-        );
+    if let Err(BadName { found }) = hello.name.parse::<WorkerName>() {
+        return invalid("name", WorkerName::EXPECTED, format!("{found:?}"));
     }
     if hello.generation == 0 {
         return invalid("generation", "a positive number", "0".into());

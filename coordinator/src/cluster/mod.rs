@@ -14,7 +14,8 @@ use std::{
 };
 
 use grokpipe_proto::{
-    HEARTBEAT_INTERVAL, LOST_AFTER, PROTOCOL_VERSIONS, bounds, link_token::LinkKey, snapshot::EVENTS_MAX,
+    HEARTBEAT_INTERVAL, LOST_AFTER, PROTOCOL_VERSIONS, bounds, ids::LayerRange, link_token::LinkKey,
+    snapshot::EVENTS_MAX,
 };
 
 use self::{
@@ -157,7 +158,7 @@ enum Until {
 #[derive(Clone, Debug)]
 struct StageState {
     node: String,
-    layers: Range<u32>,
+    layers: LayerRange,
     ready: bool,
     /// When its load last went on.
     progress_at: Duration,

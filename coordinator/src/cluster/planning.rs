@@ -108,7 +108,7 @@ impl Cluster {
         let previous = self.active.as_ref().map(|active| {
             let kept = active.stages.iter().filter_map(|stage| {
                 let worker = names.iter().position(|name| *name == stage.node)?;
-                Some(PreviousStage { worker, layers: stage.layers.clone() })
+                Some(PreviousStage { worker, layers: stage.layers })
             });
             kept.collect()
         });
@@ -123,7 +123,7 @@ impl Cluster {
             self.active.as_ref().and_then(|active| active.stages.iter().find(|stage| stage.node == hello.name));
         WorkerResources {
             pinned_layers: expected.filter(|_| pins_hold).and_then(|worker| worker.layers.clone()),
-            held_layers: current.map(|stage| stage.layers.clone()).or((!held.is_empty()).then_some(held)),
+            held_layers: current.map(|stage| stage.layers.iter()).or((!held.is_empty()).then_some(held)),
             ..facts::resources(hello)
         }
     }
@@ -160,7 +160,7 @@ impl Cluster {
             .zip(names)
             .map(|(stage, name)| StageState {
                 node: name.clone(),
-                layers: stage.layers.clone(),
+                layers: stage.layers,
                 ready: false,
                 progress_at: now,
                 blocked: None,
@@ -193,7 +193,7 @@ impl Cluster {
             });
         }
         let text: Vec<String> =
-            stages.iter().map(|stage| format!("{} {}..{}", stage.node, stage.layers.start, stage.layers.end)).collect();
+            stages.iter().map(|stage| format!("{} {}", stage.node, stage.layers.numbers())).collect();
         self.record(now, "plan_changed", None, format!("plan epoch {}: {}", self.epoch, text.join(", ")));
         self.tell_mixed_numerics(now, names);
         self.active = Some(Active {
@@ -243,8 +243,8 @@ impl Cluster {
         };
         Assignment {
             plan_epoch: self.epoch,
-            layer_start: stage.layers.start,
-            layer_end: stage.layers.end,
+            layer_start: stage.layers.start(),
+            layer_end: stage.layers.end(),
             model_digest: self.facts.digest.clone(),
             model_name: self.facts.config.name.clone(),
             next_address: next.map(|node| node.hello.data_address.clone()).unwrap_or_default(),

@@ -61,10 +61,8 @@ impl Cluster {
     }
 
     fn plan_view(&self, active: &Active) -> SnapshotPlan {
-        let stages = active.stages.iter().filter_map(|stage| {
-            let layers = LayerRange::try_from(stage.layers.clone()).ok()?;
-            Some(SnapshotStage { node: stage.node.clone(), layers: Some(layers.into()) })
-        });
+        let stages = active.stages.iter();
+        let stages = stages.map(|stage| SnapshotStage { node: stage.node.clone(), layers: Some(stage.layers.into()) });
         let speed = active.measured.speed(self.settings.wishes.batch_tokens);
         SnapshotPlan {
             epoch: self.epoch,
@@ -86,7 +84,7 @@ impl Cluster {
             _ if node.excluded.is_some() => NodeState::Excluded,
             // Until the coordinator's own link stands, the first stage is not of use yet.
             Some((active, stage))
-                if stage.ready && (active.connected || active.broken_since.is_some() || stage.layers.start > 0) =>
+                if stage.ready && (active.connected || active.broken_since.is_some() || stage.layers.start() > 0) =>
             {
                 NodeState::Ready
             }
@@ -96,7 +94,7 @@ impl Cluster {
         };
         let age = |at: Duration| now.saturating_sub(at).as_secs_f64();
         SnapshotNode {
-            layers: stage.and_then(|(_, stage)| LayerRange::try_from(stage.layers.clone()).ok()).map(Into::into),
+            layers: stage.map(|(_, stage)| stage.layers.into()),
             address: Some(hello.data_address.clone()),
             device: Some(hello.device.clone()),
             pid: Some(hello.pid),

@@ -265,7 +265,9 @@ async fn a_lost_worker_ends_its_requests_by_name_and_serves_again_when_it_is_bac
     world.handle.send(Event::Left { connection: 1, name: "w1".into(), generation: 1, reason }).await;
     let (tokens, end) = read(stream).await;
     assert_eq!(tokens, [11]);
-    assert!(matches!(&end, Err(RequestError::WorkerLost { worker, layers, .. }) if worker == "w1" && *layers == STAGE));
+    assert!(
+        matches!(&end, Err(RequestError::WorkerLost { worker, layers, .. }) if worker == "w1" && layers.iter() == STAGE)
+    );
     let late = world.epoch;
     world.join(2).await;
     world.open(2).await;

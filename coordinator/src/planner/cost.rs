@@ -135,7 +135,7 @@ impl<'a> Costs<'a> {
             return held.clone();
         }
         let previous = self.problem.previous.iter().flatten().find(|stage| stage.worker == worker);
-        previous.map_or(0..0, |stage| stage.layers.clone())
+        previous.map_or(0..0, |stage| stage.layers.iter())
     }
 }
 

@@ -5,6 +5,7 @@
 use std::{collections::BTreeMap, ops::Range};
 
 use grokpipe_model::Bytes;
+use grokpipe_proto::ids::LayerRange;
 use thiserror::Error;
 
 /// Most layers that a problem may have: the solver's tables grow with their square.
@@ -120,7 +121,7 @@ pub struct PreviousStage {
     /// Index into [`Problem::workers`].
     pub worker: usize,
     /// The layers that it runs.
-    pub layers: Range<u32>,
+    pub layers: LayerRange,
 }
 
 /// The question.
@@ -161,8 +162,8 @@ pub struct Problem {
 pub struct PlannedStage {
     /// Index into [`Problem::workers`].
     pub worker: usize,
-    /// The layers that it runs; never empty.
-    pub layers: Range<u32>,
+    /// The layers that it runs.
+    pub layers: LayerRange,
     /// Device bytes of these layers' weights, and of the head on the last stage.
     pub weight_bytes: u64,
     /// Device bytes of the KV pool.
@@ -195,7 +196,7 @@ pub struct Plan {
 impl Plan {
     /// The stages as a later [`Problem::previous`] wants them.
     pub fn as_previous(&self) -> Vec<PreviousStage> {
-        self.stages.iter().map(|stage| PreviousStage { worker: stage.worker, layers: stage.layers.clone() }).collect()
+        self.stages.iter().map(|stage| PreviousStage { worker: stage.worker, layers: stage.layers }).collect()
     }
 }
 
@@ -253,7 +254,7 @@ pub enum Refusal {
         value: f64,
     },
     /// A pin names layers that the model does not have, or none.
-    #[error("worker {worker:?} is pinned to layers {}..{}, expected a non-empty range within 0..{num_layers}", pinned.start, pinned.end)]
+    #[error("worker {worker:?} is pinned to {}, expected some of the model's {num_layers} layers", in_words(pinned))]
     PinOutOfRange {
         /// Name of the worker.
         worker: String,
@@ -263,7 +264,11 @@ pub enum Refusal {
         num_layers: u32,
     },
     /// Two workers are pinned to one layer.
-    #[error("workers {first:?} (layers {}..{}) and {second:?} (layers {}..{}) are pinned to the same layers", first_pinned.start, first_pinned.end, second_pinned.start, second_pinned.end)]
+    #[error(
+        "workers {first:?} ({}) and {second:?} ({}) are pinned to the same layers",
+        in_words(first_pinned),
+        in_words(second_pinned)
+    )]
     PinsOverlap {
         /// Name of the worker whose pin begins first.
         first: String,
@@ -276,8 +281,8 @@ pub enum Refusal {
     },
     /// The pins leave layers out for which there are too few other workers: one runs a single run of layers.
     #[error(
-        "the workers' pins leave out layers {}: expected a worker without a pin for each of these {} ranges, found {unpinned}",
-        runs(gaps),
+        "the workers' pins leave out {}: expected a worker without a pin for each of these {} ranges, found {unpinned}",
+        gaps.iter().map(in_words).collect::<Vec<_>>().join(", "),
         gaps.len()
     )]
     PinsLeaveGaps {
@@ -287,7 +292,7 @@ pub enum Refusal {
         unpinned: usize,
     },
     /// A pinned range is too large for its worker.
-    #[error("worker {worker:?} is to run layers {}..{}, which need {}; it has {}: {} are missing", pinned.start, pinned.end, Bytes(*needed_bytes), Bytes(*memory_bytes), Bytes(*missing_bytes))]
+    #[error("worker {worker:?} is to run {}, which need {}; it has {}: {} are missing", in_words(pinned), Bytes(*needed_bytes), Bytes(*memory_bytes), Bytes(*missing_bytes))]
     PinDoesNotFit {
         /// Name of the worker.
         worker: String,
@@ -338,17 +343,14 @@ impl Refusal {
     }
 }
 
-/// "3..7, 9..10".
-fn runs(layers: &[Range<u32>]) -> String {
-    let runs: Vec<String> = layers.iter().map(|run| format!("{}..{}", run.start, run.end)).collect();
-    runs.join(", ")
+/// "layers 3–6".
+fn in_words(layers: &Range<u32>) -> String {
+    LayerRange::try_from(layers.clone()).map_or_else(|_empty| "no layers".to_owned(), |layers| layers.to_string())
 }
 
-/// "layers 3..7 (12.0 GiB), 9..10 (3.0 GiB)".
+/// "layers 3–6 (12.0 GiB), layer 9 (3.0 GiB)".
 fn describe_holes(holes: &[Hole]) -> String {
-    let runs: Vec<String> = holes
-        .iter()
-        .map(|hole| format!("{}..{} ({})", hole.layers.start, hole.layers.end, Bytes(hole.bytes)))
-        .collect();
-    format!("layers {}", runs.join(", "))
+    let holes: Vec<String> =
+        holes.iter().map(|hole| format!("{} ({})", in_words(&hole.layers), Bytes(hole.bytes))).collect();
+    holes.join(", ")
 }

@@ -3,6 +3,8 @@
 
 use std::ops::Range;
 
+use grokpipe_proto::ids::LayerRange;
+
 use super::problem::{Hole, LAYERS_MAX, Objective, Plan, PlannedStage, Problem, Refusal, WORKERS_MAX};
 use super::search::{Key, Rules, Segment, Terrain, narrow};
 use super::{ordered, subsets};
@@ -258,7 +260,7 @@ fn value_of(objective: Objective, terrain: &Terrain<'_>, segments: &[Segment]) -
 fn incumbent(problem: &Problem, terrain: &Terrain<'_>) -> Option<Vec<Segment>> {
     let held = |worker| (worker, terrain.costs.kept_layers(worker));
     let mut stages: Vec<(usize, Range<u32>)> = match &problem.previous {
-        Some(previous) => previous.iter().map(|stage| (stage.worker, stage.layers.clone())).collect(),
+        Some(previous) => previous.iter().map(|stage| (stage.worker, stage.layers.iter())).collect(),
         None => (0..problem.workers.len()).map(held).filter(|(_, layers)| !layers.is_empty()).collect(),
     };
     stages.sort_by_key(|(_, layers)| layers.start);
@@ -309,7 +311,7 @@ fn describe(problem: &Problem, terrain: &Terrain<'_>, segments: &[Segment]) -> P
         let (worker, start, end) = (segment.worker?, segment.layers.start, segment.layers.end);
         Some(PlannedStage {
             worker,
-            layers: narrow(&segment.layers),
+            layers: LayerRange::try_from(narrow(&segment.layers)).ok()?,
             weight_bytes: costs.weight_bytes(start, end),
             kv_bytes: costs.kv_bytes(start, end),
             scratch_bytes: costs.scratch_bytes(end),
@@ -323,7 +325,7 @@ fn describe(problem: &Problem, terrain: &Terrain<'_>, segments: &[Segment]) -> P
     let slowest = stages.iter().map(|stage| stage.step_seconds).fold(0.0, f64::max);
     let one_token = stages
         .iter()
-        .map(|stage| costs.step_seconds(stage.worker, stage.layers.start as usize, stage.layers.end as usize, 1));
+        .map(|stage| costs.step_seconds(stage.worker, stage.layers.start() as usize, stage.layers.end() as usize, 1));
     let one_token: f64 = one_token.sum();
     let standby =
         (0..problem.workers.len()).filter(|index| stages.iter().all(|stage| stage.worker != *index)).collect();

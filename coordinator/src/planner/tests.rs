@@ -63,14 +63,14 @@ fn pinned(mut worker: WorkerResources, layers: std::ops::Range<u32>) -> WorkerRe
 
 /// Worker and number of layers of each stage.
 fn shape(plan: &Plan) -> Vec<(usize, usize)> {
-    plan.stages.iter().map(|stage| (stage.worker, stage.layers.len())).collect()
+    plan.stages.iter().map(|stage| (stage.worker, stage.layers.count() as usize)).collect()
 }
 
 /// The problem after its answer was carried out.
 pub(super) fn carried_out(problem: &Problem, plan: &Plan) -> Problem {
     let mut next = problem.clone();
     for stage in &plan.stages {
-        next.workers[stage.worker].held_layers = Some(stage.layers.clone());
+        next.workers[stage.worker].held_layers = Some(stage.layers.iter());
     }
     next
 }
@@ -98,7 +98,7 @@ fn all_of_nearly_equal_workers_are_used() {
 #[test]
 fn a_faster_worker_gets_more_layers_and_a_hopeless_one_none() {
     let found = plan(&grok(vec![worker("slow", 400, 50.0), worker("fast", 400, 150.0)])).unwrap();
-    let layers_of = |index| found.stages.iter().find(|stage| stage.worker == index).unwrap().layers.len();
+    let layers_of = |index| found.stages.iter().find(|stage| stage.worker == index).unwrap().layers.count();
     assert!(layers_of(1) > 2 * layers_of(0), "{:?}", shape(&found));
     let with_snail = plan(&grok(vec![worker("snail", 400, 0.5), worker("fast", 400, 150.0)])).unwrap();
     assert_eq!((shape(&with_snail), with_snail.standby), (vec![(1, 64)], vec![0]));
@@ -110,7 +110,7 @@ fn latency_takes_the_fastest_workers_only() {
     problem.objective = Objective::Latency;
     let found = plan(&problem).unwrap();
     assert_eq!(found.standby, [0]);
-    let layers_of = |index| found.stages.iter().find(|stage| stage.worker == index).unwrap().layers.len();
+    let layers_of = |index| found.stages.iter().find(|stage| stage.worker == index).unwrap().layers.count();
     assert!(layers_of(1) > layers_of(2), "{:?}", shape(&found));
 }
 
@@ -120,15 +120,15 @@ fn a_plan_accounts_for_every_byte_and_second() {
     let plan = plan(&problem).unwrap();
     let [first, last] = plan.stages.as_slice() else { panic!("{plan:?}") };
     let layer_bytes = ATTENTION_BYTES + EXPERT_BYTES;
-    assert_eq!(first.weight_bytes, layer_bytes * first.layers.len() as u64);
-    assert_eq!(last.weight_bytes, layer_bytes * last.layers.len() as u64 + problem.head.weight_bytes);
-    assert_eq!(first.kv_bytes, 8192 * 16_384 * first.layers.len() as u64);
+    assert_eq!(first.weight_bytes, layer_bytes * u64::from(first.layers.count()));
+    assert_eq!(last.weight_bytes, layer_bytes * u64::from(last.layers.count()) + problem.head.weight_bytes);
+    assert_eq!(first.kv_bytes, 8192 * 16_384 * u64::from(first.layers.count()));
     assert_eq!((first.scratch_bytes, last.scratch_bytes), (GIB / 4, GIB / 4 + GIB / 16));
     assert_eq!((first.host_bytes, last.host_bytes), (problem.embedding_bytes, 0));
     assert_eq!(first.memory_bytes, first.weight_bytes + first.kv_bytes + first.scratch_bytes);
-    assert_eq!((first.layers_to_load, last.layers_to_load), (first.layers.len() as u32, last.layers.len() as u32));
+    assert_eq!((first.layers_to_load, last.layers_to_load), (first.layers.count(), last.layers.count()));
     // One token touches two of eight experts.
-    let read_bytes = first.layers.len() as f64 * (ATTENTION_BYTES as f64 + EXPERT_BYTES as f64 / 4.0);
+    let read_bytes = f64::from(first.layers.count()) * (ATTENTION_BYTES as f64 + EXPERT_BYTES as f64 / 4.0);
     let expected = read_bytes / 100e9 + 1e-4 + 24_576.0 / 1e9;
     assert!((first.step_seconds / expected - 1.0).abs() < 1e-11, "{} {expected}", first.step_seconds);
     let slowest = first.step_seconds.max(last.step_seconds);
@@ -220,7 +220,7 @@ fn a_worker_that_is_fast_in_the_models_format_gets_more_layers() {
     let mut problem = grok(vec![worker("plain", 400, 100.0), worker("tuned", 400, 100.0)]);
     problem.workers[1].rates.insert(INT8.into(), rate(300e9, 1e12));
     let found = plan(&problem).unwrap();
-    let layers_of = |index| found.stages.iter().find(|stage| stage.worker == index).unwrap().layers.len();
+    let layers_of = |index| found.stages.iter().find(|stage| stage.worker == index).unwrap().layers.count();
     assert!(layers_of(1) > 2 * layers_of(0), "{:?}", shape(&found));
     // The rate of a format that no layer has changes nothing.
     let mut other = grok(vec![worker("plain", 400, 100.0), worker("tuned", 400, 100.0)]);
@@ -235,7 +235,7 @@ fn pins_are_kept_and_the_rest_is_planned_around_them() {
     let problem = grok(vec![free.clone(), pinned(worker("p", 100, 10.0), 10..20), worker("other", 400, 100.0)]);
     let found = plan(&problem).unwrap();
     let middle = found.stages.iter().find(|stage| stage.worker == 1).unwrap();
-    assert_eq!((middle.layers.clone(), found.stages.len()), (10..20, 3));
+    assert_eq!((middle.layers.iter(), found.stages.len()), (10..20, 3));
     let all_pinned = vec![pinned(free.clone(), 32..64), pinned(free, 0..32)];
     assert_eq!(shape(&plan(&grok(all_pinned)).unwrap()), [(1, 32), (0, 32)]);
 }
@@ -280,24 +280,24 @@ fn bad_problems_are_refused_in_words() {
         (with(|problem| problem.num_experts = 0), "as num_experts, found 0"),
         (
             grok(vec![pinned(worker("a", 400, 1.0), 60..65)]),
-            "pinned to layers 60..65, expected a non-empty range within 0..64",
+            "pinned to layers 60–64, expected some of the model's 64 layers",
         ),
-        (grok(vec![pinned(worker("a", 400, 1.0), 5..5)]), "pinned to layers 5..5, expected"),
+        (grok(vec![pinned(worker("a", 400, 1.0), 5..5)]), "pinned to no layers, expected"),
         (
             grok(vec![pinned(worker("a", 400, 1.0), 8..20), pinned(worker("b", 400, 1.0), 0..9)]),
-            "workers \"b\" (layers 0..9) and \"a\" (layers 8..20) are pinned to the same layers",
+            "workers \"b\" (layers 0–8) and \"a\" (layers 8–19) are pinned to the same layers",
         ),
         (
             grok(vec![pinned(worker("a", 1, 1.0), 0..1)]),
-            "\"a\" is to run layers 0..1, which need 5.0 GiB; it has 1.0 GiB: 4.0 GiB are missing",
+            "\"a\" is to run layer 0, which need 5.0 GiB; it has 1.0 GiB: 4.0 GiB are missing",
         ),
         (
             grok(vec![pinned(one()[0].clone(), 0..63)]),
-            "leave out layers 63..64: expected a worker without a pin for each of these 1 ranges, found 0",
+            "leave out layer 63: expected a worker without a pin for each of these 1 ranges, found 0",
         ),
         (
             grok(vec![pinned(worker("a", 400, 1.0), 8..20), worker("b", 400, 1.0)]),
-            "leave out layers 0..8, 20..64: expected a worker without a pin for each of these 2 ranges, found 1",
+            "leave out layers 0–7, layers 20–63: expected a worker without a pin for each of these 2 ranges, found 1",
         ),
     ];
     for (problem, expected) in cases {
@@ -320,7 +320,7 @@ fn too_little_memory_says_how_much_is_missing_and_where() {
     assert_eq!((*needed_bytes, *memory_bytes), (64 * layer + problem.head.weight_bytes, 3 * 86 * GIB));
     assert_eq!((*workers, refusal.largest_hole()), (3, holes.first()));
     let text = refusal.to_string();
-    assert!(text.contains(" GiB are missing: no worker has room for layers 54..64 ("), "{text}");
+    assert!(text.contains(" GiB are missing: no worker has room for layers 54–63 ("), "{text}");
     assert!(text.ends_with("3 workers have 258.0 GiB"), "{text}");
 }
 
@@ -344,7 +344,7 @@ fn a_standby_takes_over_the_lost_stage_and_nobody_else_moves() {
     problem.workers[lost.worker] = worker("spare", 90, 100.0);
     let after = plan(&problem).unwrap();
     let moved: u32 = after.stages.iter().map(|stage| stage.layers_to_load).sum();
-    assert_eq!(moved as usize, lost.layers.len());
+    assert_eq!(moved, lost.layers.count());
     assert_eq!(after.as_previous(), before.as_previous());
 }
 
@@ -376,7 +376,7 @@ fn twelve_workers_and_64_layers_are_solved_without_trying_every_plan() {
             }
             let solved = plan(&problem).unwrap();
             assert_eq!(
-                solved.stages.iter().map(|stage| stage.layers.len()).sum::<usize>(),
+                solved.stages.iter().map(|stage| stage.layers.count()).sum::<u32>(),
                 64,
                 "{objective:?}, held {held}"
             );

@@ -2,7 +2,9 @@
 //!
 //! Reasons are kept in full, for logs ([`RequestError::in_full`]). What a client must not see is taken out where it is told.
 
-use std::{ops::Range, time::Duration};
+use std::time::Duration;
+
+use grokpipe_proto::ids::LayerRange;
 
 use super::Field;
 
@@ -64,12 +66,12 @@ pub enum RequestError {
     #[error("{0}")]
     NotServing(String),
     /// A worker died while the request ran.
-    #[error("worker {worker} with layers {}..{} was lost: {reason}", layers.start, layers.end)]
+    #[error("worker {worker} with {layers} was lost: {reason}")]
     WorkerLost {
         /// Which worker.
         worker: String,
         /// Its layers.
-        layers: Range<u32>,
+        layers: LayerRange,
         /// How that was noticed.
         reason: String,
     },
