@@ -17,6 +17,7 @@ use grokpipe_coordinator::{Coordinator, CoordinatorError, Settings as Coordinato
 use grokpipe_model::{ModelConfig, tokenizer::Tokenizer};
 use grokpipe_proto::{
     PROTOCOL_VERSIONS, hidden_states,
+    ids::PlanEpoch,
     link_token::{LinkKey, LinkToken},
     secret::Secret,
     snapshot::{ClusterSnapshot, NodeStats, SnapshotEvent, SnapshotMemory},
@@ -617,7 +618,7 @@ async fn frames(live: &Live, table: &mut Table) {
         ),
     ];
     for (name, (stage, frame), reason, words) in cases {
-        let token = link_key().frames(epoch, stage);
+        let token = link_key().frames(PlanEpoch(epoch), stage);
         let found = soon(refusal(&live.node(stage).await, &secret(), Some(&token), Some(frame))).await;
         let outcome = match found {
             Ok((found, message)) if found == reason && words.iter().all(|word| message.contains(word)) => Ok(()),
@@ -626,7 +627,7 @@ async fn frames(live: &Live, table: &mut Table) {
         table.note(format!("frame: {name}"), outcome);
     }
     let address = live.node(0).await;
-    let found = soon(refusal(&address, &secret(), Some(&link_key().frames(epoch, 0)), None)).await;
+    let found = soon(refusal(&address, &secret(), Some(&link_key().frames(PlanEpoch(epoch), 0)), None)).await;
     table.note("frame: none in the request", refused(found, Code::InvalidArgument, &["expected a frame"]));
 }
 
@@ -653,7 +654,7 @@ async fn results(live: &Live, table: &mut Table) {
         let (sender, stream) = mpsc::channel(1);
         sender.try_send(DeliverRequest { result }).expect("room");
         drop(sender);
-        let request = link_key().results(epoch).present(ReceiverStream::new(stream));
+        let request = link_key().results(PlanEpoch(epoch)).present(ReceiverStream::new(stream));
         let mut answers = soon(client.deliver(request)).await.expect("a stream").into_inner();
         // The answer stream ends when the coordinator has taken what came.
         let ended = soon(answers.message()).await;
@@ -670,10 +671,10 @@ async fn tokens(live: &Live, table: &mut Table) {
     let key = link_key();
     let others = [
         ("none", None),
-        ("of another stage", Some(key.frames(epoch, 2))),
-        ("of the epoch before", Some(key.frames(epoch - 1, 1))),
-        ("of another coordinator", Some(LinkKey::new([8; 32]).frames(epoch, 1))),
-        ("of another use", Some(key.results(epoch - 1))),
+        ("of another stage", Some(key.frames(PlanEpoch(epoch), 2))),
+        ("of the epoch before", Some(key.frames(PlanEpoch(epoch - 1), 1))),
+        ("of another coordinator", Some(LinkKey::new([8; 32]).frames(PlanEpoch(epoch), 1))),
+        ("of another use", Some(key.results(PlanEpoch(epoch - 1)))),
     ];
     for (name, token) in others {
         let frame = Frame { plan_epoch: epoch, sender_generation: 11, ..Frame::default() };

@@ -12,6 +12,7 @@ use std::{
 
 use grokpipe_proto::{
     LOST_AFTER,
+    ids::PlanEpoch,
     link::{Link, LinkEvent, LinkSettings},
     secret::Secret,
     transport::{self, ConnectionLimits, Keepalive, Net},
@@ -240,7 +241,7 @@ fn a_link_to_a_stage_that_has_left_the_epoch_is_lost_when_nobody_says_why() {
             let listening = net.bind(format!("0.0.0.0:{GRPC_PORT}")).await?;
             // No stage is at work here.
             let active = ActiveStage::default();
-            active.expect(7, link_key().frames(7, 1));
+            active.expect(7, link_key().frames(PlanEpoch(7), 1));
             let pipeline = Pipeline { worker: "w2".into(), active, max_answers: 4, shutdown: CancellationToken::new() };
             let served = transport::server(Keepalive::Cluster)
                 .add_service(PipelineServiceServer::new(pipeline))
@@ -253,7 +254,7 @@ fn a_link_to_a_stage_that_has_left_the_epoch_is_lost_when_nobody_says_why() {
                 address: address("w2", GRPC_PORT),
                 worker: "w2".into(),
                 secret: secret(),
-                token: link_key().frames(7, 1),
+                token: link_key().frames(PlanEpoch(7), 1),
                 max_frame_bytes: 1 << 20,
                 max_in_flight: 2,
             };

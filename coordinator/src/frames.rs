@@ -1,11 +1,19 @@
 //! A scheduler's micro-batch as the frame that enters the pipeline. Pure.
 
-use grokpipe_proto::v1::{self, Frame, SequenceOpen, SequenceSlice, WantedLogits};
+use grokpipe_proto::{
+    ids::{Generation, PlanEpoch},
+    v1::{self, Frame, SequenceOpen, SequenceSlice, WantedLogits},
+};
 
 use crate::{request::Sampling, scheduler::MicroBatch};
 
 /// The frame of a micro-batch; `sampling` tells of each slice how its sequence's tokens are drawn, if it opens one.
-pub fn frame_of(plan_epoch: u64, sender_generation: u64, batch: &MicroBatch, sampling: &[Option<Sampling>]) -> Frame {
+pub fn frame_of(
+    plan_epoch: PlanEpoch,
+    sender_generation: Generation,
+    batch: &MicroBatch,
+    sampling: &[Option<Sampling>],
+) -> Frame {
     let sequences = batch.slices.iter().enumerate().map(|(index, slice)| {
         let last = slice.first_position + slice.token_ids.len() as u32 - 1;
         let draw = slice.wants_token.then(|| WantedLogits { position: last, draw: true, target_ids: Vec::new() });
@@ -15,7 +23,7 @@ pub fn frame_of(plan_epoch: u64, sender_generation: u64, batch: &MicroBatch, sam
             token_counts: Vec::new(),
         });
         SequenceSlice {
-            sequence_id: slice.sequence,
+            sequence_id: slice.sequence.into(),
             first_position: slice.first_position,
             token_ids: slice.token_ids.clone(),
             new_blocks: slice.new_blocks.clone(),
@@ -25,13 +33,13 @@ pub fn frame_of(plan_epoch: u64, sender_generation: u64, batch: &MicroBatch, sam
         }
     });
     Frame {
-        plan_epoch,
-        sender_generation,
-        micro_batch_id: batch.id,
+        plan_epoch: plan_epoch.into(),
+        sender_generation: sender_generation.into(),
+        micro_batch_id: batch.id.into(),
         sequences: sequences.collect(),
         hidden_states: None,
         timings: Vec::new(),
-        closed_sequences: batch.closed.clone(),
+        closed_sequences: batch.closed.iter().map(|id| id.0).collect(),
     }
 }
 

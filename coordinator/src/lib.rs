@@ -292,7 +292,7 @@ fn engine(
     let cluster = Cluster::new(
         ClusterSettings {
             name: settings.name.clone(),
-            generation: settings.generation,
+            generation: settings.generation.into(),
             expected: settings.expected.clone(),
             replan_after: settings.replan_after,
             wishes: PlanWishes {
@@ -326,7 +326,7 @@ fn engine(
         secret: settings.secret.clone(),
         max_frame_bytes: max_frame_bytes(settings.max_batch_tokens, facts.config.hidden_size),
         max_frames_in_flight: MAX_FRAMES_IN_FLIGHT,
-        generation: settings.generation,
+        generation: settings.generation.into(),
     };
     let open_pipeline =
         move |first, events, stop| pipeline::open(Arc::clone(&net), pipeline.clone(), first, events, stop);

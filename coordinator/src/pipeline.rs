@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use grokpipe_proto::{
+    ids::{Generation, MicroBatchId, PlanEpoch},
     link::{Link, LinkEvent, LinkSettings},
     link_token::LinkToken,
     secret::Secret,
@@ -25,14 +26,14 @@ pub struct PipelineSettings {
     /// Most unanswered frames.
     pub max_frames_in_flight: usize,
     /// Generation of the coordinator.
-    pub generation: u64,
+    pub generation: Generation,
 }
 
 /// The first stage of an epoch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FirstStage {
     /// The plan epoch.
-    pub epoch: u64,
+    pub epoch: PlanEpoch,
     /// Where it is.
     pub address: String,
     /// Its worker, for messages.
@@ -49,7 +50,7 @@ pub enum PipelineEvent {
     /// A micro-batch was refused for good; the link goes on.
     Refused {
         /// Which one.
-        micro_batch_id: u64,
+        micro_batch_id: MicroBatchId,
         /// Who refused.
         worker: String,
         /// Why.
@@ -66,7 +67,7 @@ pub enum PipelineEvent {
 #[derive(Debug)]
 pub struct Told {
     /// The plan epoch.
-    pub epoch: u64,
+    pub epoch: PlanEpoch,
     /// What.
     pub event: PipelineEvent,
 }
@@ -148,8 +149,8 @@ pub fn open<E: From<Told> + Send + 'static>(
 async fn pass_on(
     link: Link,
     mut queue: mpsc::Receiver<Outgoing>,
-    epoch: u64,
-    generation: u64,
+    epoch: PlanEpoch,
+    generation: Generation,
     stop: CancellationToken,
 ) {
     loop {

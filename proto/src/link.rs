@@ -23,6 +23,7 @@ use tracing::{debug, warn};
 
 use crate::{
     LOST_AFTER,
+    ids::MicroBatchId,
     link_token::LinkToken,
     secret::Secret,
     transport::{self, ConnectError, Keepalive, Net},
@@ -58,7 +59,7 @@ pub enum LinkEvent {
     /// The next stage will not compute this frame; the link goes on. A frame of an ended epoch is not among them.
     FrameFailed {
         /// Which micro-batch.
-        micro_batch_id: u64,
+        micro_batch_id: MicroBatchId,
         /// The worker that refused.
         worker: String,
         /// Who refused, and why.
@@ -175,7 +176,7 @@ struct Unanswered {
 
 struct LinkTask {
     worker: String,
-    unanswered: HashMap<u64, Unanswered>,
+    unanswered: HashMap<MicroBatchId, Unanswered>,
     /// When the next stage first said that it has left this epoch.
     left: Option<Instant>,
     max_in_flight: usize,
@@ -222,7 +223,7 @@ impl LinkTask {
     /// Puts a frame on the wire; `Some` says how the link was lost.
     async fn transmit(&mut self, frame: Frame, resends: u32) -> Option<String> {
         let kept = Unanswered { frame: frame.clone(), sent: Instant::now(), resends };
-        self.unanswered.insert(frame.micro_batch_id, kept);
+        self.unanswered.insert(frame.micro_batch_id.into(), kept);
         let sent = self.wire.send(RunRequest { frame: Some(frame) }).await;
         sent.is_err().then(|| "the stream was closed".to_owned())
     }
@@ -238,7 +239,7 @@ impl LinkTask {
     }
 
     fn acknowledged(&mut self, ack: FrameAck) {
-        let Some(kept) = self.unanswered.remove(&ack.micro_batch_id) else {
+        let Some(kept) = self.unanswered.remove(&ack.micro_batch_id.into()) else {
             debug!(micro_batch = ack.micro_batch_id, worker = self.worker, "acknowledgement of an unknown frame");
             return;
         };
@@ -248,7 +249,7 @@ impl LinkTask {
     }
 
     async fn refused(&mut self, refusal: FrameRefusal) -> Option<String> {
-        let kept = self.unanswered.remove(&refusal.micro_batch_id)?;
+        let kept = self.unanswered.remove(&refusal.micro_batch_id.into())?;
         let reason = RefusalReason::try_from(refusal.reason).unwrap_or(RefusalReason::Unspecified);
         if reason == RefusalReason::Checksum && kept.resends < RESENDS {
             warn!(micro_batch = refusal.micro_batch_id, worker = self.worker, "frame damaged on the way, sent again");
@@ -268,7 +269,7 @@ impl LinkTask {
         }
         let message = format!("worker {} refused a frame: {}", self.worker, refusal.message);
         let worker = self.worker.clone();
-        let event = LinkEvent::FrameFailed { micro_batch_id: refusal.micro_batch_id, worker, message };
+        let event = LinkEvent::FrameFailed { micro_batch_id: refusal.micro_batch_id.into(), worker, message };
         self.events.send(event).await.is_err().then(|| "nobody listens to this link".to_owned())
     }
 }

@@ -13,7 +13,7 @@ use tonic::{
     metadata::{MetadataMap, MetadataValue},
 };
 
-use crate::secret::is_equal;
+use crate::{ids::PlanEpoch, secret::is_equal};
 
 const HEADER: &str = "grokpipe-link-bin";
 const TOKEN_BYTES: usize = 32;
@@ -33,20 +33,20 @@ impl LinkKey {
     }
 
     /// For frames into stage `stage` (from 0) of a plan epoch.
-    pub fn frames(&self, plan_epoch: u64, stage: usize) -> LinkToken {
+    pub fn frames(&self, plan_epoch: PlanEpoch, stage: usize) -> LinkToken {
         self.token("frames", plan_epoch, stage as u64)
     }
 
     /// For results of a plan epoch.
-    pub fn results(&self, plan_epoch: u64) -> LinkToken {
+    pub fn results(&self, plan_epoch: PlanEpoch) -> LinkToken {
         self.token("results", plan_epoch, 0)
     }
 
-    fn token(&self, use_of_it: &str, plan_epoch: u64, stage: u64) -> LinkToken {
+    fn token(&self, use_of_it: &str, plan_epoch: PlanEpoch, stage: u64) -> LinkToken {
         let mut hash = Sha256::new();
         // Every part but the last has a length of its own, so that no two uses hash the same bytes.
         hash.update(self.0);
-        hash.update(plan_epoch.to_le_bytes());
+        hash.update(plan_epoch.0.to_le_bytes());
         hash.update(stage.to_le_bytes());
         hash.update(use_of_it);
         LinkToken(hash.finalize().into())
@@ -116,7 +116,7 @@ mod tests {
         let keys = [LinkKey::new([1; 32]), LinkKey::new([2; 32])];
         let mut tokens = HashSet::new();
         for key in &keys {
-            for epoch in [0, 1, 2, u64::MAX] {
+            for epoch in [0, 1, 2, u64::MAX].map(PlanEpoch) {
                 assert!(tokens.insert(key.results(epoch).to_wire()));
                 for stage in 0..4 {
                     assert!(tokens.insert(key.frames(epoch, stage).to_wire()));
@@ -129,9 +129,14 @@ mod tests {
     #[test]
     fn only_the_wanted_token_is_accepted() {
         let key = LinkKey::new([7; 32]);
-        let wanted = key.frames(3, 1);
+        let wanted = key.frames(PlanEpoch(3), 1);
         assert!(wanted.is_presented(wanted.present(()).metadata()));
-        for other in [key.frames(2, 1), key.frames(3, 0), key.results(3), LinkKey::new([8; 32]).frames(3, 1)] {
+        for other in [
+            key.frames(PlanEpoch(2), 1),
+            key.frames(PlanEpoch(3), 0),
+            key.results(PlanEpoch(3)),
+            LinkKey::new([8; 32]).frames(PlanEpoch(3), 1),
+        ] {
             assert!(!wanted.is_presented(other.present(()).metadata()));
         }
         assert!(!wanted.is_presented(Request::new(()).metadata()));
@@ -147,7 +152,7 @@ mod tests {
     #[test]
     fn keys_and_tokens_are_not_printed() {
         let key = LinkKey::new([7; 32]);
-        assert_eq!(format!("{key:?} {:?}", key.results(1)), "LinkKey LinkToken");
-        assert!(format!("{:?}", key.results(1).present(()).metadata()).contains("Sensitive"));
+        assert_eq!(format!("{key:?} {:?}", key.results(PlanEpoch(1))), "LinkKey LinkToken");
+        assert!(format!("{:?}", key.results(PlanEpoch(1)).present(()).metadata()).contains("Sensitive"));
     }
 }

@@ -462,6 +462,7 @@ impl Controller {
         loop {
             match events.recv().await {
                 Some(LinkEvent::FrameFailed { micro_batch_id, worker, message }) => {
+                    let micro_batch_id = micro_batch_id.into();
                     let message = bounds::cut(message, bounds::REASON);
                     let failed = FrameFailed { plan_epoch, coordinator_generation, micro_batch_id, worker, message };
                     self.report(Message::FrameFailed(failed)).await;

@@ -69,7 +69,7 @@ impl ClusterService for Cluster {
         });
         Ok(Response::new(GetPlanResponse {
             stages: stages.collect(),
-            plan_epoch: view.epoch,
+            plan_epoch: view.epoch.into(),
             predicted_tokens_per_second: view.plan.predicted_tokens_per_second,
             predicted_stream_tokens_per_second: view.plan.predicted_stream_tokens_per_second,
             standby: view.standby,

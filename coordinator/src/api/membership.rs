@@ -10,8 +10,9 @@ use std::{
 };
 
 use futures_util::Stream;
-use grokpipe_proto::v1::{
-    Hello, JoinRequest, JoinResponse, join_request, membership_service_server::MembershipService,
+use grokpipe_proto::{
+    ids::Generation,
+    v1::{Hello, JoinRequest, JoinResponse, join_request, membership_service_server::MembershipService},
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -52,7 +53,7 @@ impl MembershipService for Membership {
     async fn join(&self, request: Request<Streaming<JoinRequest>>) -> Result<Response<Self::JoinStream>, Status> {
         let mut messages = request.into_inner();
         let hello = hello(&mut messages).await?;
-        let (name, generation, member) = (hello.name.clone(), hello.generation, Member::of(&hello));
+        let (name, generation, member) = (hello.name.clone(), hello.generation.into(), Member::of(&hello));
         let connection = self.connections.fetch_add(1, Ordering::Relaxed);
         let (outbox, outgoing) = mpsc::channel(OUTBOX);
         let (reply, answer) = oneshot::channel();
@@ -98,7 +99,7 @@ struct Worker {
     desk: Desk,
     connection: u64,
     name: String,
-    generation: u64,
+    generation: Generation,
     outbox: mpsc::Sender<Result<JoinResponse, Status>>,
     gated: mpsc::Receiver<Order>,
 }

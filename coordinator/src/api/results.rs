@@ -38,7 +38,7 @@ impl ResultService for Results {
         request: Request<Streaming<DeliverRequest>>,
     ) -> Result<Response<Self::DeliverStream>, Status> {
         let plan_epoch = self.engine.snapshot().borrow().plan.as_ref().map(|plan| plan.epoch);
-        let is_last_stage = |epoch: &u64| self.link_key.results(*epoch).is_presented(request.metadata());
+        let is_last_stage = |epoch: &u64| self.link_key.results((*epoch).into()).is_presented(request.metadata());
         let Some(plan_epoch) = plan_epoch.filter(is_last_stage) else { return Err(link_token::refused()) };
         let mut results = request.into_inner();
         let (answers, outgoing) = mpsc::channel(1);

@@ -21,7 +21,7 @@ impl From<v1::Hello> for Hello {
         };
         Self {
             name: hello.name,
-            generation: hello.generation,
+            generation: hello.generation.into(),
             version_min: hello.version_min,
             version_max: hello.version_max,
             device: hello.device,
@@ -57,14 +57,14 @@ pub(super) fn report(message: v1::join_request::Message) -> Option<Report> {
             stats: beat.stats.unwrap_or_default().plausible(),
         }),
         Message::LoadProgress(progress) => Report::LoadProgress(LoadProgress {
-            plan_epoch: progress.plan_epoch,
-            coordinator_generation: progress.coordinator_generation,
+            plan_epoch: progress.plan_epoch.into(),
+            coordinator_generation: progress.coordinator_generation.into(),
             bytes: progress.bytes,
             bytes_total: progress.bytes_total,
         }),
         Message::StageReady(ready) => Report::StageReady(StageReady {
-            plan_epoch: ready.plan_epoch,
-            coordinator_generation: ready.coordinator_generation,
+            plan_epoch: ready.plan_epoch.into(),
+            coordinator_generation: ready.coordinator_generation.into(),
             contents: ready
                 .contents
                 .into_iter()
@@ -72,22 +72,22 @@ pub(super) fn report(message: v1::join_request::Message) -> Option<Report> {
                 .collect(),
         }),
         Message::StageFailed(failed) => Report::StageFailed(StageFailed {
-            plan_epoch: failed.plan_epoch,
-            coordinator_generation: failed.coordinator_generation,
+            plan_epoch: failed.plan_epoch.into(),
+            coordinator_generation: failed.coordinator_generation.into(),
             message: bounds::cut(failed.message, bounds::REASON),
             retryable: failed.retryable,
             lost_peer: bounds::cut(failed.lost_peer, bounds::NAME),
         }),
         Message::StageBlocked(blocked) => Report::StageBlocked(StageBlocked {
-            plan_epoch: blocked.plan_epoch,
-            coordinator_generation: blocked.coordinator_generation,
+            plan_epoch: blocked.plan_epoch.into(),
+            coordinator_generation: blocked.coordinator_generation.into(),
             peer: bounds::cut(blocked.peer, bounds::NAME),
             reason: bounds::cut(blocked.reason, bounds::REASON),
         }),
         Message::FrameFailed(failed) => Report::FrameFailed(FrameFailed {
-            plan_epoch: failed.plan_epoch,
-            coordinator_generation: failed.coordinator_generation,
-            micro_batch_id: failed.micro_batch_id,
+            plan_epoch: failed.plan_epoch.into(),
+            coordinator_generation: failed.coordinator_generation.into(),
+            micro_batch_id: failed.micro_batch_id.into(),
             message: bounds::cut(failed.message, bounds::REASON),
             worker: bounds::cut(failed.worker, bounds::NAME),
         }),
@@ -99,7 +99,8 @@ pub(super) fn report(message: v1::join_request::Message) -> Option<Report> {
 /// A welcome, as a message for the worker.
 pub(super) fn welcome(welcome: Welcome) -> v1::JoinResponse {
     let Welcome { version, cluster, coordinator_generation, heartbeat_interval_ms } = welcome;
-    let welcome = v1::Welcome { version, cluster, coordinator_generation, heartbeat_interval_ms };
+    let welcome =
+        v1::Welcome { version, cluster, coordinator_generation: coordinator_generation.into(), heartbeat_interval_ms };
     v1::JoinResponse { message: Some(v1::join_response::Message::Welcome(welcome)) }
 }
 
@@ -108,21 +109,21 @@ pub(super) fn order(order: Order) -> v1::JoinResponse {
     use v1::join_response::Message;
     let message = match order {
         Order::Assign(assignment) => Message::Assignment(assigned(assignment)),
-        Order::Release { plan_epoch } => Message::Release(v1::Release { plan_epoch }),
+        Order::Release { plan_epoch } => Message::Release(v1::Release { plan_epoch: plan_epoch.into() }),
     };
     v1::JoinResponse { message: Some(message) }
 }
 
 fn assigned(assignment: Assignment) -> v1::Assignment {
     v1::Assignment {
-        plan_epoch: assignment.plan_epoch,
+        plan_epoch: assignment.plan_epoch.into(),
         layer_start: assignment.layer_start,
         layer_end: assignment.layer_end,
         model_digest: assignment.model_digest,
         model_name: assignment.model_name,
         next_address: assignment.next_address,
         next_worker: assignment.next_worker,
-        previous_generation: assignment.previous_generation,
+        previous_generation: assignment.previous_generation.into(),
         kv_blocks: assignment.kv_blocks,
         kv_block_tokens: KV_BLOCK_TOKENS,
         max_batch_tokens: assignment.max_batch_tokens,
@@ -130,14 +131,14 @@ fn assigned(assignment: Assignment) -> v1::Assignment {
         activation_dtype: v1::ActivationDtype::F32 as i32,
         link_token: assignment.link_token.to_wire(),
         next_token: assignment.next_token.to_wire(),
-        coordinator_generation: assignment.coordinator_generation,
+        coordinator_generation: assignment.coordinator_generation.into(),
     }
 }
 
 /// A result of the last stage.
 pub(super) fn result(result: v1::MicroBatchResult) -> BatchResult {
     let token = |token: v1::DrawnToken| DrawnToken {
-        sequence: token.sequence_id,
+        sequence: token.sequence_id.into(),
         token_id: token.token_id,
         logprob: token.logprob,
     };
@@ -149,9 +150,9 @@ pub(super) fn result(result: v1::MicroBatchResult) -> BatchResult {
         compute_us: timing.compute_us,
     };
     BatchResult {
-        plan_epoch: result.plan_epoch,
-        sender_generation: result.sender_generation,
-        micro_batch_id: result.micro_batch_id,
+        plan_epoch: result.plan_epoch.into(),
+        sender_generation: result.sender_generation.into(),
+        micro_batch_id: result.micro_batch_id.into(),
         tokens: result.tokens.into_iter().map(token).collect(),
         timings: result.timings.into_iter().map(timing).collect(),
     }

@@ -7,7 +7,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use grokpipe_model::contents::{Part, Sum};
-use grokpipe_proto::ids::LayerRange;
+use grokpipe_proto::ids::{Generation, LayerRange};
 
 use super::{
     Cluster, Until,
@@ -93,7 +93,7 @@ impl Contents {
 
 impl Cluster {
     /// Holds what a worker loaded to what others did. `false` when that worker is not trusted and has lost its stage.
-    pub fn check_contents(&mut self, now: Duration, name: &str, generation: u64, ready: &StageReady) -> bool {
+    pub fn check_contents(&mut self, now: Duration, name: &str, generation: Generation, ready: &StageReady) -> bool {
         let current = self.is_current(ready.plan_epoch, ready.coordinator_generation);
         if !current || !self.runs_stage(name) || self.present(name, generation).is_none() {
             return true;

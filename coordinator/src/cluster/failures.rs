@@ -6,7 +6,10 @@
 
 use std::time::Duration;
 
-use grokpipe_proto::HEARTBEAT_INTERVAL;
+use grokpipe_proto::{
+    HEARTBEAT_INTERVAL,
+    ids::{Generation, PlanEpoch},
+};
 
 use super::{
     Cluster, Command, RETRY, Until,
@@ -27,7 +30,7 @@ const LOST_FRAME_AFTER: Duration = Duration::from_secs(120);
 
 impl Cluster {
     /// A stage could not be made ready, or broke.
-    pub fn stage_failed(&mut self, now: Duration, name: &str, generation: u64, failed: &StageFailed) {
+    pub fn stage_failed(&mut self, now: Duration, name: &str, generation: Generation, failed: &StageFailed) {
         let current = self.is_current(failed.plan_epoch, failed.coordinator_generation);
         let Some(node) = self.present(name, generation) else { return };
         node.last_heard = now;
@@ -51,7 +54,7 @@ impl Cluster {
     }
 
     /// A stage has its layers but cannot reach the next one. It goes on trying.
-    pub fn stage_blocked(&mut self, now: Duration, name: &str, generation: u64, blocked: &StageBlocked) {
+    pub fn stage_blocked(&mut self, now: Duration, name: &str, generation: Generation, blocked: &StageBlocked) {
         let current = self.is_current(blocked.plan_epoch, blocked.coordinator_generation);
         let Some(node) = self.present(name, generation) else { return };
         node.last_heard = now;
@@ -70,7 +73,7 @@ impl Cluster {
 
     /// The link to the first stage broke, or could not be opened, or the pipeline is stuck. The first stage is blamed unless
     /// somebody else is.
-    pub fn pipeline_failed(&mut self, now: Duration, epoch: u64, culprit: Option<&str>, reason: &str) {
+    pub fn pipeline_failed(&mut self, now: Duration, epoch: PlanEpoch, culprit: Option<&str>, reason: &str) {
         if epoch != self.epoch {
             return;
         }

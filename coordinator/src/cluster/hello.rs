@@ -3,7 +3,7 @@
 use grokpipe_proto::{
     address::Address,
     bounds,
-    ids::{BadName, WorkerName},
+    ids::{BadName, Generation, WorkerName},
 };
 
 use super::{JoinRefusal, messages::Hello};
@@ -16,7 +16,7 @@ pub(super) fn check_hello(hello: &Hello) -> Result<(), JoinRefusal> {
     if let Err(BadName { found }) = hello.name.parse::<WorkerName>() {
         return invalid("name", WorkerName::EXPECTED, format!("{found:?}"));
     }
-    if hello.generation == 0 {
+    if hello.generation == Generation::default() {
         return invalid("generation", "a positive number", "0".into());
     }
     if !(hello.read_bandwidth.is_finite() && hello.read_bandwidth > 0.0) {

@@ -1,7 +1,11 @@
 //! What workers and coordinator tell each other, in no protocol's words. `api/wire.rs` translates.
 
 use bytes::Bytes;
-use grokpipe_proto::{link_token::LinkToken, snapshot::NodeStats};
+use grokpipe_proto::{
+    ids::{Generation, MicroBatchId, PlanEpoch, SequenceId},
+    link_token::LinkToken,
+    snapshot::NodeStats,
+};
 
 /// What a worker says of itself when it joins.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -9,7 +13,7 @@ pub struct Hello {
     /// Unique within the cluster.
     pub name: String,
     /// A restarted process has a larger one.
-    pub generation: u64,
+    pub generation: Generation,
     /// Lowest protocol version that it speaks.
     pub version_min: u32,
     /// Highest protocol version that it speaks.
@@ -74,7 +78,7 @@ pub struct Welcome {
     /// Name of the cluster.
     pub cluster: String,
     /// Generation of the coordinator.
-    pub coordinator_generation: u64,
+    pub coordinator_generation: Generation,
     /// How often a heartbeat is wanted, in milliseconds.
     pub heartbeat_interval_ms: u32,
 }
@@ -113,9 +117,9 @@ pub struct Heartbeat {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadProgress {
     /// Plan epoch of the assignment.
-    pub plan_epoch: u64,
+    pub plan_epoch: PlanEpoch,
     /// Generation of the coordinator that gave it.
-    pub coordinator_generation: u64,
+    pub coordinator_generation: Generation,
     /// Bytes of weights that are on the device.
     pub bytes: u64,
     /// Of so many.
@@ -126,9 +130,9 @@ pub struct LoadProgress {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StageReady {
     /// Plan epoch of the assignment.
-    pub plan_epoch: u64,
+    pub plan_epoch: PlanEpoch,
     /// Generation of the coordinator that gave it.
-    pub coordinator_generation: u64,
+    pub coordinator_generation: Generation,
     /// What was loaded.
     pub contents: Vec<ContentSum>,
 }
@@ -148,9 +152,9 @@ pub struct ContentSum {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StageFailed {
     /// Plan epoch of the assignment.
-    pub plan_epoch: u64,
+    pub plan_epoch: PlanEpoch,
     /// Generation of the coordinator that gave it.
-    pub coordinator_generation: u64,
+    pub coordinator_generation: Generation,
     /// What was expected and what was found.
     pub message: String,
     /// Whether the same assignment may succeed when tried again.
@@ -163,9 +167,9 @@ pub struct StageFailed {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StageBlocked {
     /// Plan epoch of the assignment.
-    pub plan_epoch: u64,
+    pub plan_epoch: PlanEpoch,
     /// Generation of the coordinator that gave it.
-    pub coordinator_generation: u64,
+    pub coordinator_generation: Generation,
     /// Name of the next stage's worker; empty when it is the coordinator.
     pub peer: String,
     /// Where it was tried, and what the system said.
@@ -176,11 +180,11 @@ pub struct StageBlocked {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FrameFailed {
     /// Plan epoch of the frame.
-    pub plan_epoch: u64,
+    pub plan_epoch: PlanEpoch,
     /// Generation of the coordinator that sent it.
-    pub coordinator_generation: u64,
+    pub coordinator_generation: Generation,
     /// Which micro-batch.
-    pub micro_batch_id: u64,
+    pub micro_batch_id: MicroBatchId,
     /// Why.
     pub message: String,
     /// Name of the worker that refused.
@@ -195,7 +199,7 @@ pub enum Order {
     /// Nothing to do under this epoch; what it holds it may keep.
     Release {
         /// The plan epoch.
-        plan_epoch: u64,
+        plan_epoch: PlanEpoch,
     },
 }
 
@@ -203,9 +207,9 @@ pub enum Order {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Assignment {
     /// The plan epoch.
-    pub plan_epoch: u64,
+    pub plan_epoch: PlanEpoch,
     /// Generation of the coordinator.
-    pub coordinator_generation: u64,
+    pub coordinator_generation: Generation,
     /// First layer.
     pub layer_start: u32,
     /// The layer after the last one.
@@ -219,7 +223,7 @@ pub struct Assignment {
     /// Name of the next stage's worker.
     pub next_worker: String,
     /// Generation of the previous stage's process, or of the coordinator for the first stage.
-    pub previous_generation: u64,
+    pub previous_generation: Generation,
     /// KV blocks of the pool.
     pub kv_blocks: u32,
     /// Most tokens that a frame may carry.
@@ -236,11 +240,11 @@ pub struct Assignment {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct BatchResult {
     /// Plan epoch of the frame.
-    pub plan_epoch: u64,
+    pub plan_epoch: PlanEpoch,
     /// Generation of the last stage's process.
-    pub sender_generation: u64,
+    pub sender_generation: Generation,
     /// Which micro-batch.
-    pub micro_batch_id: u64,
+    pub micro_batch_id: MicroBatchId,
     /// One a sequence that wanted one.
     pub tokens: Vec<DrawnToken>,
     /// Every stage's step, in stage order.
@@ -251,7 +255,7 @@ pub struct BatchResult {
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct DrawnToken {
     /// For which sequence.
-    pub sequence: u64,
+    pub sequence: SequenceId,
     /// The token.
     pub token_id: u32,
     /// Natural logarithm of its probability before temperature and filters.

@@ -14,7 +14,9 @@ use std::{
 };
 
 use grokpipe_proto::{
-    HEARTBEAT_INTERVAL, LOST_AFTER, PROTOCOL_VERSIONS, bounds, ids::LayerRange, link_token::LinkKey,
+    HEARTBEAT_INTERVAL, LOST_AFTER, PROTOCOL_VERSIONS, bounds,
+    ids::{Generation, LayerRange, PlanEpoch},
+    link_token::LinkKey,
     snapshot::EVENTS_MAX,
 };
 
@@ -59,7 +61,7 @@ pub struct ClusterSettings {
     /// Name, for people.
     pub name: String,
     /// The coordinator's own generation.
-    pub generation: u64,
+    pub generation: Generation,
     /// Workers to wait for before the first plan.
     pub expected: Vec<ExpectedWorker>,
     /// How long a lost or missing worker is waited for before the others are asked to do without it.
@@ -82,7 +84,7 @@ pub enum Command {
         /// Which one.
         node: String,
         /// Its incarnation.
-        generation: u64,
+        generation: Generation,
         /// What.
         order: Order,
     },
@@ -93,7 +95,7 @@ pub enum Command {
     /// Send one token through all stages, and say [`Cluster::proven`] when it is back.
     Prove {
         /// The epoch that is to be proven.
-        epoch: u64,
+        epoch: PlanEpoch,
     },
 }
 
@@ -208,7 +210,7 @@ pub struct Cluster {
     settings: ClusterSettings,
     facts: ModelFacts,
     nodes: BTreeMap<String, Node>,
-    epoch: u64,
+    epoch: PlanEpoch,
     active: Option<Active>,
     refusal: Option<String>,
     /// Why the plan in force does not serve, if something went wrong; since when.
@@ -239,7 +241,7 @@ impl Cluster {
             contents,
             last_stranger: None,
             nodes: BTreeMap::new(),
-            epoch: 0,
+            epoch: PlanEpoch::default(),
             active: None,
             refusal: None,
             trouble: None,
@@ -260,12 +262,12 @@ impl Cluster {
     }
 
     /// The plan epoch in force; 0 before the first plan.
-    pub fn epoch(&self) -> u64 {
+    pub fn epoch(&self) -> PlanEpoch {
         self.epoch
     }
 
     /// Generation of the last stage's worker, whose results are taken.
-    pub fn last_generation(&self) -> Option<u64> {
+    pub fn last_generation(&self) -> Option<Generation> {
         let last = self.active.as_ref()?.stages.last()?;
         self.nodes.get(&last.node).map(|node| node.hello.generation)
     }
@@ -358,7 +360,7 @@ impl Cluster {
     }
 
     /// A worker's stream has ended.
-    pub fn leave(&mut self, now: Duration, name: &str, generation: u64, reason: &str) {
+    pub fn leave(&mut self, now: Duration, name: &str, generation: Generation, reason: &str) {
         let Some(node) = self.nodes.get_mut(name).filter(|node| node.present && node.hello.generation == generation)
         else {
             return;
@@ -375,7 +377,7 @@ impl Cluster {
     }
 
     /// A heartbeat.
-    pub fn heartbeat(&mut self, now: Duration, name: &str, generation: u64, heartbeat: Heartbeat) {
+    pub fn heartbeat(&mut self, now: Duration, name: &str, generation: Generation, heartbeat: Heartbeat) {
         let step_age = Duration::try_from_secs_f64(heartbeat.step_age_seconds).unwrap_or_default();
         let step_rows = heartbeat.step_rows;
         if let Some(node) = self.present(name, generation) {
@@ -386,7 +388,7 @@ impl Cluster {
     }
 
     /// A load goes on.
-    pub fn load_progress(&mut self, now: Duration, name: &str, generation: u64, progress: &LoadProgress) {
+    pub fn load_progress(&mut self, now: Duration, name: &str, generation: Generation, progress: &LoadProgress) {
         let current = self.is_current(progress.plan_epoch, progress.coordinator_generation);
         let Some(node) = self.present(name, generation) else { return };
         node.last_heard = now;
@@ -400,7 +402,7 @@ impl Cluster {
     }
 
     /// Whether a report is about the plan in force, and made by this life of the coordinator.
-    fn is_current(&self, epoch: u64, coordinator_generation: u64) -> bool {
+    fn is_current(&self, epoch: PlanEpoch, coordinator_generation: Generation) -> bool {
         epoch == self.epoch && coordinator_generation == self.settings.generation
     }
 
@@ -409,7 +411,7 @@ impl Cluster {
     }
 
     /// A stage has its layers and its link to the next stage.
-    pub fn stage_ready(&mut self, now: Duration, name: &str, generation: u64, ready: &StageReady) {
+    pub fn stage_ready(&mut self, now: Duration, name: &str, generation: Generation, ready: &StageReady) {
         if let Some(node) = self.present(name, generation) {
             node.last_heard = now;
         }
@@ -438,7 +440,7 @@ impl Cluster {
     }
 
     /// The link to the first stage stands.
-    pub fn pipeline_open(&mut self, epoch: u64) {
+    pub fn pipeline_open(&mut self, epoch: PlanEpoch) {
         let is_ready = |active: &&mut Active| epoch == self.epoch && active.stages.iter().all(|stage| stage.ready);
         if let Some(active) = self.active.as_mut().filter(is_ready) {
             active.connected = true;
@@ -447,7 +449,7 @@ impl Cluster {
     }
 
     /// A token has gone through all stages: requests may come.
-    pub fn proven(&mut self, now: Duration, epoch: u64) {
+    pub fn proven(&mut self, now: Duration, epoch: PlanEpoch) {
         let Some(active) = self.active.as_mut().filter(|active| epoch == self.epoch && active.connected) else {
             return;
         };
@@ -460,7 +462,7 @@ impl Cluster {
 
     /// A micro-batch of so many tokens came back after so many seconds. All of them tell how long a step may take; those of the size
     /// that the plan is made for tell how good its prediction is.
-    pub fn step_done(&mut self, epoch: u64, tokens: usize, seconds: f64, timings: &[StageTiming]) {
+    pub fn step_done(&mut self, epoch: PlanEpoch, tokens: usize, seconds: f64, timings: &[StageTiming]) {
         let Some(active) = self.active.as_mut().filter(|active| {
             epoch == self.epoch && active.broken_since.is_none() && active.stages.len() == timings.len()
         }) else {
@@ -511,7 +513,7 @@ impl Cluster {
         self.nodes.get(name).map_or(0, |node| node.hello.memory_bytes)
     }
 
-    fn present(&mut self, name: &str, generation: u64) -> Option<&mut Node> {
+    fn present(&mut self, name: &str, generation: Generation) -> Option<&mut Node> {
         self.nodes.get_mut(name).filter(|node| node.present && node.hello.generation == generation)
     }
 

@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use grokpipe_proto::ids::Generation;
+
 use super::{
     Active, Cluster, Command, Node, SETTLE, StageState,
     measured::Measured,
@@ -153,7 +155,7 @@ impl Cluster {
 
     /// Puts a plan in force: a new epoch, and every node is told its part.
     fn start_epoch(&mut self, now: Duration, plan: Plan, names: &[String]) {
-        self.epoch += 1;
+        self.epoch = self.epoch.next();
         let stages: Vec<StageState> = plan
             .stages
             .iter()
@@ -233,7 +235,7 @@ impl Cluster {
         index: usize,
         stage: &StageState,
         next: Option<&Node>,
-        previous_generation: u64,
+        previous_generation: Generation,
     ) -> Assignment {
         let settings = &self.settings;
         let key = &settings.link_key;

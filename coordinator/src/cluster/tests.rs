@@ -33,7 +33,7 @@ fn cluster(expected: &[&str]) -> Cluster {
     let expected = expected.iter().map(|name| ExpectedWorker { name: (*name).into(), layers: None }).collect();
     let settings = ClusterSettings {
         name: "test".into(),
-        generation: 77,
+        generation: Generation(77),
         expected,
         replan_after: Duration::from_secs(30),
         wishes: PlanWishes { kv_tokens: 1024, max_batch_tokens: 64, batch_tokens: 1, objective: Objective::Throughput },
@@ -47,7 +47,7 @@ fn cluster(expected: &[&str]) -> Cluster {
 fn hello(name: &str, generation: u64) -> Hello {
     Hello {
         name: name.into(),
-        generation,
+        generation: Generation(generation),
         version_min: *PROTOCOL_VERSIONS.start(),
         version_max: *PROTOCOL_VERSIONS.start(),
         device: "test device".into(),
@@ -95,20 +95,20 @@ fn serving() -> Cluster {
 fn make_ready(cluster: &mut Cluster, now: Duration, workers: &[(&str, u64)]) {
     let epoch = cluster.epoch();
     for (name, generation) in workers {
-        cluster.stage_ready(now, name, *generation, &ready(epoch));
+        cluster.stage_ready(now, name, Generation(*generation), &ready(epoch));
     }
     cluster.pipeline_open(epoch);
     cluster.proven(now, epoch);
 }
 
-fn ready(plan_epoch: u64) -> StageReady {
-    StageReady { plan_epoch, coordinator_generation: 77, ..StageReady::default() }
+fn ready(plan_epoch: PlanEpoch) -> StageReady {
+    StageReady { plan_epoch, coordinator_generation: Generation(77), ..StageReady::default() }
 }
 
 fn failed(cluster: &Cluster, message: &str) -> StageFailed {
     StageFailed {
         plan_epoch: cluster.epoch(),
-        coordinator_generation: 77,
+        coordinator_generation: Generation(77),
         message: message.into(),
         retryable: true,
         ..StageFailed::default()
@@ -120,7 +120,7 @@ fn pass(cluster: &mut Cluster, from: f64, until: f64, workers: &[(&str, u64)]) {
     let mut now = from;
     while now < until {
         for (name, generation) in workers {
-            cluster.heartbeat(at(now), name, *generation, Heartbeat::default());
+            cluster.heartbeat(at(now), name, Generation(*generation), Heartbeat::default());
         }
         cluster.tick(at(now));
         now += 0.1;
@@ -136,16 +136,16 @@ fn a_plan_waits_for_the_workers_that_the_configuration_names() {
     let mut cluster = cluster(&["w1", "w2"]);
     join(&mut cluster, at(0.0), "w1", 1);
     cluster.tick(at(2.0));
-    assert_eq!(cluster.epoch(), 0);
+    assert_eq!(cluster.epoch(), PlanEpoch(0));
     assert_eq!(snapshot(&cluster, at(2.0)).verdict().text, "Waiting for workers: 1 of 2 joined");
-    cluster.heartbeat(at(2.0), "w1", 1, Heartbeat::default());
+    cluster.heartbeat(at(2.0), "w1", Generation(1), Heartbeat::default());
     join(&mut cluster, at(2.1), "w2", 2);
     let sent = assignments(&mut cluster);
     assert_eq!(sent.len(), 2);
     let ranges: Vec<_> = sent.iter().map(|(_, a)| (a.layer_start, a.layer_end)).collect();
     assert_eq!((ranges[0].0, ranges[0].1, ranges[1].1), (0, ranges[1].0, 8));
     assert_eq!(sent[0].1.next_worker, sent[1].0);
-    assert_eq!(sent[0].1.previous_generation, 77);
+    assert_eq!(sent[0].1.previous_generation, Generation(77));
     assert!(sent[1].1.next_address.is_empty());
 }
 
@@ -154,7 +154,7 @@ fn missing_workers_are_not_waited_for_for_ever() {
     let mut cluster = cluster(&["w1", "w2"]);
     join(&mut cluster, at(0.0), "w1", 1);
     for second in 1..=31 {
-        cluster.heartbeat(at(f64::from(second)), "w1", 1, Heartbeat::default());
+        cluster.heartbeat(at(f64::from(second)), "w1", Generation(1), Heartbeat::default());
         cluster.tick(at(f64::from(second)));
     }
     assert_eq!(assignments(&mut cluster).len(), 1);
@@ -167,7 +167,7 @@ fn readiness_said_again_or_by_a_worker_without_a_stage_changes_nothing() {
     cluster.take_commands();
     let epoch = cluster.epoch();
     for (name, generation) in [("w1", 1), ("w2", 2), ("spare", 3), ("stranger", 4)] {
-        cluster.stage_ready(at(1.0), name, generation, &ready(epoch));
+        cluster.stage_ready(at(1.0), name, Generation(generation), &ready(epoch));
         let commands = cluster.take_commands();
         assert!(commands.is_empty(), "{name}: {commands:?}");
         assert!(cluster.is_serving());
@@ -178,7 +178,7 @@ fn readiness_said_again_or_by_a_worker_without_a_stage_changes_nothing() {
 fn a_lost_worker_interrupts_with_its_name_and_layers_and_its_return_begins_a_new_epoch() {
     let mut cluster = serving();
     let layers = snapshot(&cluster, at(1.0)).nodes.iter().find(|node| node.name == "w2").unwrap().layers.unwrap();
-    cluster.leave(at(1.0), "w2", 2, "its connection was reset");
+    cluster.leave(at(1.0), "w2", Generation(2), "its connection was reset");
     let interrupted = cluster.take_commands();
     let [Command::Interrupt(RequestError::WorkerLost { worker, layers: lost, .. })] = &interrupted[..] else {
         panic!("{interrupted:?}")
@@ -189,12 +189,12 @@ fn a_lost_worker_interrupts_with_its_name_and_layers_and_its_return_begins_a_new
     assert!(seen.verdict().text.contains("w2 lost: its connection was reset"), "{}", seen.verdict().text);
     assert_eq!(seen.verdict().missing_layers, vec![layers]);
 
-    cluster.heartbeat(at(2.9), "w1", 1, Heartbeat::default());
+    cluster.heartbeat(at(2.9), "w1", Generation(1), Heartbeat::default());
     join(&mut cluster, at(3.0), "w2", 9);
     cluster.tick(at(4.0));
     let sent = assignments(&mut cluster);
     assert_eq!(sent.len(), 2);
-    assert!(sent.iter().all(|(_, a)| a.plan_epoch == 2));
+    assert!(sent.iter().all(|(_, a)| a.plan_epoch == PlanEpoch(2)));
     assert_eq!(sent[0].1.next_address, "127.0.0.1:1009");
     make_ready(&mut cluster, at(5.0), &[("w1", 1), ("w2", 9)]);
     let seen = snapshot(&cluster, at(5.0));
@@ -206,7 +206,7 @@ fn a_lost_worker_interrupts_with_its_name_and_layers_and_its_return_begins_a_new
 #[test]
 fn silence_for_three_seconds_is_a_loss() {
     let mut cluster = serving();
-    cluster.heartbeat(at(3.0), "w1", 1, Heartbeat::default());
+    cluster.heartbeat(at(3.0), "w1", Generation(1), Heartbeat::default());
     cluster.tick(at(3.15));
     assert!(cluster.is_serving(), "2.95 s of silence are not a loss");
     cluster.tick(at(3.3));
@@ -217,10 +217,10 @@ fn silence_for_three_seconds_is_a_loss() {
 #[test]
 fn without_its_worker_for_too_long_the_others_take_over() {
     let mut cluster = serving();
-    cluster.leave(at(1.0), "w2", 2, "gone");
+    cluster.leave(at(1.0), "w2", Generation(2), "gone");
     cluster.take_commands();
     for second in 2..=31 {
-        cluster.heartbeat(at(f64::from(second)), "w1", 1, Heartbeat::default());
+        cluster.heartbeat(at(f64::from(second)), "w1", Generation(1), Heartbeat::default());
         cluster.tick(at(f64::from(second)));
     }
     let sent = assignments(&mut cluster);
@@ -238,10 +238,10 @@ fn pins_hold_while_all_pinned_workers_are_there() {
     let ranges =
         |sent: &[(String, Assignment)]| sent.iter().map(|(_, a)| (a.layer_start, a.layer_end)).collect::<Vec<_>>();
     assert_eq!(ranges(&assignments(&mut cluster)), [(0, 3), (3, 8)]);
-    cluster.leave(at(1.0), "w2", 2, "gone");
+    cluster.leave(at(1.0), "w2", Generation(2), "gone");
     cluster.take_commands();
     for second in 2..=31 {
-        cluster.heartbeat(at(f64::from(second)), "w1", 1, Heartbeat::default());
+        cluster.heartbeat(at(f64::from(second)), "w1", Generation(1), Heartbeat::default());
         cluster.tick(at(f64::from(second)));
     }
     assert_eq!(ranges(&assignments(&mut cluster)), [(0, 8)]);
@@ -255,7 +255,7 @@ fn a_standby_takes_over_at_once() {
     join(&mut cluster, at(0.2), "spare", 5);
     cluster.take_commands();
     assert_eq!(cluster.standby(), ["spare"]);
-    cluster.leave(at(1.0), "w1", 1, "gone");
+    cluster.leave(at(1.0), "w1", Generation(1), "gone");
     let sent = assignments(&mut cluster);
     assert_eq!((sent.len(), sent[0].0.as_str()), (1, "spare"));
 }
@@ -263,16 +263,16 @@ fn a_standby_takes_over_at_once() {
 #[test]
 fn what_an_earlier_incarnation_says_is_ignored() {
     let mut cluster = serving();
-    cluster.leave(at(1.0), "w2", 2, "gone");
+    cluster.leave(at(1.0), "w2", Generation(2), "gone");
     join(&mut cluster, at(1.1), "w2", 9);
     cluster.tick(at(2.0));
     let epoch = cluster.epoch();
-    cluster.leave(at(2.1), "w2", 2, "late news");
-    cluster.stage_ready(at(2.2), "w2", 2, &ready(epoch));
-    let late = StageFailed { plan_epoch: epoch - 1, ..failed(&cluster, "late") };
-    cluster.stage_failed(at(2.3), "w2", 9, &late);
-    let of_another_coordinator = StageFailed { coordinator_generation: 76, ..failed(&cluster, "late") };
-    cluster.stage_failed(at(2.3), "w2", 9, &of_another_coordinator);
+    cluster.leave(at(2.1), "w2", Generation(2), "late news");
+    cluster.stage_ready(at(2.2), "w2", Generation(2), &ready(epoch));
+    let late = StageFailed { plan_epoch: PlanEpoch(epoch.0 - 1), ..failed(&cluster, "late") };
+    cluster.stage_failed(at(2.3), "w2", Generation(9), &late);
+    let of_another_coordinator = StageFailed { coordinator_generation: Generation(76), ..failed(&cluster, "late") };
+    cluster.stage_failed(at(2.3), "w2", Generation(9), &of_another_coordinator);
     assert_eq!(cluster.epoch(), epoch);
     assert!(cluster.standby().is_empty());
     make_ready(&mut cluster, at(2.5), &[("w1", 1)]);
@@ -286,12 +286,12 @@ fn a_failed_stage_is_tried_again_with_growing_pauses() {
     for _ in 0..4 {
         let epoch = cluster.epoch();
         let failed = failed(&cluster, "link broke");
-        cluster.stage_failed(at(now), "w1", 1, &failed);
+        cluster.stage_failed(at(now), "w1", Generation(1), &failed);
         assert_eq!(cluster.epoch(), epoch, "not at once");
         while cluster.epoch() == epoch {
             now += 0.1;
-            cluster.heartbeat(at(now), "w1", 1, Heartbeat::default());
-            cluster.heartbeat(at(now), "w2", 2, Heartbeat::default());
+            cluster.heartbeat(at(now), "w1", Generation(1), Heartbeat::default());
+            cluster.heartbeat(at(now), "w2", Generation(2), Heartbeat::default());
             cluster.tick(at(now));
             assert!(now < 20.0);
         }
@@ -303,7 +303,7 @@ fn a_failed_stage_is_tried_again_with_growing_pauses() {
 fn a_broken_link_is_blamed_on_the_worker_at_its_other_end() {
     let mut cluster = serving();
     let failed = StageFailed { lost_peer: "w2".into(), ..failed(&cluster, "the link to w2 broke") };
-    cluster.stage_failed(at(1.0), "w1", 1, &failed);
+    cluster.stage_failed(at(1.0), "w1", Generation(1), &failed);
     let interrupted = cluster.take_commands();
     assert!(
         matches!(&interrupted[..], [Command::Interrupt(RequestError::WorkerLost { worker, .. })] if worker == "w2"),
@@ -315,15 +315,15 @@ fn a_broken_link_is_blamed_on_the_worker_at_its_other_end() {
 fn a_worker_that_failed_for_good_is_left_out() {
     let mut cluster = serving();
     let failed = StageFailed { retryable: false, ..failed(&cluster, "no such tensor") };
-    cluster.stage_failed(at(1.0), "w2", 2, &failed);
+    cluster.stage_failed(at(1.0), "w2", Generation(2), &failed);
     cluster.take_commands();
     let verdict = snapshot(&cluster, at(2.0)).verdict.expect("a verdict");
     assert_eq!(verdict.phase(), VerdictPhase::Down);
     assert!(verdict.text.ends_with("w2 is left out: no such tensor"), "{}", verdict.text);
     for second in 2..=40 {
         let now = at(f64::from(second));
-        cluster.heartbeat(now, "w1", 1, Heartbeat::default());
-        cluster.heartbeat(now, "w2", 2, Heartbeat::default());
+        cluster.heartbeat(now, "w1", Generation(1), Heartbeat::default());
+        cluster.heartbeat(now, "w2", Generation(2), Heartbeat::default());
         cluster.tick(now);
     }
     let sent = assignments(&mut cluster);
@@ -341,7 +341,7 @@ fn hellos_that_make_no_sense_are_refused() {
         ("long name", Hello { name: "x".repeat(65), ..good.clone() }),
         ("path as name", Hello { name: "../w".into(), ..good.clone() }),
         ("upper case", Hello { name: "W1".into(), ..good.clone() }),
-        ("no generation", Hello { generation: 0, ..good.clone() }),
+        ("no generation", Hello { generation: Generation(0), ..good.clone() }),
         ("no bandwidth", Hello { read_bandwidth: 0.0, ..good.clone() }),
         ("negative bandwidth", Hello { read_bandwidth: -1.0, ..good.clone() }),
         ("bandwidth not a number", Hello { read_bandwidth: f64::NAN, ..good.clone() }),
@@ -378,7 +378,7 @@ fn a_worker_with_another_model_gets_no_layers() {
     cluster.join(at(0.0), wrong).unwrap();
     cluster.joined(at(0.0));
     cluster.tick(at(1.0));
-    assert_eq!(cluster.epoch(), 0);
+    assert_eq!(cluster.epoch(), PlanEpoch(0));
     let seen = snapshot(&cluster, at(1.0));
     assert!(seen.nodes[0].last_error.as_deref().unwrap().contains("digest other"));
 }
@@ -419,7 +419,7 @@ fn what_a_prediction_came_to_is_told_after_enough_steps_of_its_size() {
     let plan = |cluster: &Cluster| cluster.snapshot(at(1.0), SnapshotRequests::default()).plan.unwrap();
     for _ in 0..100 {
         cluster.step_done(cluster.epoch(), 8, 0.5, std::slice::from_ref(&timing));
-        cluster.step_done(cluster.epoch() + 1, 1, 0.5, std::slice::from_ref(&timing));
+        cluster.step_done(cluster.epoch().next(), 1, 0.5, std::slice::from_ref(&timing));
     }
     let unknown = plan(&cluster);
     assert!(unknown.predicted_tokens_per_second.is_some() && unknown.predicted_stream_tokens_per_second.is_some());
@@ -449,7 +449,7 @@ fn a_worker_with_another_copy_of_a_layer_is_named_and_left_out() {
         join(&mut cluster, at(1.0), "w3", 3);
         cluster.leave(at(1.1), &second, generation, "unplugged");
         assert!(cluster.runs_stage("w3"));
-        assert_eq!(cluster.check_contents(at(1.2), "w3", 3, &loaded(cluster.epoch(), number)), is_trusted);
+        assert_eq!(cluster.check_contents(at(1.2), "w3", Generation(3), &loaded(cluster.epoch(), number)), is_trusted);
         let seen = snapshot(&cluster, at(1.3));
         let differ = seen.events.iter().find(|event| event.code == "contents_differ");
         let error = seen.nodes.iter().find(|node| node.name == "w3").unwrap().last_error.clone();
@@ -462,7 +462,7 @@ fn a_worker_with_another_copy_of_a_layer_is_named_and_left_out() {
         assert!(error.unwrap().contains(&second));
         assert!(cluster.nodes["w3"].excluded == Some(Until::Rejoin) && !cluster.is_serving());
         // A report of an epoch that is over says nothing.
-        assert!(cluster.check_contents(at(1.4), "w3", 3, &loaded(cluster.epoch() + 1, 3.0)));
+        assert!(cluster.check_contents(at(1.4), "w3", Generation(3), &loaded(cluster.epoch().next(), 3.0)));
     }
 }
 
@@ -471,14 +471,14 @@ fn a_plan_serves_once_a_token_has_gone_through_it() {
     let mut cluster = cluster(&["w1"]);
     join(&mut cluster, at(0.0), "w1", 1);
     let epoch = cluster.epoch();
-    cluster.stage_ready(at(0.1), "w1", 1, &ready(epoch));
+    cluster.stage_ready(at(0.1), "w1", Generation(1), &ready(epoch));
     cluster.take_commands();
     cluster.pipeline_open(epoch);
     assert_eq!(cluster.take_commands(), [Command::Prove { epoch }]);
     let seen = snapshot(&cluster, at(0.2)).verdict.expect("a verdict");
     assert_eq!((seen.serving, cluster.is_serving()), (false, false));
     assert_eq!(seen.text, "Loading: 8 of 8 layers, waiting for a first token to go through");
-    cluster.proven(at(0.3), epoch + 1);
+    cluster.proven(at(0.3), epoch.next());
     assert!(!cluster.is_serving(), "a token of another epoch");
     cluster.proven(at(0.3), epoch);
     let seen = snapshot(&cluster, at(0.4)).verdict.expect("a verdict");
@@ -494,13 +494,14 @@ fn a_stage_that_cannot_reach_the_next_one_says_so_to_everybody_and_is_given_up_i
     let second = cluster.active.as_ref().unwrap().stages[1].node.clone();
     let first = cluster.active.as_ref().unwrap().stages[0].node.clone();
     let generation = |name: &str| if name == "w1" { 1 } else { 2 };
-    cluster.stage_ready(at(0.1), &second, generation(&second), &ready(epoch));
-    let loaded = LoadProgress { plan_epoch: epoch, bytes: 5, bytes_total: 5, coordinator_generation: 77 };
-    cluster.load_progress(at(0.1), &first, generation(&first), &loaded);
+    cluster.stage_ready(at(0.1), &second, Generation(generation(&second)), &ready(epoch));
+    let loaded = LoadProgress { plan_epoch: epoch, bytes: 5, bytes_total: 5, coordinator_generation: Generation(77) };
+    cluster.load_progress(at(0.1), &first, Generation(generation(&first)), &loaded);
     let reason = format!("cannot reach {second} at 10.0.0.2:43197: connection refused");
-    let blocked = StageBlocked { plan_epoch: epoch, coordinator_generation: 77, peer: second.clone(), reason };
+    let blocked =
+        StageBlocked { plan_epoch: epoch, coordinator_generation: Generation(77), peer: second.clone(), reason };
     for now in [1.0, 2.0] {
-        cluster.stage_blocked(at(now), &first, generation(&first), &blocked);
+        cluster.stage_blocked(at(now), &first, Generation(generation(&first)), &blocked);
         let verdict = snapshot(&cluster, at(now)).verdict.expect("a verdict");
         assert_eq!(verdict.phase(), VerdictPhase::Down);
         assert_eq!(verdict.text, format!("Down: {first} cannot reach {second} at 10.0.0.2:43197: connection refused"));
@@ -519,12 +520,17 @@ fn a_load_that_does_not_go_on_fails_and_others_take_over() {
     join(&mut cluster, at(0.0), "w1", 1);
     join(&mut cluster, at(0.0), "w2", 2);
     let epoch = cluster.epoch();
-    cluster.stage_ready(at(0.1), "w1", 1, &ready(epoch));
+    cluster.stage_ready(at(0.1), "w1", Generation(1), &ready(epoch));
     let both = [("w1", 1), ("w2", 2)];
-    let bytes = |bytes| LoadProgress { plan_epoch: 1, bytes, bytes_total: 9, coordinator_generation: 77 };
-    for second in 0..60 {
+    let bytes = |bytes| LoadProgress {
+        plan_epoch: PlanEpoch(1),
+        bytes,
+        bytes_total: 9,
+        coordinator_generation: Generation(77),
+    };
+    for second in 0..60_u32 {
         let now = f64::from(second);
-        cluster.load_progress(at(now), "w2", 2, &bytes(1 + second as u64 / 20));
+        cluster.load_progress(at(now), "w2", Generation(2), &bytes(1 + u64::from(second) / 20));
         pass(&mut cluster, now, now + 1.0, &both);
     }
     assert_eq!(cluster.epoch(), epoch, "a slow load is no stalled one");
@@ -533,7 +539,7 @@ fn a_load_that_does_not_go_on_fails_and_others_take_over() {
     assert!(cluster.epoch() > epoch, "no byte since 40 s");
     assert!(cluster.events.iter().any(|event| event.code == "stage_given_up" && event.text.contains("w2")));
     let second_try = cluster.epoch();
-    cluster.stage_ready(at(72.0), "w1", 1, &ready(second_try));
+    cluster.stage_ready(at(72.0), "w1", Generation(1), &ready(second_try));
     pass(&mut cluster, 72.0, 103.0, &both);
     let sent = assignments(&mut cluster);
     let last = sent.last().unwrap();
@@ -550,7 +556,7 @@ fn a_suspect_is_tried_again_when_nobody_can_do_without_it() {
     let mut now = 0.0;
     for _ in 0..20 {
         let (epoch, reason) = (cluster.epoch(), failed(&cluster, "read error"));
-        cluster.stage_failed(at(now), "w2", 2, &reason);
+        cluster.stage_failed(at(now), "w2", Generation(2), &reason);
         pass(&mut cluster, now, now + 6.0, &[("w1", 1), ("w2", 2)]);
         now += 6.0;
         assert!(cluster.epoch() > epoch, "at {now} s");
@@ -566,16 +572,16 @@ fn a_device_that_hangs_is_named_left_out_and_taken_back_when_it_has_finished() {
     let mut cluster = serving();
     let timing = |compute_us| StageTiming { compute_us, ..StageTiming::default() };
     for _ in 0..50 {
-        cluster.step_done(1, 1, 0.01, &[timing(2000), timing(3000)]);
+        cluster.step_done(PlanEpoch(1), 1, 0.01, &[timing(2000), timing(3000)]);
     }
     let busy = |step_age_seconds| Heartbeat { step_age_seconds, step_rows: 1, ..Heartbeat::default() };
-    cluster.heartbeat(at(10.0), "w2", 2, busy(2.9));
+    cluster.heartbeat(at(10.0), "w2", Generation(2), busy(2.9));
     assert!(cluster.is_serving(), "a pause is no hang");
     for odd in [f64::NAN, -1.0, f64::INFINITY] {
-        cluster.heartbeat(at(10.2), "w1", 1, busy(odd));
+        cluster.heartbeat(at(10.2), "w1", Generation(1), busy(odd));
         assert!(cluster.is_serving(), "{odd}");
     }
-    cluster.heartbeat(at(10.5), "w2", 2, busy(3.4));
+    cluster.heartbeat(at(10.5), "w2", Generation(2), busy(3.4));
     assert!(!cluster.is_serving());
     let interrupted = cluster.take_commands();
     assert!(
@@ -591,13 +597,13 @@ fn a_device_that_hangs_is_named_left_out_and_taken_back_when_it_has_finished() {
     assert_eq!(seen.nodes.iter().find(|node| node.name == "w2").unwrap().state(), NodeState::Excluded);
     for tenth in 106..200 {
         let now = at(f64::from(tenth) / 10.0);
-        cluster.heartbeat(now, "w1", 1, Heartbeat::default());
-        cluster.heartbeat(now, "w2", 2, busy(now.as_secs_f64() - 7.0));
+        cluster.heartbeat(now, "w1", Generation(1), Heartbeat::default());
+        cluster.heartbeat(now, "w2", Generation(2), busy(now.as_secs_f64() - 7.0));
         cluster.tick(now);
     }
-    assert_eq!(cluster.epoch(), 1, "nothing is planned with it while it hangs");
+    assert_eq!(cluster.epoch(), PlanEpoch(1), "nothing is planned with it while it hangs");
     pass(&mut cluster, 20.0, 26.0, &[("w1", 1), ("w2", 2)]);
-    assert_eq!(cluster.epoch(), 2);
+    assert_eq!(cluster.epoch(), PlanEpoch(2));
     make_ready(&mut cluster, at(26.0), &[("w1", 1), ("w2", 2)]);
     assert!(cluster.is_serving());
 }
@@ -608,7 +614,7 @@ fn a_standby_takes_the_layers_of_a_hung_device_at_once() {
     join(&mut cluster, at(1.0), "spare", 5);
     cluster.take_commands();
     let hung = Heartbeat { step_age_seconds: 61.0, step_rows: 1, ..Heartbeat::default() };
-    cluster.heartbeat(at(2.0), "w2", 2, hung);
+    cluster.heartbeat(at(2.0), "w2", Generation(2), hung);
     let sent: Vec<String> = assignments(&mut cluster).into_iter().map(|(name, _)| name).collect();
     assert!(sent.contains(&"spare".to_owned()) && !sent.contains(&"w2".to_owned()), "{sent:?}");
 }
@@ -621,7 +627,7 @@ fn one_refused_frame_concerns_its_requests_and_several_in_a_row_the_plan() {
         cluster.frame_failed(at(1.0), "w2", "w2 refused a frame: not finite");
         cluster.frame_failed(at(1.0), "w2", "w2 refused a frame: not finite");
         assert!(cluster.is_serving());
-        cluster.step_done(1, 1, 0.01, &timing);
+        cluster.step_done(PlanEpoch(1), 1, 0.01, &timing);
     }
     for _ in 0..3 {
         cluster.frame_failed(at(2.0), "w2", "w2 refused a frame: not finite");
@@ -635,8 +641,8 @@ fn one_refused_frame_concerns_its_requests_and_several_in_a_row_the_plan() {
 fn a_frame_that_does_not_come_back_is_blamed_on_the_stage_that_has_not_done_it() {
     let mut cluster = serving();
     let frames = |frames_total| Heartbeat { frames_total, ..Heartbeat::default() };
-    cluster.heartbeat(at(1.0), "w1", 1, frames(7));
-    cluster.heartbeat(at(1.0), "w2", 2, frames(6));
+    cluster.heartbeat(at(1.0), "w1", Generation(1), frames(7));
+    cluster.heartbeat(at(1.0), "w2", Generation(2), frames(6));
     let (first, second) = {
         let stages = &cluster.active.as_ref().unwrap().stages;
         (stages[0].node.clone(), stages[1].node.clone())
@@ -655,7 +661,7 @@ fn pauses_grow_until_a_request_has_come_through() {
     let mut cluster = serving();
     let pause_after_failure = |cluster: &mut Cluster, now: f64| {
         let reason = failed(cluster, "flaps");
-        cluster.stage_failed(at(now), "w2", 2, &reason);
+        cluster.stage_failed(at(now), "w2", Generation(2), &reason);
         let retry = cluster.active.as_ref().unwrap().retry_at.unwrap() - at(now);
         pass(cluster, now, now + 6.0, &[("w1", 1), ("w2", 2)]);
         make_ready(cluster, at(now + 6.0), &[("w1", 1), ("w2", 2)]);
@@ -679,8 +685,8 @@ fn every_stage_is_told_the_token_of_its_own_link_and_of_the_next() {
     let links = told.iter().map(|(_, assignment)| (assignment.link_token.clone(), assignment.next_token.clone()));
     let last = told.len();
     let expected = (0..last).map(|stage| {
-        let next = if stage + 1 == last { key.results(1) } else { key.frames(1, stage + 1) };
-        (key.frames(1, stage), next)
+        let next = if stage + 1 == last { key.results(PlanEpoch(1)) } else { key.frames(PlanEpoch(1), stage + 1) };
+        (key.frames(PlanEpoch(1), stage), next)
     });
     assert!(links.eq(expected));
 }
@@ -716,10 +722,10 @@ fn workers_that_are_gone_are_forgotten_and_expected_ones_are_not() {
     for number in 0..2000 {
         let (name, now) = (format!("n{number}"), at(f64::from(number) * 1e-3));
         join(&mut cluster, now, &name, 9);
-        cluster.leave(now, &name, 9, "it left");
+        cluster.leave(now, &name, Generation(9), "it left");
     }
-    cluster.leave(at(2.0), "w2", 2, "it left");
-    let beat = |cluster: &mut Cluster, now| cluster.heartbeat(now, "w1", 1, Heartbeat::default());
+    cluster.leave(at(2.0), "w2", Generation(2), "it left");
+    let beat = |cluster: &mut Cluster, now| cluster.heartbeat(now, "w1", Generation(1), Heartbeat::default());
     beat(&mut cluster, at(2.0));
     cluster.tick(at(2.1));
     let names = |cluster: &Cluster| cluster.nodes.keys().cloned().collect::<Vec<_>>();
@@ -750,7 +756,7 @@ fn workers_that_do_not_compute_alike_are_told_of() {
             cluster.join(Duration::ZERO, Hello { fingerprint: fingerprint.into(), ..hello(name, 1) }).unwrap();
             cluster.joined(Duration::ZERO);
         }
-        assert_eq!(cluster.epoch(), 1);
+        assert_eq!(cluster.epoch(), PlanEpoch(1));
         let events = cluster.snapshot(Duration::ZERO, SnapshotRequests::default()).events;
         let event = events.iter().find(|event| event.code == "mixed_numerics");
         assert_eq!(event.is_some(), told, "{events:?}");

@@ -65,7 +65,7 @@ impl Cluster {
         let stages = stages.map(|stage| SnapshotStage { node: stage.node.clone(), layers: Some(stage.layers.into()) });
         let speed = active.measured.speed(self.settings.wishes.batch_tokens);
         SnapshotPlan {
-            epoch: self.epoch,
+            epoch: self.epoch.into(),
             predicted_tokens_per_second: Some(active.plan.predicted_tokens_per_second),
             measured_tokens_per_second: speed.map(|speed| speed.tokens_per_second),
             predicted_stream_tokens_per_second: Some(active.plan.predicted_stream_tokens_per_second),

@@ -11,7 +11,10 @@ use std::{
 };
 
 use grokpipe_model::tokenizer::Tokenizer;
-use grokpipe_proto::snapshot::{ClusterSnapshot, SnapshotRequests};
+use grokpipe_proto::{
+    ids::{Generation, MicroBatchId, PlanEpoch, SequenceId},
+    snapshot::{ClusterSnapshot, SnapshotRequests},
+};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::{Instant, MissedTickBehavior},
@@ -66,7 +69,7 @@ pub enum Event {
         /// Its name.
         name: String,
         /// Its incarnation.
-        generation: u64,
+        generation: Generation,
         /// What it said.
         report: Box<Report>,
     },
@@ -77,7 +80,7 @@ pub enum Event {
         /// Its name.
         name: String,
         /// Its incarnation.
-        generation: u64,
+        generation: Generation,
         /// How.
         reason: String,
     },
@@ -115,7 +118,7 @@ pub struct PlanView {
     /// Workers without layers.
     pub standby: Vec<String>,
     /// Epoch in force; 0 when the plan is only what would be made.
-    pub epoch: u64,
+    pub epoch: PlanEpoch,
 }
 
 /// What an engine is started with.
@@ -195,7 +198,7 @@ struct Outbox {
 }
 
 struct Pipeline {
-    epoch: u64,
+    epoch: PlanEpoch,
     frames: Frames,
 }
 
@@ -213,12 +216,12 @@ pub struct Engine {
     scheduler: Scheduler,
     tokenizer: Option<Arc<Tokenizer>>,
     outboxes: HashMap<String, Outbox>,
-    running: HashMap<u64, Running>,
-    next_sequence: u64,
+    running: HashMap<SequenceId, Running>,
+    next_sequence: SequenceId,
     pipeline: Option<Pipeline>,
-    in_flight: HashMap<u64, InFlight>,
+    in_flight: HashMap<MicroBatchId, InFlight>,
     /// The sequence that proves the plan in force, while it is under way.
-    proof: Option<u64>,
+    proof: Option<SequenceId>,
     events: mpsc::Sender<Event>,
     snapshot: watch::Sender<Arc<ClusterSnapshot>>,
     started: Instant,
@@ -253,7 +256,7 @@ impl Engine {
             tokenizer,
             outboxes: HashMap::new(),
             running: HashMap::new(),
-            next_sequence: 1,
+            next_sequence: SequenceId(1),
             pipeline: None,
             in_flight: HashMap::new(),
             proof: None,
@@ -350,7 +353,7 @@ impl Engine {
         self.outboxes.get(name).is_some_and(|outbox| outbox.connection == connection)
     }
 
-    fn worker_said(&mut self, now: Duration, name: &str, generation: u64, report: Report) {
+    fn worker_said(&mut self, now: Duration, name: &str, generation: Generation, report: Report) {
         match report {
             Report::Heartbeat(heartbeat) => self.cluster.heartbeat(now, name, generation, heartbeat),
             Report::LoadProgress(progress) => self.cluster.load_progress(now, name, generation, &progress),
@@ -386,7 +389,7 @@ impl Engine {
         changed
     }
 
-    fn tell(&mut self, node: &str, generation: u64, order: Order) {
+    fn tell(&mut self, node: &str, generation: Generation, order: Order) {
         let Some(outbox) = self.outboxes.get(node) else { return };
         if outbox.orders.try_send(order).is_err() {
             let now = self.now();
@@ -401,7 +404,7 @@ impl Engine {
         (self.open_pipeline)(first, self.events.clone(), self.epoch_stop.clone());
     }
 
-    fn pipeline_opened(&mut self, epoch: u64, link: Result<Frames, String>) {
+    fn pipeline_opened(&mut self, epoch: PlanEpoch, link: Result<Frames, String>) {
         match link {
             Err(reason) => {
                 let now = self.now();

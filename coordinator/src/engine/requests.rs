@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use grokpipe_proto::ids::{MicroBatchId, PlanEpoch, SequenceId};
 use tokio::{sync::oneshot, time::Instant};
 use tracing::{debug, info, info_span, warn};
 
@@ -32,13 +33,13 @@ impl Engine {
         for sequence in self.scheduler.abort_all() {
             self.end_with(sequence, error.clone());
         }
-        let left: Vec<u64> = self.running.keys().copied().collect();
+        let left: Vec<SequenceId> = self.running.keys().copied().collect();
         for sequence in left {
             self.end_with(sequence, error.clone());
         }
     }
 
-    fn end_with(&mut self, sequence: u64, error: RequestError) {
+    fn end_with(&mut self, sequence: SequenceId, error: RequestError) {
         if let Some(running) = self.running.remove(&sequence) {
             info!(parent: &running.span, tokens = running.session.produced(), error = error.in_full(), "request ended early");
             running.outlet.end(error);
@@ -46,9 +47,9 @@ impl Engine {
     }
 
     /// Sends a token of its own through all stages, before any request may come.
-    pub(super) fn prove(&mut self, epoch: u64) {
+    pub(super) fn prove(&mut self, epoch: PlanEpoch) {
         let sequence = self.next_sequence;
-        self.next_sequence += 1;
+        self.next_sequence = self.next_sequence.next();
         match self.scheduler.submit(sequence, OURSELVES, vec![self.settings.proof_token], 1) {
             Ok(()) => self.proof = Some(sequence),
             Err(rejected) => {
@@ -71,7 +72,7 @@ impl Engine {
         let sequence = self.next_sequence;
         let (client, max_tokens) = (request.client, request.rules.max_tokens);
         self.scheduler.submit(sequence, client, request.prompt.clone(), max_tokens).map_err(rejected)?;
-        self.next_sequence += 1;
+        self.next_sequence = self.next_sequence.next();
         let accepted = Accepted {
             id: request.id.clone(),
             label: request.label.clone(),
@@ -79,7 +80,7 @@ impl Engine {
             seed: request.sampling.seed,
             model: self.settings.model.clone(),
         };
-        let span = info_span!("request", id = request.id, sequence);
+        let span = info_span!("request", id = request.id, sequence = sequence.0);
         let (outlet, stream) = Outlet::open(span.clone());
         outlet.send(request::Event::Accepted(accepted));
         info!(parent: &span, prompt_tokens = request.prompt.len(), "request accepted");
@@ -124,7 +125,7 @@ impl Engine {
         }
     }
 
-    fn sampling(&self, sequence: u64) -> Option<Sampling> {
+    fn sampling(&self, sequence: SequenceId) -> Option<Sampling> {
         match self.running.get(&sequence) {
             Some(running) => Some(running.request.sampling),
             // Whatever the proof draws will do.
@@ -135,17 +136,19 @@ impl Engine {
     pub(super) fn result(&mut self, result: BatchResult) {
         let current = result.plan_epoch == self.cluster.epoch();
         if current && self.cluster.last_generation() != Some(result.sender_generation) {
-            warn!(micro_batch = result.micro_batch_id, "a result of another process than the last stage's is ignored");
+            warn!(micro_batch = %result.micro_batch_id, "a result of another process than the last stage's is ignored");
             return;
         }
         let Some(done) = current.then(|| self.in_flight.remove(&result.micro_batch_id)).flatten() else {
-            debug!(epoch = result.plan_epoch, micro_batch = result.micro_batch_id, "a result of the past is ignored");
+            debug!(epoch = %result.plan_epoch, micro_batch = %result.micro_batch_id, "a result of the past is ignored");
             return;
         };
         let seconds = done.since.elapsed().as_secs_f64();
         self.cluster.step_done(result.plan_epoch, done.tokens, seconds, &result.timings);
-        let drawn: Vec<(u64, u32)> = result.tokens.iter().map(|token| (token.sequence, token.token_id)).collect();
-        let logprobs: HashMap<u64, f32> = result.tokens.iter().map(|token| (token.sequence, token.logprob)).collect();
+        let drawn: Vec<(SequenceId, u32)> =
+            result.tokens.iter().map(|token| (token.sequence, token.token_id)).collect();
+        let logprobs: HashMap<SequenceId, f32> =
+            result.tokens.iter().map(|token| (token.sequence, token.logprob)).collect();
         match self.scheduler.complete(result.micro_batch_id, &drawn) {
             Err(error) => {
                 warn!(%error, "a result does not fit its micro-batch");
@@ -170,7 +173,7 @@ impl Engine {
     }
 
     /// A micro-batch came back: one of its sequences has a token, or a chunk of its prompt is done.
-    fn advance(&mut self, sequence: u64, token: Option<u32>, logprob: f32, timings: &[StageTiming]) {
+    fn advance(&mut self, sequence: SequenceId, token: Option<u32>, logprob: f32, timings: &[StageTiming]) {
         let Some(running) = self.running.get_mut(&sequence) else { return };
         for timing in timings {
             let key = (timing.layer_start, timing.layer_end, timing.worker.clone());
@@ -196,7 +199,7 @@ impl Engine {
         }
     }
 
-    fn finish(&mut self, sequence: u64, end: End) {
+    fn finish(&mut self, sequence: SequenceId, end: End) {
         self.scheduler.release(sequence);
         let Some(running) = self.running.remove(&sequence) else { return };
         let since = |at: Option<Instant>| at.map(|at| at.duration_since(running.accepted_at)).unwrap_or_default();
@@ -221,7 +224,7 @@ impl Engine {
     }
 
     /// The client is gone, or does not read: its blocks are free again once its micro-batch is back.
-    fn abandon(&mut self, sequence: u64) {
+    fn abandon(&mut self, sequence: SequenceId) {
         self.scheduler.release(sequence);
         if let Some(running) = self.running.remove(&sequence) {
             info!(parent: &running.span, tokens = running.session.produced(), "client gone, request ended");
@@ -229,7 +232,7 @@ impl Engine {
     }
 
     /// A stage refused a frame for good: its requests end, the others go on.
-    pub(super) fn frame_failed(&mut self, micro_batch: u64, worker: &str, message: &str) {
+    pub(super) fn frame_failed(&mut self, micro_batch: MicroBatchId, worker: &str, message: &str) {
         if self.in_flight.remove(&micro_batch).is_none() {
             return;
         }
@@ -248,7 +251,7 @@ impl Engine {
 
     pub(super) fn end_overdue(&mut self) {
         let waited_on = self.cluster.slowest_step(self.now());
-        let overdue: Vec<(u64, RequestError)> = self
+        let overdue: Vec<(SequenceId, RequestError)> = self
             .running
             .iter()
             .filter(|(_, running)| running.request.deadline.is_over())
@@ -265,7 +268,7 @@ impl Engine {
             self.scheduler.release(sequence);
             self.end_with(sequence, error);
         }
-        let gone: Vec<u64> = self
+        let gone: Vec<SequenceId> = self
             .running
             .iter()
             .filter(|(_, running)| running.outlet.is_closed())

@@ -21,7 +21,7 @@ use crate::{
     session::StopRules,
 };
 
-const GENERATION: u64 = 77;
+const GENERATION: Generation = Generation(77);
 const KV_BLOCKS: u32 = 64;
 const STAGE: Range<u32> = 0..8;
 const PROOF_TOKEN: u32 = 1;
@@ -35,7 +35,7 @@ struct World {
     /// The pipeline in force.
     frames: Option<mpsc::Receiver<Outgoing>>,
     events: Option<mpsc::Sender<Event>>,
-    epoch: u64,
+    epoch: PlanEpoch,
 }
 
 impl World {
@@ -79,14 +79,14 @@ impl World {
         let shutdown = CancellationToken::new();
         tokio::spawn(engine.run(inbox, shutdown.clone()));
         let (_, orders) = mpsc::channel(1);
-        Self { handle, orders, opened, shutdown, frames: None, events: None, epoch: 0 }
+        Self { handle, orders, opened, shutdown, frames: None, events: None, epoch: PlanEpoch(0) }
     }
 
     /// A worker joins on a connection of this number.
     async fn join(&mut self, connection: u64) {
         let hello = Hello {
             name: "w1".into(),
-            generation: connection,
+            generation: Generation(connection),
             version_min: *grokpipe_proto::PROTOCOL_VERSIONS.start(),
             version_max: *grokpipe_proto::PROTOCOL_VERSIONS.end(),
             memory_bytes: 1 << 30,
@@ -105,7 +105,7 @@ impl World {
 
     async fn say(&self, connection: u64, report: Report) {
         let (name, report) = ("w1".to_owned(), Box::new(report));
-        self.handle.send(Event::FromWorker { connection, name, generation: connection, report }).await;
+        self.handle.send(Event::FromWorker { connection, name, generation: Generation(connection), report }).await;
     }
 
     async fn assigned(&mut self) -> Assignment {
@@ -144,7 +144,13 @@ impl World {
         let wanting = batch.0.slices.iter().filter(|slice| slice.wants_token);
         let tokens = wanting.map(|slice| DrawnToken { sequence: slice.sequence, token_id, logprob: -1.0 }).collect();
         let (plan_epoch, micro_batch_id) = (self.epoch, batch.0.id);
-        let result = BatchResult { plan_epoch, sender_generation: connection, micro_batch_id, tokens, timings: vec![] };
+        let result = BatchResult {
+            plan_epoch,
+            sender_generation: Generation(connection),
+            micro_batch_id,
+            tokens,
+            timings: vec![],
+        };
         self.handle.send(Event::Result(Box::new(result))).await;
     }
 
@@ -262,7 +268,7 @@ async fn a_lost_worker_ends_its_requests_by_name_and_serves_again_when_it_is_bac
     let batch = world.frame().await;
     world.answer(1, &batch, 11).await;
     let reason = "its connection was reset".to_owned();
-    world.handle.send(Event::Left { connection: 1, name: "w1".into(), generation: 1, reason }).await;
+    world.handle.send(Event::Left { connection: 1, name: "w1".into(), generation: Generation(1), reason }).await;
     let (tokens, end) = read(stream).await;
     assert_eq!(tokens, [11]);
     assert!(

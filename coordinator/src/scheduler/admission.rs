@@ -9,6 +9,8 @@
 
 use std::collections::HashMap;
 
+use grokpipe_proto::ids::SequenceId;
+
 use super::Scheduler;
 use super::batch::Closed;
 use super::safety::Grants;
@@ -25,7 +27,7 @@ const KEPT_FOR_OTHERS: usize = 8;
 /// A sequence that waits.
 #[derive(Debug)]
 pub(super) struct Waiting {
-    pub(super) id: u64,
+    pub(super) id: SequenceId,
     pub(super) client: ClientId,
     prompt: Vec<u32>,
     max_new_tokens: u32,
@@ -37,7 +39,13 @@ impl Scheduler {
     ///
     /// # Errors
     /// [`Rejected`]; the scheduler is then as before.
-    pub fn submit(&mut self, id: u64, client: ClientId, prompt: Vec<u32>, max_new_tokens: u32) -> Result<(), Rejected> {
+    pub fn submit(
+        &mut self,
+        id: SequenceId,
+        client: ClientId,
+        prompt: Vec<u32>,
+        max_new_tokens: u32,
+    ) -> Result<(), Rejected> {
         let reserved_blocks = self.blocks_needed(prompt.len(), max_new_tokens)?;
         if self.sequences.contains_key(&id) || self.waiting.iter().any(|waiting| waiting.id == id) {
             return Err(Rejected::DuplicateSequence { sequence: id });
@@ -129,7 +137,7 @@ impl Scheduler {
     /// Whether the blocks of its prompt can be had now, beside those of all prompts that are not read yet, and all others in the end.
     fn has_blocks_for(&self, waiting: &Waiting) -> bool {
         let blocks = |prompt: &[u32]| (prompt.len() as u32).div_ceil(self.config.block_tokens);
-        let unread = |(id, sequence): (&u64, &Sequence)| {
+        let unread = |(id, sequence): (&SequenceId, &Sequence)| {
             let owned = sequence.blocks.len() as u32;
             Some((*id, blocks(sequence.prompt()).checked_sub(owned)?))
         };
@@ -139,7 +147,7 @@ impl Scheduler {
 
     /// Ends a sequence, for whatever reason. Its blocks are free at once, or when its micro-batch comes back; a token drawn for
     /// it until then is dropped. Whether the sequence was there.
-    pub fn release(&mut self, id: u64) -> bool {
+    pub fn release(&mut self, id: SequenceId) -> bool {
         if let Some(index) = self.waiting.iter().position(|waiting| waiting.id == id) {
             self.waiting.remove(index);
             if index == 0 {
@@ -163,7 +171,7 @@ impl Scheduler {
     }
 
     /// Frees everything that a sequence had.
-    pub(super) fn forget(&mut self, id: u64) {
+    pub(super) fn forget(&mut self, id: SequenceId) {
         let Some(sequence) = self.sequences.remove(&id) else { return };
         self.short_of_blocks.remove(&id);
         self.pool.give_back(&sequence.blocks, sequence.reserved_blocks);

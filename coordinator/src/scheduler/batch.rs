@@ -11,6 +11,8 @@
 
 use std::collections::BTreeMap;
 
+use grokpipe_proto::ids::{MicroBatchId, SequenceId};
+
 use super::Scheduler;
 use super::safety::Grants;
 use super::types::{CompleteError, Completion, MicroBatch};
@@ -26,7 +28,7 @@ pub(super) enum Kind {
 #[derive(Debug)]
 pub(super) struct InFlight {
     pub(super) kind: Kind,
-    pub(super) members: Vec<u64>,
+    pub(super) members: Vec<SequenceId>,
     /// Ended sequences that it tells the stages of.
     pub(super) closed: Vec<Closed>,
     /// Their blocks, as far as it does not use them itself: nobody else may until it is back.
@@ -36,7 +38,7 @@ pub(super) struct InFlight {
 /// An ended sequence that stages still know of, and the blocks that it owned.
 #[derive(Debug)]
 pub(super) struct Closed {
-    pub(super) sequence: u64,
+    pub(super) sequence: SequenceId,
     pub(super) blocks: Vec<u32>,
 }
 
@@ -63,7 +65,7 @@ impl Scheduler {
     }
 
     /// The sequences of the next group, longest ready first, without those that are short of blocks.
-    pub(super) fn next_group(&mut self) -> Vec<u64> {
+    pub(super) fn next_group(&mut self) -> Vec<SequenceId> {
         let (size, mut grants) = (self.decode_group_size(), Grants::new());
         let mut group = Vec::with_capacity(size);
         for index in 0..self.decode_ready.len() {
@@ -79,8 +81,8 @@ impl Scheduler {
     }
 
     /// The sequence whose chunk is next: the first admitted that is not short of blocks.
-    pub(super) fn next_prefill(&mut self) -> Option<u64> {
-        let ready: Vec<u64> = self.prefill_ready.iter().map(|(_, id)| *id).collect();
+    pub(super) fn next_prefill(&mut self) -> Option<SequenceId> {
+        let ready: Vec<SequenceId> = self.prefill_ready.iter().map(|(_, id)| *id).collect();
         ready.into_iter().find(|id| self.grant(*id, &mut Grants::new()))
     }
 
@@ -98,9 +100,9 @@ impl Scheduler {
         fair.min(spread).min(self.config.max_batch_sequences).min(self.config.max_batch_tokens).max(1)
     }
 
-    pub(super) fn issue(&mut self, kind: Kind, members: Vec<u64>) -> MicroBatch {
+    pub(super) fn issue(&mut self, kind: Kind, members: Vec<SequenceId>) -> MicroBatch {
         let id = self.next_micro_batch;
-        self.next_micro_batch += 1;
+        self.next_micro_batch = self.next_micro_batch.next();
         let mut slices = Vec::with_capacity(members.len());
         for member in &members {
             if let Some(sequence) = self.sequences.get_mut(member) {
@@ -118,7 +120,7 @@ impl Scheduler {
 
     /// A micro-batch failed somewhere on its way: its sequences end, and what it was to tell the stages is told again. The
     /// sequences that ended, without those that had been released.
-    pub fn fail(&mut self, micro_batch: u64) -> Vec<u64> {
+    pub fn fail(&mut self, micro_batch: MicroBatchId) -> Vec<SequenceId> {
         let Some(batch) = self.in_flight.remove(&micro_batch) else { return Vec::new() };
         self.in_flight_ceiling = self.in_flight_limit().max(self.in_flight.len());
         self.pool.restore(&batch.withheld);
@@ -140,7 +142,11 @@ impl Scheduler {
     ///
     /// # Errors
     /// [`CompleteError`] when the tokens do not fit the micro-batch. It then stays under way.
-    pub fn complete(&mut self, micro_batch: u64, drawn: &[(u64, u32)]) -> Result<Vec<Completion>, CompleteError> {
+    pub fn complete(
+        &mut self,
+        micro_batch: MicroBatchId,
+        drawn: &[(SequenceId, u32)],
+    ) -> Result<Vec<Completion>, CompleteError> {
         if micro_batch >= self.next_micro_batch {
             return Err(CompleteError::NeverIssued { micro_batch, next: self.next_micro_batch });
         }
@@ -175,7 +181,11 @@ impl Scheduler {
     }
 
     /// Checks that each sequence that wanted a token has one, and no other has. Released ones may be without.
-    fn tokens_by_sequence(&self, micro_batch: u64, drawn: &[(u64, u32)]) -> Result<BTreeMap<u64, u32>, CompleteError> {
+    fn tokens_by_sequence(
+        &self,
+        micro_batch: MicroBatchId,
+        drawn: &[(SequenceId, u32)],
+    ) -> Result<BTreeMap<SequenceId, u32>, CompleteError> {
         let mut tokens = BTreeMap::new();
         for &(sequence, token) in drawn {
             let wanted = self

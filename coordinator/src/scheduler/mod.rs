@@ -20,6 +20,8 @@ mod types;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use grokpipe_proto::ids::{MicroBatchId, SequenceId};
+
 use admission::Waiting;
 use batch::{Closed, InFlight, Kind};
 use blocks::BlockPool;
@@ -36,17 +38,17 @@ pub struct Scheduler {
     /// How many later ones were let in before the first that waits.
     passes: usize,
     /// Admitted.
-    sequences: BTreeMap<u64, Sequence>,
+    sequences: BTreeMap<SequenceId, Sequence>,
     /// Admitted sequences whose next chunk may run, by order of admission: the oldest prompt is finished first.
-    prefill_ready: BTreeSet<(u64, u64)>,
+    prefill_ready: BTreeSet<(u64, SequenceId)>,
     /// Sequences whose next token may run, longest ready first.
-    decode_ready: VecDeque<u64>,
+    decode_ready: VecDeque<SequenceId>,
     /// Sequences whose next slice has to wait for blocks.
-    short_of_blocks: BTreeSet<u64>,
-    in_flight: BTreeMap<u64, InFlight>,
+    short_of_blocks: BTreeSet<SequenceId>,
+    in_flight: BTreeMap<MicroBatchId, InFlight>,
     /// Ended sequences that the stages still know of, and no micro-batch under way tells them.
     closed: Vec<Closed>,
-    next_micro_batch: u64,
+    next_micro_batch: MicroBatchId,
     next_admitted: u64,
     /// Whose turn it was.
     last_kind: Kind,
@@ -79,7 +81,7 @@ impl Scheduler {
             short_of_blocks: BTreeSet::new(),
             in_flight: BTreeMap::new(),
             closed: Vec::new(),
-            next_micro_batch: 1,
+            next_micro_batch: MicroBatchId(1),
             next_admitted: 0,
             last_kind: Kind::Decode,
             in_flight_ceiling: 0,
@@ -96,8 +98,8 @@ impl Scheduler {
 
     /// Forgets every sequence, waiting or running, and everything under way, because a stage was lost. The sequences that went,
     /// by number, without those that had been released. Stages forget with the next plan epoch, so nothing is left to close.
-    pub fn abort_all(&mut self) -> Vec<u64> {
-        let mut gone: BTreeSet<u64> = self.waiting.drain(..).map(|waiting| waiting.id).collect();
+    pub fn abort_all(&mut self) -> Vec<SequenceId> {
+        let mut gone: BTreeSet<SequenceId> = self.waiting.drain(..).map(|waiting| waiting.id).collect();
         self.passes = 0;
         for (id, sequence) in std::mem::take(&mut self.sequences) {
             self.pool.give_back(&sequence.blocks, sequence.reserved_blocks);

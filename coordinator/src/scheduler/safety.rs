@@ -8,10 +8,12 @@
 
 use std::collections::BTreeMap;
 
+use grokpipe_proto::ids::SequenceId;
+
 use super::Scheduler;
 
 /// Blocks that are about to be taken, by sequence.
-pub(super) type Grants = BTreeMap<u64, u32>;
+pub(super) type Grants = BTreeMap<SequenceId, u32>;
 
 fn granted(grants: &Grants) -> u64 {
     grants.values().map(|count| u64::from(*count)).sum()
@@ -49,7 +51,7 @@ impl Scheduler {
 
     /// Adds what this sequence needs for its next slice to the grants. Whether that is possible; if not, it is short of blocks, and
     /// nobody is let in until it has them: newcomers would take them away.
-    pub(super) fn grant(&mut self, id: u64, grants: &mut Grants) -> bool {
+    pub(super) fn grant(&mut self, id: SequenceId, grants: &mut Grants) -> bool {
         let count = self.sequences.get(&id).map_or(0, |sequence| sequence.next_blocks(&self.config));
         if count == 0 {
             return true;

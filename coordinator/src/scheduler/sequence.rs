@@ -1,5 +1,7 @@
 //! One admitted sequence: how far it is, and what it needs next.
 
+use grokpipe_proto::ids::{MicroBatchId, SequenceId};
+
 use super::blocks::BlockPool;
 use super::types::{ClientId, SchedulerConfig, Slice};
 
@@ -24,7 +26,7 @@ pub(super) struct Sequence {
     pub(super) client: ClientId,
     pub(super) phase: Phase,
     /// The micro-batch that it is in.
-    pub(super) in_flight: Option<u64>,
+    pub(super) in_flight: Option<MicroBatchId>,
     /// Its client is done with it; it goes when its micro-batch comes back.
     pub(super) released: bool,
     /// Stages know of it.
@@ -102,7 +104,7 @@ impl Sequence {
     }
 
     /// The next slice, with the blocks that it needs.
-    pub(super) fn next_slice(&mut self, id: u64, config: &SchedulerConfig, pool: &mut BlockPool) -> Slice {
+    pub(super) fn next_slice(&mut self, id: SequenceId, config: &SchedulerConfig, pool: &mut BlockPool) -> Slice {
         let (first_position, end) = (self.fed, self.next_end(config));
         let new_blocks = pool.take(self.next_blocks(config));
         let token_ids = match self.phase {

@@ -39,7 +39,7 @@ fn issue_all(scheduler: &mut Scheduler) -> Vec<MicroBatch> {
 /// Completes a micro-batch with token 7 for everybody who wants one.
 fn complete(scheduler: &mut Scheduler, batch: &MicroBatch) -> Vec<Completion> {
     let wanting = batch.slices.iter().filter(|slice| slice.wants_token);
-    let drawn: Vec<(u64, u32)> = wanting.map(|slice| (slice.sequence, 7)).collect();
+    let drawn: Vec<(SequenceId, u32)> = wanting.map(|slice| (slice.sequence, 7)).collect();
     let completions = scheduler.complete(batch.id, &drawn).unwrap();
     scheduler.check_invariants();
     completions
@@ -49,7 +49,7 @@ fn complete(scheduler: &mut Scheduler, batch: &MicroBatch) -> Vec<Completion> {
 fn decoding(config: SchedulerConfig, count: u64) -> Scheduler {
     let mut scheduler = Scheduler::new(config);
     for id in 0..count {
-        scheduler.submit(id, ANYBODY, prompt(3), 20).unwrap();
+        scheduler.submit(SequenceId(id), ANYBODY, prompt(3), 20).unwrap();
     }
     while scheduler.sequences.values().any(|sequence| !sequence.is_decoding()) {
         let batch =
@@ -62,7 +62,7 @@ fn decoding(config: SchedulerConfig, count: u64) -> Scheduler {
 #[test]
 fn a_sequence_goes_from_its_chunks_to_its_last_token() {
     let mut scheduler = Scheduler::new(config());
-    scheduler.submit(5, ANYBODY, prompt(70), 3).unwrap();
+    scheduler.submit(SequenceId(5), ANYBODY, prompt(70), 3).unwrap();
     // First position, tokens, blocks gained, opens, wants a token; then what comes back.
     let expected = [
         (0, 32, 2, true, false, None),
@@ -83,34 +83,49 @@ fn a_sequence_goes_from_its_chunks_to_its_last_token() {
         let completions = complete(&mut scheduler, batch);
         let token = result.map(|_| 7);
         let (drawn_count, at_limit) = result.unwrap_or((0, false));
-        assert_eq!(completions, [Completion { sequence: 5, token, drawn_count, at_limit }]);
+        assert_eq!(completions, [Completion { sequence: SequenceId(5), token, drawn_count, at_limit }]);
     }
     assert_eq!(issue_all(&mut scheduler), [], "a sequence at its limit rests");
-    assert!(scheduler.release(5));
+    assert!(scheduler.release(SequenceId(5)));
     let counts = scheduler.counts();
     assert_eq!((counts.running, counts.blocks_free, counts.blocks_reserved), (0, 64, 0));
-    scheduler.submit(6, ANYBODY, prompt(1), 1).unwrap();
+    scheduler.submit(SequenceId(6), ANYBODY, prompt(1), 1).unwrap();
     let batch = scheduler.next_micro_batch().unwrap();
-    assert_eq!((batch.closed, &batch.slices[0].new_blocks), (vec![5], &vec![0]));
+    assert_eq!((batch.closed, &batch.slices[0].new_blocks), (vec![SequenceId(5)], &vec![0]));
 }
 
 #[test]
 fn what_can_never_run_is_rejected() {
     let mut scheduler = Scheduler::new(SchedulerConfig { kv_blocks: 8, max_running: 1, max_waiting: 1, ..config() });
     let too_long = |limit, found, what| Rejected::TooLong { limit, found, what };
-    assert_eq!(scheduler.submit(1, ANYBODY, vec![], 1), Err(Rejected::EmptyPrompt));
-    assert_eq!(scheduler.submit(1, ANYBODY, prompt(1), 0), Err(Rejected::NothingToDraw));
-    assert_eq!(scheduler.submit(1, ANYBODY, prompt(500), 13), Err(too_long(512, 513, "the model's context")));
+    assert_eq!(scheduler.submit(SequenceId(1), ANYBODY, vec![], 1), Err(Rejected::EmptyPrompt));
+    assert_eq!(scheduler.submit(SequenceId(1), ANYBODY, prompt(1), 0), Err(Rejected::NothingToDraw));
     assert_eq!(
-        scheduler.submit(1, ANYBODY, prompt(1), u32::MAX),
+        scheduler.submit(SequenceId(1), ANYBODY, prompt(500), 13),
+        Err(too_long(512, 513, "the model's context"))
+    );
+    assert_eq!(
+        scheduler.submit(SequenceId(1), ANYBODY, prompt(1), u32::MAX),
         Err(too_long(512, u32::MAX as usize + 1, "the model's context"))
     );
-    assert_eq!(scheduler.submit(1, ANYBODY, prompt(100), 29), Err(too_long(128, 129, "the KV pool, all of it")));
-    scheduler.submit(1, ANYBODY, prompt(100), 28).unwrap();
-    assert_eq!(scheduler.submit(1, ANYBODY, prompt(1), 1), Err(Rejected::DuplicateSequence { sequence: 1 }));
-    scheduler.submit(2, ANYBODY, prompt(1), 1).unwrap();
-    assert_eq!(scheduler.submit(2, ANYBODY, prompt(1), 1), Err(Rejected::DuplicateSequence { sequence: 2 }));
-    assert_eq!(scheduler.submit(3, ANYBODY, prompt(1), 1), Err(Rejected::QueueFull { limit: 1, waiting: 1 }));
+    assert_eq!(
+        scheduler.submit(SequenceId(1), ANYBODY, prompt(100), 29),
+        Err(too_long(128, 129, "the KV pool, all of it"))
+    );
+    scheduler.submit(SequenceId(1), ANYBODY, prompt(100), 28).unwrap();
+    assert_eq!(
+        scheduler.submit(SequenceId(1), ANYBODY, prompt(1), 1),
+        Err(Rejected::DuplicateSequence { sequence: SequenceId(1) })
+    );
+    scheduler.submit(SequenceId(2), ANYBODY, prompt(1), 1).unwrap();
+    assert_eq!(
+        scheduler.submit(SequenceId(2), ANYBODY, prompt(1), 1),
+        Err(Rejected::DuplicateSequence { sequence: SequenceId(2) })
+    );
+    assert_eq!(
+        scheduler.submit(SequenceId(3), ANYBODY, prompt(1), 1),
+        Err(Rejected::QueueFull { limit: 1, waiting: 1 })
+    );
     assert_eq!((scheduler.running(), scheduler.waiting()), (1, 1));
     scheduler.check_invariants();
 }
@@ -149,7 +164,7 @@ fn decoding_sequences_are_dealt_out_over_the_stages() {
 fn uneven_groups_become_even_again() {
     let mut scheduler = decoding(SchedulerConfig { stages: 4, ..config() }, 8);
     // One group of five, three of one.
-    let members: Vec<u64> = scheduler.decode_ready.drain(..).collect();
+    let members: Vec<SequenceId> = scheduler.decode_ready.drain(..).collect();
     let mut under_way = vec![scheduler.issue(Kind::Decode, members[..5].to_vec())];
     under_way.extend(members[5..].iter().map(|&id| scheduler.issue(Kind::Decode, vec![id])));
     for _step in 0..12 {
@@ -164,7 +179,7 @@ fn uneven_groups_become_even_again() {
 fn prefill_and_decode_take_turns() {
     let mut scheduler = decoding(SchedulerConfig { stages: 1, kv_blocks: 1000, ..config() }, 4);
     for id in 10..13 {
-        scheduler.submit(id, ANYBODY, prompt(200), 5).unwrap();
+        scheduler.submit(SequenceId(id), ANYBODY, prompt(200), 5).unwrap();
     }
     let kind = |batch: &MicroBatch| if batch.slices[0].token_ids.len() > 1 { 'p' } else { 'd' };
     let mut under_way = issue_all(&mut scheduler);
@@ -182,18 +197,21 @@ fn prefill_and_decode_take_turns() {
 fn a_released_sequence_in_flight_keeps_its_blocks_until_its_micro_batch_is_back() {
     let mut scheduler = decoding(SchedulerConfig { stages: 1, ..config() }, 2);
     let batch = scheduler.next_micro_batch().unwrap();
-    assert!(scheduler.release(1));
-    assert!(!scheduler.release(1), "a second release changes nothing");
+    assert!(scheduler.release(SequenceId(1)));
+    assert!(!scheduler.release(SequenceId(1)), "a second release changes nothing");
     assert_eq!(scheduler.counts().blocks_free, 62);
-    assert_eq!(scheduler.submit(1, ANYBODY, prompt(1), 1), Err(Rejected::DuplicateSequence { sequence: 1 }));
+    assert_eq!(
+        scheduler.submit(SequenceId(1), ANYBODY, prompt(1), 1),
+        Err(Rejected::DuplicateSequence { sequence: SequenceId(1) })
+    );
     let completions = complete(&mut scheduler, &batch);
-    assert_eq!(completions.iter().map(|completion| completion.sequence).collect::<Vec<_>>(), [0]);
+    assert_eq!(completions.iter().map(|completion| completion.sequence).collect::<Vec<_>>(), [SequenceId(0)]);
     assert_eq!(scheduler.counts().blocks_free, 63);
-    assert_eq!(scheduler.next_micro_batch().unwrap().closed, [1]);
+    assert_eq!(scheduler.next_micro_batch().unwrap().closed, [SequenceId(1)]);
     // A stage that failed gives no tokens; released sequences want none.
     let mut failed = decoding(SchedulerConfig { stages: 1, ..config() }, 2);
     let batch = failed.next_micro_batch().unwrap();
-    assert!(failed.release(0) && failed.release(1));
+    assert!(failed.release(SequenceId(0)) && failed.release(SequenceId(1)));
     assert_eq!(failed.complete(batch.id, &[]), Ok(vec![]));
     assert_eq!((failed.running(), failed.counts().blocks_free), (0, 64));
 }
@@ -201,83 +219,95 @@ fn a_released_sequence_in_flight_keeps_its_blocks_until_its_micro_batch_is_back(
 #[test]
 fn what_a_failed_micro_batch_was_to_tell_is_told_again_and_its_blocks_wait_for_that() {
     let mut scheduler = decoding(SchedulerConfig { stages: 3, kv_blocks: 5, ..config() }, 2);
-    assert!(scheduler.release(0));
+    assert!(scheduler.release(SequenceId(0)));
     let first = scheduler.next_micro_batch().unwrap();
-    scheduler.submit(10, ANYBODY, prompt(20), 4).unwrap();
-    assert_eq!((first.closed.as_slice(), first.slices[0].sequence), ([0].as_slice(), 1));
+    scheduler.submit(SequenceId(10), ANYBODY, prompt(20), 4).unwrap();
+    assert_eq!((first.closed.as_slice(), first.slices[0].sequence), ([SequenceId(0)].as_slice(), SequenceId(1)));
     // Block 0 was sequence 0's: stages that have not seen the first micro-batch would refuse it to anybody else.
     let second = scheduler.next_micro_batch().unwrap();
-    assert_eq!((second.slices[0].sequence, &second.slices[0].new_blocks), (10, &vec![2, 3]));
+    assert_eq!((second.slices[0].sequence, &second.slices[0].new_blocks), (SequenceId(10), &vec![2, 3]));
     scheduler.check_invariants();
-    assert_eq!(scheduler.fail(first.id), [1]);
+    assert_eq!(scheduler.fail(first.id), [SequenceId(1)]);
     scheduler.check_invariants();
     assert!(scheduler.fail(first.id).is_empty(), "a second time changes nothing");
-    scheduler.submit(11, ANYBODY, prompt(20), 4).unwrap();
+    scheduler.submit(SequenceId(11), ANYBODY, prompt(20), 4).unwrap();
     let third = scheduler.next_micro_batch().unwrap();
-    assert_eq!((third.closed.as_slice(), &third.slices[0].new_blocks), ([0, 1].as_slice(), &vec![0, 1]));
+    assert_eq!(
+        (third.closed.as_slice(), &third.slices[0].new_blocks),
+        ([0, 1].map(SequenceId).as_slice(), &vec![0, 1])
+    );
 }
 
 #[test]
 fn whoever_needs_a_withheld_block_waits_for_it() {
     let mut scheduler = Scheduler::new(SchedulerConfig { stages: 3, kv_blocks: 4, ..config() });
-    scheduler.submit(1, ANYBODY, prompt(32), 32).unwrap();
+    scheduler.submit(SequenceId(1), ANYBODY, prompt(32), 32).unwrap();
     let only = scheduler.next_micro_batch().unwrap();
     complete(&mut scheduler, &only);
-    assert!(scheduler.release(1));
-    scheduler.submit(2, ANYBODY, prompt(1), 1).unwrap();
-    scheduler.submit(3, ANYBODY, prompt(32), 16).unwrap();
+    assert!(scheduler.release(SequenceId(1)));
+    scheduler.submit(SequenceId(2), ANYBODY, prompt(1), 1).unwrap();
+    scheduler.submit(SequenceId(3), ANYBODY, prompt(32), 16).unwrap();
     let closing = scheduler.next_micro_batch().unwrap();
-    assert_eq!((closing.closed.as_slice(), &closing.slices[0].new_blocks), ([1].as_slice(), &vec![0]));
+    assert_eq!((closing.closed.as_slice(), &closing.slices[0].new_blocks), ([SequenceId(1)].as_slice(), &vec![0]));
     let other = scheduler.next_micro_batch().unwrap();
-    assert_eq!((other.slices[0].sequence, &other.slices[0].new_blocks), (3, &vec![2, 3]));
+    assert_eq!((other.slices[0].sequence, &other.slices[0].new_blocks), (SequenceId(3), &vec![2, 3]));
     complete(&mut scheduler, &other);
     assert_eq!(scheduler.next_micro_batch(), None, "block 1 is withheld");
     complete(&mut scheduler, &closing);
     let next = scheduler.next_micro_batch().unwrap();
-    assert_eq!((next.slices[0].sequence, &next.slices[0].new_blocks), (3, &vec![1]));
+    assert_eq!((next.slices[0].sequence, &next.slices[0].new_blocks), (SequenceId(3), &vec![1]));
 }
 
 #[test]
 fn results_that_do_not_fit_are_refused_and_change_nothing() {
     let mut scheduler = decoding(SchedulerConfig { stages: 1, ..config() }, 2);
-    scheduler.submit(9, ANYBODY, prompt(40), 2).unwrap();
+    scheduler.submit(SequenceId(9), ANYBODY, prompt(40), 2).unwrap();
     let chunk = scheduler.next_micro_batch().unwrap();
     let decode = scheduler.next_micro_batch().unwrap();
-    assert_eq!((chunk.slices[0].sequence, decode.slices.len()), (9, 2));
+    assert_eq!((chunk.slices[0].sequence, decode.slices.len()), (SequenceId(9), 2));
     let unexpected = |micro_batch, sequence| Err(CompleteError::UnexpectedToken { micro_batch, sequence });
     let before = format!("{scheduler:?}");
-    let cases = [
-        (decode.id + 1, vec![], Err(CompleteError::NeverIssued { micro_batch: decode.id + 1, next: decode.id + 1 })),
-        (decode.id, vec![(0, 7)], Err(CompleteError::MissingToken { micro_batch: decode.id, sequence: 1 })),
-        (decode.id, vec![(0, 7), (1, 7), (0, 7)], unexpected(decode.id, 0)),
-        (decode.id, vec![(0, 7), (1, 7), (9, 7)], unexpected(decode.id, 9)),
-        (decode.id, vec![(77, 7)], unexpected(decode.id, 77)),
-        (chunk.id, vec![(9, 7)], unexpected(chunk.id, 9)),
+    let cases: [(MicroBatchId, Vec<(u64, u32)>, _); 6] = [
+        (
+            decode.id.next(),
+            vec![],
+            Err(CompleteError::NeverIssued { micro_batch: decode.id.next(), next: decode.id.next() }),
+        ),
+        (decode.id, vec![(0, 7)], Err(CompleteError::MissingToken { micro_batch: decode.id, sequence: SequenceId(1) })),
+        (decode.id, vec![(0, 7), (1, 7), (0, 7)], unexpected(decode.id, SequenceId(0))),
+        (decode.id, vec![(0, 7), (1, 7), (9, 7)], unexpected(decode.id, SequenceId(9))),
+        (decode.id, vec![(77, 7)], unexpected(decode.id, SequenceId(77))),
+        (chunk.id, vec![(9, 7)], unexpected(chunk.id, SequenceId(9))),
     ];
     for (micro_batch, drawn, expected) in cases {
+        let drawn: Vec<_> = drawn.into_iter().map(|(sequence, token)| (SequenceId(sequence), token)).collect();
         assert_eq!(scheduler.complete(micro_batch, &drawn), expected);
         assert_eq!(format!("{scheduler:?}"), before);
     }
     complete(&mut scheduler, &decode);
-    assert_eq!(scheduler.complete(decode.id, &[(0, 7), (1, 7)]), Ok(vec![]), "a second time changes nothing");
+    assert_eq!(
+        scheduler.complete(decode.id, &[(SequenceId(0), 7), (SequenceId(1), 7)]),
+        Ok(vec![]),
+        "a second time changes nothing"
+    );
 }
 
 #[test]
 fn after_an_abort_everything_is_free_and_old_results_are_ignored() {
     let mut scheduler = decoding(SchedulerConfig { max_running: 3, ..config() }, 3);
-    scheduler.submit(8, ANYBODY, prompt(4), 4).unwrap();
+    scheduler.submit(SequenceId(8), ANYBODY, prompt(4), 4).unwrap();
     let batches = issue_all(&mut scheduler);
     scheduler.release(batches[0].slices[0].sequence);
     let gone = scheduler.abort_all();
-    assert_eq!(gone, [1, 2, 8]);
+    assert_eq!(gone, [1, 2, 8].map(SequenceId));
     let counts = scheduler.counts();
     assert_eq!((counts.running, counts.waiting, counts.in_flight), (0, 0, 0));
     assert_eq!((counts.blocks_free, counts.blocks_reserved), (64, 0));
     scheduler.reconfigure(5);
     assert_eq!(scheduler.in_flight_limit(), 6);
-    scheduler.submit(1, ANYBODY, prompt(4), 4).unwrap();
+    scheduler.submit(SequenceId(1), ANYBODY, prompt(4), 4).unwrap();
     for old in &batches {
-        assert_eq!(scheduler.complete(old.id, &[(1, 7)]), Ok(vec![]));
+        assert_eq!(scheduler.complete(old.id, &[(SequenceId(1), 7)]), Ok(vec![]));
     }
     let fresh = scheduler.next_micro_batch().unwrap();
     assert!(fresh.id > batches.iter().map(|batch| batch.id).max().unwrap() && fresh.closed.is_empty());
@@ -302,12 +332,12 @@ fn fewer_stages_while_batches_are_under_way_are_waited_for() {
 /// What a stage knows: the blocks of each sequence and what stands in each KV slot.
 #[derive(Clone, Default)]
 struct Stage {
-    tables: BTreeMap<u64, Vec<u32>>,
-    slots: BTreeMap<(u32, u32), (u64, u32, u32)>,
+    tables: BTreeMap<SequenceId, Vec<u32>>,
+    slots: BTreeMap<(u32, u32), (SequenceId, u32, u32)>,
     /// Tokens of each sequence by position, as fed.
-    fed: BTreeMap<u64, Vec<u32>>,
+    fed: BTreeMap<SequenceId, Vec<u32>>,
     /// Sequences of micro-batches that failed before they came here, and those that such a micro-batch closed.
-    failed: BTreeSet<u64>,
+    failed: BTreeSet<SequenceId>,
 }
 
 impl Stage {
@@ -352,8 +382,8 @@ impl Dice {
 }
 
 /// The token that a model would draw.
-fn model_token(sequence: u64, position: u32) -> u32 {
-    (sequence as u32).wrapping_mul(31).wrapping_add(position.wrapping_mul(17)) % 1000 + 1
+fn model_token(sequence: SequenceId, position: u32) -> u32 {
+    (sequence.0 as u32).wrapping_mul(31).wrapping_add(position.wrapping_mul(17)) % 1000 + 1
 }
 
 /// A running simulation.
@@ -366,7 +396,7 @@ struct Simulation {
     /// Micro-batches, and whether each failed between the two.
     under_way: Vec<(MicroBatch, bool)>,
     /// Prompt length, tokens wanted, tokens so far.
-    live: BTreeMap<u64, (u32, u32, Vec<u32>)>,
+    live: BTreeMap<SequenceId, (u32, u32, Vec<u32>)>,
     next_id: u64,
     /// Micro-batches issued since a prefill chunk, and since a group, could have been and was not.
     passed_over: [usize; 2],
@@ -403,9 +433,9 @@ impl Simulation {
         let (id, length, wanted) = (self.next_id, 1 + self.dice.below(70) as u32, 1 + self.dice.below(25) as u32);
         let client = self.dice.below(3);
         self.next_id += 1;
-        let tokens = (0..length).map(|position| model_token(id, position) + 1000).collect();
-        match self.scheduler.submit(id, client, tokens, wanted) {
-            Ok(()) => drop(self.live.insert(id, (length, wanted, Vec::new()))),
+        let tokens = (0..length).map(|position| model_token(SequenceId(id), position) + 1000).collect();
+        match self.scheduler.submit(SequenceId(id), client, tokens, wanted) {
+            Ok(()) => drop(self.live.insert(SequenceId(id), (length, wanted, Vec::new()))),
             Err(Rejected::QueueFull { limit, waiting }) => assert_eq!((limit, waiting), (limit, limit)),
             Err(Rejected::ShareTaken { limit, waiting, free }) => {
                 assert!(waiting >= limit && limit == 3 * free && free > 0, "{waiting} wait, {free} places are free");
@@ -455,7 +485,7 @@ impl Simulation {
         }
         let wanting = batch.slices.iter().filter(|slice| slice.wants_token);
         let last = |slice: &Slice| slice.first_position + slice.token_ids.len() as u32;
-        let drawn: Vec<(u64, u32)> =
+        let drawn: Vec<(SequenceId, u32)> =
             wanting.map(|slice| (slice.sequence, model_token(slice.sequence, last(slice)))).collect();
         for completion in self.scheduler.complete(batch.id, &drawn).unwrap() {
             let Some(token) = completion.token else { continue };
@@ -469,7 +499,7 @@ impl Simulation {
         }
     }
 
-    fn finish(&mut self, id: u64) {
+    fn finish(&mut self, id: SequenceId) {
         let (length, wanted, tokens) = self.live.remove(&id).expect("a sequence finishes once");
         let expected: Vec<u32> = (length..length + wanted).map(|position| model_token(id, position)).collect();
         assert_eq!(tokens, expected, "sequence {id}");
@@ -484,7 +514,7 @@ impl Simulation {
 
     /// A stage is lost: everything goes, and the next epoch begins with empty stages.
     fn lose_a_stage(&mut self) {
-        let gone: BTreeSet<u64> = self.scheduler.abort_all().into_iter().collect();
+        let gone: BTreeSet<SequenceId> = self.scheduler.abort_all().into_iter().collect();
         assert_eq!(gone, self.live.keys().copied().collect());
         let late = std::mem::take(&mut self.under_way);
         (self.live, self.stages) = (BTreeMap::new(), Default::default());

@@ -1,5 +1,6 @@
 //! What goes into the scheduler and what comes out of it.
 
+use grokpipe_proto::ids::{MicroBatchId, SequenceId};
 use thiserror::Error;
 
 /// Whose sequence it is: whoever makes these numbers decides what counts as one client.
@@ -32,7 +33,7 @@ pub struct SchedulerConfig {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slice {
     /// Number of the sequence.
-    pub sequence: u64,
+    pub sequence: SequenceId,
     /// Absolute position of the first token.
     pub first_position: u32,
     /// Token ids of these positions; never empty.
@@ -49,18 +50,18 @@ pub struct Slice {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MicroBatch {
     /// Unique in the scheduler's life, ascending.
-    pub id: u64,
+    pub id: MicroBatchId,
     /// The sequences in row order; never empty.
     pub slices: Vec<Slice>,
     /// Sequences that have ended since the last micro-batch: stages forget them before they run this one.
-    pub closed: Vec<u64>,
+    pub closed: Vec<SequenceId>,
 }
 
 /// What a finished micro-batch meant for one sequence that goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
     /// Number of the sequence.
-    pub sequence: u64,
+    pub sequence: SequenceId,
     /// The token drawn for it; `None` after a chunk of prefill that was not the last.
     pub token: Option<u32>,
     /// Tokens drawn so far.
@@ -110,7 +111,7 @@ pub enum Rejected {
     #[error("expected a new sequence number, found {sequence}, which is in use")]
     DuplicateSequence {
         /// The number.
-        sequence: u64,
+        sequence: SequenceId,
     },
 }
 
@@ -121,25 +122,25 @@ pub enum CompleteError {
     #[error("expected a micro-batch below {next}, found {micro_batch}")]
     NeverIssued {
         /// The number in the result.
-        micro_batch: u64,
+        micro_batch: MicroBatchId,
         /// The number that the next micro-batch will get.
-        next: u64,
+        next: MicroBatchId,
     },
     /// A token for a sequence that wanted none.
     #[error("micro-batch {micro_batch} has a token for sequence {sequence}, expected none")]
     UnexpectedToken {
         /// The micro-batch.
-        micro_batch: u64,
+        micro_batch: MicroBatchId,
         /// The sequence.
-        sequence: u64,
+        sequence: SequenceId,
     },
     /// No token for a sequence that wanted one.
     #[error("micro-batch {micro_batch} has no token for sequence {sequence}, expected one")]
     MissingToken {
         /// The micro-batch.
-        micro_batch: u64,
+        micro_batch: MicroBatchId,
         /// The sequence.
-        sequence: u64,
+        sequence: SequenceId,
     },
 }
 

@@ -240,7 +240,7 @@ impl Cluster {
                 address: first.hello.data_address.clone(),
                 worker: first.hello.name.clone(),
                 secret: self.secret.to_secret(),
-                token: self.link_key.frames(arrangement.epoch, 0),
+                token: self.link_key.frames(arrangement.epoch.into(), 0),
                 max_frame_bytes: self.setup.max_frame_bytes(),
                 max_in_flight: FRAMES_IN_FLIGHT,
             };
@@ -270,8 +270,8 @@ impl Cluster {
                 max_frames_in_flight: FRAMES_IN_FLIGHT as u32,
                 activation_dtype: ActivationDtype::F32 as i32,
                 coordinator_generation: self.generation,
-                link_token: self.link_key.frames(arrangement.epoch, index).to_wire(),
-                next_token: self.link_key.frames(arrangement.epoch, index + 1).to_wire(),
+                link_token: self.link_key.frames(arrangement.epoch.into(), index).to_wire(),
+                next_token: self.link_key.frames(arrangement.epoch.into(), index + 1).to_wire(),
             };
             let order = JoinResponse { message: Some(join_response::Message::Assignment(assignment)) };
             let outbox = self.outboxes.get(&member.hello.name);

@@ -21,17 +21,17 @@ fn steps(scheduler: &mut Scheduler, count: usize, mut after: impl FnMut(&mut Sch
 }
 
 fn is_in(scheduler: &Scheduler, id: u64) -> bool {
-    scheduler.sequences.contains_key(&id)
+    scheduler.sequences.contains_key(&SequenceId(id))
 }
 
 #[test]
 fn a_reservation_of_the_whole_pool_does_not_shut_out_a_small_one() {
     let mut scheduler = Scheduler::new(SchedulerConfig { kv_blocks: 16, ..config() });
-    scheduler.submit(1, 1, prompt(16), 240).unwrap();
-    scheduler.submit(2, 2, prompt(16), 16).unwrap();
+    scheduler.submit(SequenceId(1), 1, prompt(16), 240).unwrap();
+    scheduler.submit(SequenceId(2), 2, prompt(16), 16).unwrap();
     assert!(is_in(&scheduler, 1) && is_in(&scheduler, 2), "{scheduler:?}");
     // Two that need the whole pool exclude each other: neither could end while the other holds a block.
-    scheduler.submit(3, 3, prompt(16), 240).unwrap();
+    scheduler.submit(SequenceId(3), 3, prompt(16), 240).unwrap();
     assert!(!is_in(&scheduler, 3));
     steps(&mut scheduler, 2000, |_| ());
     assert_eq!((scheduler.running(), scheduler.waiting()), (0, 0), "all three end");
@@ -40,15 +40,15 @@ fn a_reservation_of_the_whole_pool_does_not_shut_out_a_small_one() {
 #[test]
 fn a_sequence_that_is_short_of_blocks_gets_them_before_anybody_is_let_in() {
     let mut scheduler = Scheduler::new(SchedulerConfig { stages: 1, kv_blocks: 16, max_waiting: 400, ..config() });
-    scheduler.submit(1, 1, prompt(16), 240).unwrap();
+    scheduler.submit(SequenceId(1), 1, prompt(16), 240).unwrap();
     for id in 2..200 {
-        scheduler.submit(id, id, prompt(16), 30).unwrap();
+        scheduler.submit(SequenceId(id), id, prompt(16), 30).unwrap();
     }
     let mut let_in_while_short = 0;
     let mut steps_of_the_long_one = 0;
     steps(&mut scheduler, 20_000, |scheduler| {
         steps_of_the_long_one += usize::from(is_in(scheduler, 1));
-        if scheduler.short_of_blocks.contains(&1) {
+        if scheduler.short_of_blocks.contains(&SequenceId(1)) {
             let before = scheduler.running();
             scheduler.admit();
             let_in_while_short += scheduler.running() - before;
@@ -64,16 +64,16 @@ fn a_sequence_that_is_short_of_blocks_gets_them_before_anybody_is_let_in() {
 fn the_client_with_the_fewest_running_is_next() {
     let mut scheduler = Scheduler::new(SchedulerConfig { max_running: 4, kv_blocks: 1000, ..config() });
     for id in 0..20 {
-        scheduler.submit(id, 1, prompt(3), 5).unwrap();
+        scheduler.submit(SequenceId(id), 1, prompt(3), 5).unwrap();
     }
-    scheduler.submit(100, 2, prompt(3), 5).unwrap();
-    scheduler.submit(101, 3, prompt(3), 5).unwrap();
+    scheduler.submit(SequenceId(100), 2, prompt(3), 5).unwrap();
+    scheduler.submit(SequenceId(101), 3, prompt(3), 5).unwrap();
     for id in 0..3 {
         assert!(!is_in(&scheduler, 100 + id) || id > 0);
-        assert!(scheduler.release(id));
+        assert!(scheduler.release(SequenceId(id)));
     }
-    let running: Vec<u64> = scheduler.sequences.keys().copied().collect();
-    assert_eq!(running, [3, 4, 100, 101]);
+    let running: Vec<SequenceId> = scheduler.sequences.keys().copied().collect();
+    assert_eq!(running, [3, 4, 100, 101].map(SequenceId));
 }
 
 #[test]
@@ -83,7 +83,7 @@ fn one_client_cannot_take_all_places_to_wait() {
     let mut id = 0;
     let mut submit = |scheduler: &mut Scheduler, client: u64| {
         id += 1;
-        scheduler.submit(id, client, prompt(3), 5)
+        scheduler.submit(SequenceId(id), client, prompt(3), 5)
     };
     submit(&mut scheduler, 0).unwrap();
     // Each of many takes as much as it can, and the next still finds a place.
@@ -110,33 +110,33 @@ fn one_client_cannot_take_all_places_to_wait() {
 fn some_running_places_are_kept_for_clients_with_nothing_running() {
     let mut scheduler = Scheduler::new(SchedulerConfig { max_running: 16, kv_blocks: 1000, ..config() });
     for id in 0..30 {
-        scheduler.submit(id, 1, prompt(3), 5).unwrap();
+        scheduler.submit(SequenceId(id), 1, prompt(3), 5).unwrap();
     }
     assert_eq!(scheduler.running(), 14);
-    scheduler.submit(100, 2, prompt(3), 5).unwrap();
+    scheduler.submit(SequenceId(100), 2, prompt(3), 5).unwrap();
     assert!(is_in(&scheduler, 100));
 }
 
 #[test]
 fn a_large_one_is_passed_by_some_and_then_by_none() {
     let mut scheduler = Scheduler::new(SchedulerConfig { kv_blocks: 16, max_running: 4, max_waiting: 400, ..config() });
-    scheduler.submit(0, 0, prompt(200), 40).unwrap();
+    scheduler.submit(SequenceId(0), 0, prompt(200), 40).unwrap();
     // Its prompt alone does not fit beside the other's.
-    scheduler.submit(1, 1, prompt(200), 40).unwrap();
+    scheduler.submit(SequenceId(1), 1, prompt(200), 40).unwrap();
     for id in 2..100 {
-        scheduler.submit(id, id, prompt(3), 2).unwrap();
+        scheduler.submit(SequenceId(id), id, prompt(3), 2).unwrap();
     }
     let mut passed = 0;
     // The first one never ends: only small ones come and go.
     for _round in 0..100 {
-        let small: Vec<u64> = scheduler.sequences.keys().copied().filter(|id| *id > 1).collect();
+        let small: Vec<SequenceId> = scheduler.sequences.keys().copied().filter(|id| *id > SequenceId(1)).collect();
         passed += small.len();
         for id in small {
             scheduler.release(id);
         }
     }
     assert_eq!(passed, 16);
-    assert!(scheduler.release(0));
+    assert!(scheduler.release(SequenceId(0)));
     assert!(is_in(&scheduler, 1), "then it is its turn");
 }
 
@@ -162,11 +162,11 @@ proptest! {
         let mut arrive = |scheduler: &mut Scheduler, dice: &mut Dice| {
             let (length, wanted) = (1 + dice.below(100) as u32, 1 + dice.below(40) as u32);
             let (id, client) = (next_id, dice.below(4));
-            if scheduler.submit(id, client, prompt(length), wanted).is_ok() {
+            if scheduler.submit(SequenceId(id), client, prompt(length), wanted).is_ok() {
                 next_id += 1;
             }
         };
-        let mut waiting_since: BTreeMap<u64, u64> = BTreeMap::new();
+        let mut waiting_since: BTreeMap<SequenceId, u64> = BTreeMap::new();
         for _arrival in 0..10 {
             arrive(&mut scheduler, &mut dice);
         }
