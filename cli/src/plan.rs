@@ -11,7 +11,7 @@ use std::{
 };
 
 use grokpipe_coordinator::{
-    facts::{ModelFacts, PlanWishes},
+    facts::{ModelFacts, PlanRequirements},
     planner::{self, Overhead, Plan, Refusal, WorkerResources},
 };
 use grokpipe_model::Model;
@@ -106,7 +106,7 @@ impl PlanView {
             worker.pinned_layers = pinned;
         }
         let offered = workers.iter().map(|worker| (worker.name.clone(), worker.memory_bytes)).collect();
-        let problem = facts.problem(&wishes(config), workers, None);
+        let problem = facts.problem(&requirements(config), workers, None);
         let plan = planner::plan(&problem).map_err(|refusal| refused(&refusal))?;
         Ok(Self { plan: wire(&plan, &names), offered, assumed: true })
     }
@@ -172,8 +172,8 @@ impl PlanView {
 }
 
 /// What a plan makes room for, as the coordinator states it from the same configuration.
-fn wishes(config: &Config) -> PlanWishes {
-    PlanWishes {
+fn requirements(config: &Config) -> PlanRequirements {
+    PlanRequirements {
         kv_tokens: u64::from(config.kv.tokens),
         max_batch_tokens: config.limits.max_batch_tokens as usize,
         batch_tokens: 1,

@@ -27,7 +27,7 @@ pub struct ModelFacts {
 
 /// What a plan is to make room for.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct PlanWishes {
+pub struct PlanRequirements {
     /// Tokens in the KV pool, over all sequences.
     pub kv_tokens: u64,
     /// Most tokens in a frame.
@@ -126,7 +126,7 @@ impl ModelFacts {
     /// The planner's problem for these workers.
     pub fn problem(
         &self,
-        wishes: &PlanWishes,
+        requirements: &PlanRequirements,
         workers: Vec<WorkerResources>,
         previous: Option<Vec<PreviousStage>>,
     ) -> Problem {
@@ -135,16 +135,15 @@ impl ModelFacts {
             layers: self.layers.clone(),
             num_experts: config.num_experts as u32,
             num_experts_per_tok: config.num_experts_per_tok as u32,
-            embedding_bytes: self.head.weight_bytes,
             head: self.head.clone(),
             kv_bytes_per_token_per_layer: footprint::kv_bytes_per_token_per_layer(config),
-            kv_tokens: wishes.kv_tokens,
-            scratch: self.scratch(wishes.max_batch_tokens),
+            kv_tokens: requirements.kv_tokens,
+            scratch: self.scratch(requirements.max_batch_tokens),
             hidden_bytes_per_token: 4 * config.hidden_size as u64,
             workers,
             link: LINK,
-            batch_tokens: wishes.batch_tokens,
-            objective: wishes.objective,
+            batch_tokens: requirements.batch_tokens,
+            objective: requirements.objective,
             previous,
         }
     }

@@ -46,7 +46,7 @@ use api::{
 };
 use cluster::{Cluster, ClusterSettings, ExpectedWorker};
 use engine::{Engine, EngineSettings, Handle};
-use facts::{ModelFacts, PlanWishes};
+use facts::{ModelFacts, PlanRequirements};
 use pipeline::PipelineSettings;
 use planner::Objective;
 use request::check::{Checker, RequestLimits};
@@ -54,7 +54,7 @@ use scheduler::SchedulerConfig;
 use text::TextDesk;
 
 /// Most unanswered frames on a link: twice the stages of the largest sensible cluster.
-const MAX_FRAMES_IN_FLIGHT: usize = 64;
+const FRAMES_IN_FLIGHT_MAX: usize = 64;
 /// Time that connections get to end once the coordinator does.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -211,7 +211,8 @@ impl Coordinator {
             shutdown: ending.clone(),
             connections: Arc::default(),
         };
-        let membership = MembershipServiceServer::new(membership).max_decoding_message_size(bounds::MEMBERSHIP_MESSAGE);
+        let membership =
+            MembershipServiceServer::new(membership).max_decoding_message_size(bounds::MEMBERSHIP_MESSAGE_BYTES_MAX);
         let results = api::results::Results {
             engine: handle.clone(),
             link_key: settings.link_key.clone(),
@@ -224,7 +225,7 @@ impl Coordinator {
         let inference = api::inference::Inference { engine: handle.clone(), checker };
         let inference =
             InferenceServiceServer::new(inference).max_decoding_message_size(limits.max_request_bytes(context));
-        let cluster_service = ClusterServiceServer::new(api::cluster::Cluster { engine: handle.clone(), diagnosis });
+        let cluster_service = ClusterServiceServer::new(api::cluster::ClusterApi { engine: handle.clone(), diagnosis });
         let intake = Intake::new(intake::ROOM);
         let serving = transport::server(Keepalive::Client)
             .add_service(health)
@@ -295,14 +296,14 @@ fn engine(
             generation: settings.generation.into(),
             expected: settings.expected.clone(),
             replan_after: settings.replan_after,
-            wishes: PlanWishes {
+            requirements: PlanRequirements {
                 kv_tokens: settings.kv_tokens,
                 max_batch_tokens: settings.max_batch_tokens,
                 batch_tokens: 1,
                 objective: settings.objective,
             },
             kv_blocks,
-            max_frames_in_flight: MAX_FRAMES_IN_FLIGHT as u32,
+            max_frames_in_flight: FRAMES_IN_FLIGHT_MAX as u32,
             link_key: settings.link_key.clone(),
         },
         facts.clone(),
@@ -325,7 +326,7 @@ fn engine(
     let pipeline = PipelineSettings {
         secret: settings.secret.clone(),
         max_frame_bytes: max_frame_bytes(settings.max_batch_tokens, facts.config.hidden_size),
-        max_frames_in_flight: MAX_FRAMES_IN_FLIGHT,
+        max_frames_in_flight: FRAMES_IN_FLIGHT_MAX,
         generation: settings.generation.into(),
     };
     let open_pipeline =

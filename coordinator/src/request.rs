@@ -120,9 +120,9 @@ pub struct Request {
     pub deadline: Deadline,
 }
 
-/// What a client is told about its request: once [`Event::Accepted`], then tokens, then [`Event::Finished`]; or an error at any time.
+/// What a client is told about its request: once [`RequestEvent::Accepted`], then tokens, then [`RequestEvent::Finished`]; or an error at any time.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Event {
+pub enum RequestEvent {
     /// The request will run.
     Accepted(Accepted),
     /// One token.

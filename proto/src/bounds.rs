@@ -1,28 +1,28 @@
-//! How long the texts may be that a worker says of itself.
+//! The longest texts that a worker may say of itself.
 //!
-//! All of them stand in the snapshot, which anybody may ask for again and again. A worker cuts its own texts; the coordinator refuses a
-//! hello that is longer and cuts what comes later.
+//! All of them can reach the snapshot, which anybody may ask for again and again. A worker cuts its own texts; the coordinator refuses
+//! a hello with a longer one and cuts those in later messages.
 
 /// Bytes of a device's name.
-pub const DEVICE: usize = 256;
+pub const DEVICE_BYTES_MAX: usize = 256;
 /// Bytes of a fingerprint.
 pub const FINGERPRINT: usize = 1024;
 /// Bytes of a build's version and revision.
-pub const BUILD: usize = 128;
+pub const BUILD_BYTES_MAX: usize = 128;
 /// Bytes of a model's digest.
-pub const DIGEST: usize = 128;
+pub const DIGEST_BYTES_MAX: usize = 128;
 /// Notes in a hello.
-pub const NOTES: usize = 16;
-/// Bytes of each.
-pub const NOTE: usize = 512;
+pub const NOTES_MAX: usize = 16;
+/// Bytes of a note.
+pub const NOTE_BYTES_MAX: usize = 512;
 /// Bytes of a reason why something failed.
-pub const REASON: usize = 1024;
+pub const REASON_BYTES_MAX: usize = 1024;
 /// Bytes of a worker's name.
-pub const NAME: usize = 64;
-/// Bytes of a whole message on a worker's membership stream: far more than a hello at its bounds.
-pub const MEMBERSHIP_MESSAGE: usize = 64 << 10;
+pub const NAME_BYTES_MAX: usize = 64;
+/// Bytes of a message on a worker's membership stream: far more than the longest hello.
+pub const MEMBERSHIP_MESSAGE_BYTES_MAX: usize = 64 << 10;
 
-/// `text`, cut so that it has at most `bytes` bytes; then it ends with an ellipsis.
+/// `text` with at most `bytes` bytes. Where it was cut, it ends with an ellipsis.
 pub fn cut(mut text: String, bytes: usize) -> String {
     const ELLIPSIS: &str = "…";
     if text.len() > bytes {

@@ -58,7 +58,7 @@ number! {
     MicroBatchId
 }
 
-/// The name of a worker: 1 to [`bounds::NAME`] characters of a-z, 0-9, '.', '_' and '-'. Cheap to clone.
+/// The name of a worker: 1 to [`bounds::NAME_BYTES_MAX`] characters of a-z, 0-9, '.', '_' and '-'. Cheap to clone.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerName(Arc<str>);
 
@@ -85,7 +85,7 @@ impl FromStr for WorkerName {
 
     fn from_str(text: &str) -> Result<Self, BadName> {
         let allowed = |byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-');
-        if (1..=bounds::NAME).contains(&text.len()) && text.bytes().all(allowed) {
+        if (1..=bounds::NAME_BYTES_MAX).contains(&text.len()) && text.bytes().all(allowed) {
             Ok(Self(text.into()))
         } else {
             Err(BadName { found: text.chars().take(80).collect() })

@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// Times that a frame with a bad checksum is sent again: one bit flips now and then, three in a row are a broken link.
-const RESENDS: u32 = 2;
+const RESENDS_MAX: u32 = 2;
 
 /// What a link needs to know of its two ends.
 #[derive(Clone)]
@@ -251,7 +251,7 @@ impl LinkTask {
     async fn refused(&mut self, refusal: FrameRefusal) -> Option<String> {
         let kept = self.unanswered.remove(&refusal.micro_batch_id.into())?;
         let reason = RefusalReason::try_from(refusal.reason).unwrap_or(RefusalReason::Unspecified);
-        if reason == RefusalReason::Checksum && kept.resends < RESENDS {
+        if reason == RefusalReason::Checksum && kept.resends < RESENDS_MAX {
             warn!(micro_batch = refusal.micro_batch_id, worker = self.worker, "frame damaged on the way, sent again");
             return self.transmit(kept.frame, kept.resends + 1).await;
         }

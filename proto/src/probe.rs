@@ -28,15 +28,15 @@ use crate::{
 };
 
 /// Most bytes of one call.
-pub const MOST_BYTES: u64 = 4 << 20;
+pub const CALL_BYTES_MAX: u64 = 4 << 20;
 /// Bytes of the first call: so few that a link of 64 kB a second carries them in time.
 const FIRST_BYTES: u64 = 128 << 10;
 /// How long a call is to send for its bandwidth to be worth something.
 const WORTH_SENDING: Duration = Duration::from_millis(300);
 /// Longest that it sends.
-const SEND_WITHIN: Duration = Duration::from_millis(500);
+const SEND_MAX: Duration = Duration::from_millis(500);
 /// Longest that one call takes, at either end.
-const CALL_WITHIN: Duration = Duration::from_secs(2);
+const CALL_TIMEOUT: Duration = Duration::from_secs(2);
 /// Bytes of one message.
 const CHUNK: usize = 64 << 10;
 /// Calls without bytes whose shortest counts; the first one also opens the stream's state at both ends.
@@ -45,9 +45,9 @@ const ROUND_TRIPS: usize = 6;
 const BUSY_PAUSE: Duration = Duration::from_millis(250);
 const BUSY_TRIES: usize = 6;
 /// Bytes that a port takes in a second, of all callers together.
-const BUDGET_BYTES: u64 = 16 * MOST_BYTES;
+const BUDGET_BYTES: u64 = 16 * CALL_BYTES_MAX;
 /// Longest that [`measure`] takes: connecting, round trips, bytes, and waiting for a busy port.
-pub const MEASURED_WITHIN: Duration = Duration::from_secs(10);
+pub const MEASURE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Describes the machine of a process; with `true` it also reads some of the model's files. May block for a second.
 pub type DescribeMachine = Arc<dyn Fn(bool) -> MachineReport + Send + Sync>;
@@ -63,11 +63,11 @@ pub fn clock_us() -> u64 {
 /// The bandwidth is one that was reached: what the link can carry may be more where the round trip is long, for TCP starts slowly.
 pub async fn measure(net: &Arc<dyn Net>, address: &str, secret: &Secret, most_bytes: u64) -> LinkReport {
     let mut report = LinkReport { address: address.to_owned(), ..LinkReport::default() };
-    let found = timeout(MEASURED_WITHIN, examine(net, address, secret, most_bytes, &mut report)).await;
+    let found = timeout(MEASURE_TIMEOUT, examine(net, address, secret, most_bytes, &mut report)).await;
     match found {
         Ok(Ok(())) => {}
         Ok(Err(error)) => report.error = error,
-        Err(_late) => report.error = format!("no end within {} s", MEASURED_WITHIN.as_secs()),
+        Err(_late) => report.error = format!("no end within {} s", MEASURE_TIMEOUT.as_secs()),
     }
     report
 }
@@ -89,7 +89,7 @@ async fn examine(
         shortest = shortest.min(took);
     }
     report.round_trip_seconds = Some(shortest.as_secs_f64());
-    let most_bytes = most_bytes.min(MOST_BYTES);
+    let most_bytes = most_bytes.min(CALL_BYTES_MAX);
     let mut bytes = FIRST_BYTES.min(most_bytes);
     while bytes > 0 {
         let (answer, took) = call(&mut client, bytes).await?;
@@ -113,16 +113,16 @@ async fn call<I: Interceptor>(client: &mut Client<I>, bytes: u64) -> Result<(Pro
         let payload = pattern();
         let chunks = bytes.div_ceil(CHUNK as u64) as usize;
         let requests = std::iter::repeat_n(payload, chunks)
-            .take_while(move |_| started.elapsed() < SEND_WITHIN)
+            .take_while(move |_| started.elapsed() < SEND_MAX)
             .map(|payload| ProbeRequest { payload });
-        match timeout(CALL_WITHIN, client.probe(tokio_stream::iter(requests))).await {
+        match timeout(CALL_TIMEOUT, client.probe(tokio_stream::iter(requests))).await {
             Ok(Ok(answer)) => return Ok((answer.into_inner(), started.elapsed())),
             Ok(Err(status)) if status.code() == Code::ResourceExhausted && tries < BUSY_TRIES => {
                 tries += 1;
                 sleep(BUSY_PAUSE).await;
             }
             Ok(Err(status)) => return Err(refused(&status)),
-            Err(_late) => return Err(format!("connected, but no answer within {} s", CALL_WITHIN.as_secs())),
+            Err(_late) => return Err(format!("connected, but no answer within {} s", CALL_TIMEOUT.as_secs())),
         }
     }
 }
@@ -190,8 +190,8 @@ impl ProbePort {
         let mut bytes = 0;
         while let Some(request) = requests.message().await? {
             bytes += request.payload.len() as u64;
-            if bytes > MOST_BYTES {
-                return Err(Status::out_of_range(format!("expected at most {MOST_BYTES} bytes")));
+            if bytes > CALL_BYTES_MAX {
+                return Err(Status::out_of_range(format!("expected at most {CALL_BYTES_MAX} bytes")));
             }
             if !self.take(request.payload.len() as u64) {
                 return Err(Status::resource_exhausted("too many bytes of probes in this second"));
@@ -205,7 +205,7 @@ impl ProbePort {
 impl ProbeService for ProbePort {
     async fn probe(&self, request: Request<Streaming<ProbeRequest>>) -> Result<Response<ProbeResponse>, Status> {
         let _alone = self.one.try_acquire().map_err(|_busy| Status::resource_exhausted("another probe runs here"))?;
-        let bytes = timeout(CALL_WITHIN, self.count(request.into_inner()))
+        let bytes = timeout(CALL_TIMEOUT, self.count(request.into_inner()))
             .await
             .map_err(|_late| Status::deadline_exceeded("expected the end of a probe within 2 s"))??;
         Ok(Response::new(ProbeResponse { name: self.name.clone(), bytes }))
@@ -249,7 +249,7 @@ mod tests {
         // More than is allowed is cut by the one that asks.
         let full = measure(&net, &address, &Secret::none(), u64::MAX).await;
         assert!(full.error.is_empty() && full.bytes_per_second.unwrap() > 0.0, "{full:?}");
-        assert!((1..=2 * MOST_BYTES).contains(&port.taken.lock().unwrap().bytes));
+        assert!((1..=2 * CALL_BYTES_MAX).contains(&port.taken.lock().unwrap().bytes));
     }
 
     #[tokio::test]
@@ -279,8 +279,8 @@ mod tests {
                 client.probe(tokio_stream::iter(requests)).await.map(|answer| answer.into_inner().bytes)
             }
         };
-        let most = MOST_BYTES / CHUNK as u64;
-        assert_eq!(send(most).await.unwrap(), MOST_BYTES);
+        let most = CALL_BYTES_MAX / CHUNK as u64;
+        assert_eq!(send(most).await.unwrap(), CALL_BYTES_MAX);
         assert_eq!(send(most + 1).await.unwrap_err().code(), Code::OutOfRange);
 
         let alone = port.one.clone().acquire_owned().await.unwrap();

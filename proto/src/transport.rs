@@ -163,7 +163,7 @@ pub fn is_of_one_connection(error: &io::Error) -> bool {
 
 /// Streams of a connection at once. A client that has had as many reset, by itself or by its errors, only makes work (CVE-2023-44487,
 /// CVE-2025-8671), and is let go; tonic alone sets no limit for the latter.
-const MAX_STREAMS: u32 = 256;
+const STREAMS_MAX: u32 = 256;
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -261,9 +261,9 @@ pub fn server(keepalive: Keepalive) -> Server<Stack<CountCalls, Identity>> {
         .http2_keepalive_interval(Some(keepalive.interval()))
         .http2_keepalive_timeout(Some(keepalive.timeout()))
         .http2_max_header_list_size(16 << 10)
-        .max_concurrent_streams(MAX_STREAMS)
-        .http2_max_pending_accept_reset_streams(Some(MAX_STREAMS as usize))
-        .http2_max_local_error_reset_streams(Some(MAX_STREAMS as usize))
+        .max_concurrent_streams(STREAMS_MAX)
+        .http2_max_pending_accept_reset_streams(Some(STREAMS_MAX as usize))
+        .http2_max_local_error_reset_streams(Some(STREAMS_MAX as usize))
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .layer(CountCalls)

@@ -172,7 +172,7 @@ impl Controller {
             if !stop.is_cancelled() {
                 warn!(reason = failure.message, "stage failed");
                 let Failure { message, retryable, lost_peer, out_of_memory } = failure;
-                let message = bounds::cut(message, bounds::REASON);
+                let message = bounds::cut(message, bounds::REASON_BYTES_MAX);
                 let failed =
                     StageFailed { plan_epoch, coordinator_generation, message, retryable, lost_peer, out_of_memory };
                 self.report(Message::StageFailed(failed)).await;
@@ -463,7 +463,7 @@ impl Controller {
             match events.recv().await {
                 Some(LinkEvent::FrameFailed { micro_batch_id, worker, message }) => {
                     let micro_batch_id = micro_batch_id.into();
-                    let message = bounds::cut(message, bounds::REASON);
+                    let message = bounds::cut(message, bounds::REASON_BYTES_MAX);
                     let failed = FrameFailed { plan_epoch, coordinator_generation, micro_batch_id, worker, message };
                     self.report(Message::FrameFailed(failed)).await;
                 }

@@ -212,14 +212,19 @@ impl Membership {
     }
 
     fn hello(&self, data_address: &str) -> Hello {
-        let notes = self.device.notes.iter().take(bounds::NOTES).map(|note| bounds::cut(note.clone(), bounds::NOTE));
+        let notes = self
+            .device
+            .notes
+            .iter()
+            .take(bounds::NOTES_MAX)
+            .map(|note| bounds::cut(note.clone(), bounds::NOTE_BYTES_MAX));
         let held = self.held_layers.borrow().clone().unwrap_or(0..0);
         Hello {
             name: self.settings.name.clone(),
             generation: self.settings.generation,
             version_min: *PROTOCOL_VERSIONS.start(),
             version_max: *PROTOCOL_VERSIONS.end(),
-            device: bounds::cut(self.device.name.clone(), bounds::DEVICE),
+            device: bounds::cut(self.device.name.clone(), bounds::DEVICE_BYTES_MAX),
             fingerprint: bounds::cut(self.device.fingerprint.clone(), bounds::FINGERPRINT),
             memory_bytes: self.device.memory_bytes,
             read_bandwidth: self.device.read_bandwidth,

@@ -12,7 +12,7 @@ mod workload;
 use std::{error::Error, ffi::OsString, ops::Range, path::PathBuf};
 
 use grokpipe_coordinator::{
-    facts::{self, ModelFacts, PlanWishes},
+    facts::{self, ModelFacts, PlanRequirements},
     planner::{self, Objective, Overhead, WorkerResources},
 };
 use grokpipe_kernels::Prefill;
@@ -182,8 +182,9 @@ fn step_seconds(facts: &ModelFacts, arrangement: &Arrangement, rows: u32) -> Res
             ..told
         }
     };
-    let wishes = PlanWishes { kv_tokens: 0, max_batch_tokens: 1, batch_tokens: rows, objective: Objective::Latency };
-    let plan = planner::plan(&facts.problem(&wishes, arrangement.members.iter().map(worker).collect(), None));
+    let requirements =
+        PlanRequirements { kv_tokens: 0, max_batch_tokens: 1, batch_tokens: rows, objective: Objective::Latency };
+    let plan = planner::plan(&facts.problem(&requirements, arrangement.members.iter().map(worker).collect(), None));
     let plan = plan.map_err(|refusal| CliError::failed("no prediction can be made").because(refusal))?;
     Ok(plan.stages.iter().map(|stage| stage.step_seconds).collect())
 }

@@ -18,7 +18,7 @@ use crate::{deadline::Deadline, diagnosis::Diagnosis, engine::Handle, planner::R
 
 /// Serves operators.
 #[derive(Clone)]
-pub struct Cluster {
+pub struct ClusterApi {
     /// The engine.
     pub engine: Handle,
     /// Examines machines and links.
@@ -32,7 +32,7 @@ fn refused(refusal: &Refusal) -> Status {
 }
 
 #[tonic::async_trait]
-impl ClusterService for Cluster {
+impl ClusterService for ClusterApi {
     type WatchStatusStream = Pin<Box<dyn Stream<Item = Result<WatchStatusResponse, Status>> + Send>>;
 
     async fn get_status(&self, _request: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {

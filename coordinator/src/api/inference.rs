@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status};
 use crate::{
     deadline::Deadline,
     engine::Handle,
-    request::{self, Event, Prompt, RequestError, SamplingSpec, Spec, check::Checker},
+    request::{self, Prompt, RequestError, RequestEvent, SamplingSpec, Spec, check::Checker},
     scheduler::ClientId,
 };
 
@@ -60,24 +60,24 @@ fn spec(request: GenerateRequest) -> Result<Spec, RequestError> {
     })
 }
 
-fn response(event: Event) -> GenerateResponse {
+fn response(event: RequestEvent) -> GenerateResponse {
     use v1::generate_response::Event as Wire;
     let event = match event {
-        Event::Accepted(accepted) => Wire::Accepted(v1::Accepted {
+        RequestEvent::Accepted(accepted) => Wire::Accepted(v1::Accepted {
             id: accepted.id,
             request_id: accepted.label,
             prompt_token_ids: accepted.prompt,
             seed: accepted.seed,
             model: accepted.model,
         }),
-        Event::Token(token) => Wire::Token(v1::GeneratedToken {
+        RequestEvent::Token(token) => Wire::Token(v1::GeneratedToken {
             id: token.id,
             index: token.index,
             token_id: token.token_id,
             text: token.text,
             logprob: token.logprob,
         }),
-        Event::Finished(finished) => Wire::Finished(v1::Finished {
+        RequestEvent::Finished(finished) => Wire::Finished(v1::Finished {
             id: finished.id,
             reason: match finished.reason {
                 request::FinishReason::Stop => v1::FinishReason::Stop,

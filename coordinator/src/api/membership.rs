@@ -29,7 +29,7 @@ use crate::{
     engine::{Event, Handle},
 };
 
-const HELLO_WITHIN: Duration = Duration::from_secs(5);
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// Messages that may wait for a worker: a few assignments.
 const OUTBOX: usize = 64;
 
@@ -75,7 +75,7 @@ impl MembershipService for Membership {
 }
 
 async fn hello(messages: &mut Streaming<JoinRequest>) -> Result<Hello, Status> {
-    let first = timeout(HELLO_WITHIN, messages.message())
+    let first = timeout(HELLO_TIMEOUT, messages.message())
         .await
         .map_err(|_late| Status::deadline_exceeded("expected a hello within 5 s, found nothing"))??;
     match first.and_then(|request| request.message) {

@@ -74,22 +74,22 @@ pub(super) fn report(message: v1::join_request::Message) -> Option<Report> {
         Message::StageFailed(failed) => Report::StageFailed(StageFailed {
             plan_epoch: failed.plan_epoch.into(),
             coordinator_generation: failed.coordinator_generation.into(),
-            message: bounds::cut(failed.message, bounds::REASON),
+            message: bounds::cut(failed.message, bounds::REASON_BYTES_MAX),
             retryable: failed.retryable,
-            lost_peer: bounds::cut(failed.lost_peer, bounds::NAME),
+            lost_peer: bounds::cut(failed.lost_peer, bounds::NAME_BYTES_MAX),
         }),
         Message::StageBlocked(blocked) => Report::StageBlocked(StageBlocked {
             plan_epoch: blocked.plan_epoch.into(),
             coordinator_generation: blocked.coordinator_generation.into(),
-            peer: bounds::cut(blocked.peer, bounds::NAME),
-            reason: bounds::cut(blocked.reason, bounds::REASON),
+            peer: bounds::cut(blocked.peer, bounds::NAME_BYTES_MAX),
+            reason: bounds::cut(blocked.reason, bounds::REASON_BYTES_MAX),
         }),
         Message::FrameFailed(failed) => Report::FrameFailed(FrameFailed {
             plan_epoch: failed.plan_epoch.into(),
             coordinator_generation: failed.coordinator_generation.into(),
             micro_batch_id: failed.micro_batch_id.into(),
-            message: bounds::cut(failed.message, bounds::REASON),
-            worker: bounds::cut(failed.worker, bounds::NAME),
+            message: bounds::cut(failed.message, bounds::REASON_BYTES_MAX),
+            worker: bounds::cut(failed.worker, bounds::NAME_BYTES_MAX),
         }),
         // A second hello changes nothing; a probe's report goes to whoever asked.
         Message::Hello(_) | Message::ProbeReport(_) => return None,
@@ -169,10 +169,10 @@ mod tests {
         let long = "é".repeat(3 << 20);
         let failed = v1::StageFailed { message: long.clone(), lost_peer: long.clone(), ..v1::StageFailed::default() };
         let Some(Report::StageFailed(failed)) = report(Message::StageFailed(failed)) else { panic!("another report") };
-        assert!(failed.message.len() <= bounds::REASON && failed.lost_peer.len() <= bounds::NAME);
+        assert!(failed.message.len() <= bounds::REASON_BYTES_MAX && failed.lost_peer.len() <= bounds::NAME_BYTES_MAX);
         let failed = v1::FrameFailed { message: long, ..v1::FrameFailed::default() };
         let Some(Report::FrameFailed(failed)) = report(Message::FrameFailed(failed)) else { panic!("another report") };
-        assert!(failed.message.len() <= bounds::REASON);
+        assert!(failed.message.len() <= bounds::REASON_BYTES_MAX);
         let stats = Some(v1::NodeStats { idle_ratio: Some(-1.0), ..v1::NodeStats::default() });
         let beat = v1::Heartbeat { step_age_seconds: f64::NAN, stats, ..v1::Heartbeat::default() };
         assert_eq!(report(Message::Heartbeat(beat)), Some(Report::Heartbeat(Heartbeat::default())));

@@ -50,16 +50,16 @@ fn check_texts(hello: &Hello) -> Result<(), JoinRefusal> {
     let invalid = |field, most: usize, found: usize| {
         Err(JoinRefusal::Invalid { field, expected: format!("at most {most}"), found: found.to_string() })
     };
-    if hello.notes.len() > bounds::NOTES {
-        return invalid("notes", bounds::NOTES, hello.notes.len());
+    if hello.notes.len() > bounds::NOTES_MAX {
+        return invalid("notes", bounds::NOTES_MAX, hello.notes.len());
     }
     let texts = [
-        ("device", &hello.device, bounds::DEVICE),
+        ("device", &hello.device, bounds::DEVICE_BYTES_MAX),
         ("fingerprint", &hello.fingerprint, bounds::FINGERPRINT),
-        ("build", &hello.build, bounds::BUILD),
-        ("model_digest", &hello.model_digest, bounds::DIGEST),
+        ("build", &hello.build, bounds::BUILD_BYTES_MAX),
+        ("model_digest", &hello.model_digest, bounds::DIGEST_BYTES_MAX),
     ];
-    let notes = hello.notes.iter().map(|note| ("notes", note, bounds::NOTE));
+    let notes = hello.notes.iter().map(|note| ("notes", note, bounds::NOTE_BYTES_MAX));
     match texts.into_iter().chain(notes).find(|(_, text, most)| text.len() > *most) {
         Some((field, text, most)) => invalid(field, most, text.len()),
         None => Ok(()),

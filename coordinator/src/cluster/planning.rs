@@ -114,7 +114,7 @@ impl Cluster {
             });
             kept.collect()
         });
-        planner::plan(&self.facts.problem(&self.settings.wishes, workers, previous))
+        planner::plan(&self.facts.problem(&self.settings.requirements, workers, previous))
     }
 
     fn resources(&self, node: &Node, pins_hold: bool) -> WorkerResources {
@@ -253,7 +253,7 @@ impl Cluster {
             next_worker: next.map(|node| node.hello.name.clone()).unwrap_or_default(),
             previous_generation,
             kv_blocks: settings.kv_blocks,
-            max_batch_tokens: settings.wishes.max_batch_tokens as u32,
+            max_batch_tokens: settings.requirements.max_batch_tokens as u32,
             max_frames_in_flight: settings.max_frames_in_flight,
             coordinator_generation: settings.generation,
             link_token: key.frames(self.epoch, index),

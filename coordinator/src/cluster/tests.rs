@@ -2,12 +2,15 @@
 
 use grokpipe_model::{ModelConfig, contents::Sum};
 use grokpipe_proto::{
-    bounds,
+    PROTOCOL_VERSIONS, bounds,
     snapshot::{NodeState, SnapshotRequests, VerdictPhase},
 };
 
 use super::{
-    messages::{Assignment, ContentSum, FormatRate, StageBlocked, StageFailed, StepOverhead},
+    messages::{
+        Assignment, ContentSum, FormatRate, LoadProgress, StageBlocked, StageFailed, StageReady, StageTiming,
+        StepOverhead,
+    },
     *,
 };
 use crate::planner::Objective;
@@ -36,7 +39,12 @@ fn cluster(expected: &[&str]) -> Cluster {
         generation: Generation(77),
         expected,
         replan_after: Duration::from_secs(30),
-        wishes: PlanWishes { kv_tokens: 1024, max_batch_tokens: 64, batch_tokens: 1, objective: Objective::Throughput },
+        requirements: PlanRequirements {
+            kv_tokens: 1024,
+            max_batch_tokens: 64,
+            batch_tokens: 1,
+            objective: Objective::Throughput,
+        },
         kv_blocks: 64,
         max_frames_in_flight: 8,
         link_key: LinkKey::new([7; 32]),
@@ -695,14 +703,14 @@ fn every_stage_is_told_the_token_of_its_own_link_and_of_the_next() {
 fn what_a_worker_says_of_itself_is_bounded() {
     let long = |bytes: usize| "x".repeat(bytes);
     let cases: [(&str, Hello, bool); 9] = [
-        ("device", Hello { device: long(bounds::DEVICE), ..hello("a", 1) }, true),
-        ("device", Hello { device: long(bounds::DEVICE + 1), ..hello("a", 1) }, false),
+        ("device", Hello { device: long(bounds::DEVICE_BYTES_MAX), ..hello("a", 1) }, true),
+        ("device", Hello { device: long(bounds::DEVICE_BYTES_MAX + 1), ..hello("a", 1) }, false),
         ("fingerprint", Hello { fingerprint: long(bounds::FINGERPRINT + 1), ..hello("a", 1) }, false),
-        ("build", Hello { build: long(bounds::BUILD + 1), ..hello("a", 1) }, false),
-        ("model_digest", Hello { model_digest: long(bounds::DIGEST + 1), ..hello("a", 1) }, false),
-        ("notes", Hello { notes: vec![long(bounds::NOTE); bounds::NOTES], ..hello("a", 1) }, true),
-        ("notes", Hello { notes: vec![String::new(); bounds::NOTES + 1], ..hello("a", 1) }, false),
-        ("notes", Hello { notes: vec![long(bounds::NOTE + 1)], ..hello("a", 1) }, false),
+        ("build", Hello { build: long(bounds::BUILD_BYTES_MAX + 1), ..hello("a", 1) }, false),
+        ("model_digest", Hello { model_digest: long(bounds::DIGEST_BYTES_MAX + 1), ..hello("a", 1) }, false),
+        ("notes", Hello { notes: vec![long(bounds::NOTE_BYTES_MAX); bounds::NOTES_MAX], ..hello("a", 1) }, true),
+        ("notes", Hello { notes: vec![String::new(); bounds::NOTES_MAX + 1], ..hello("a", 1) }, false),
+        ("notes", Hello { notes: vec![long(bounds::NOTE_BYTES_MAX + 1)], ..hello("a", 1) }, false),
         ("device", Hello { device: long(3 << 20), ..hello("a", 1) }, false),
     ];
     for (name, hello, taken) in cases {

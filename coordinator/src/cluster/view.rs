@@ -63,7 +63,7 @@ impl Cluster {
     fn plan_view(&self, active: &Active) -> SnapshotPlan {
         let stages = active.stages.iter();
         let stages = stages.map(|stage| SnapshotStage { node: stage.node.clone(), layers: Some(stage.layers.into()) });
-        let speed = active.measured.speed(self.settings.wishes.batch_tokens);
+        let speed = active.measured.speed(self.settings.requirements.batch_tokens);
         SnapshotPlan {
             epoch: self.epoch.into(),
             predicted_tokens_per_second: Some(active.plan.predicted_tokens_per_second),

@@ -19,7 +19,7 @@ use tokio::{
 use tonic::Status;
 
 /// The way to a worker.
-type Outbox = mpsc::Sender<Result<JoinResponse, Status>>;
+type ProbeOutbox = mpsc::Sender<Result<JoinResponse, Status>>;
 
 /// A connected worker, by its own hello.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,7 +49,7 @@ impl Member {
 struct Present {
     connection: u64,
     member: Member,
-    outbox: Outbox,
+    outbox: ProbeOutbox,
 }
 
 struct Asked {
@@ -74,7 +74,7 @@ impl Desk {
     }
 
     /// A worker was welcomed on this connection.
-    pub fn joined(&self, connection: u64, member: Member, outbox: Outbox) {
+    pub fn joined(&self, connection: u64, member: Member, outbox: ProbeOutbox) {
         self.state().present.insert(member.name.clone(), Present { connection, member, outbox });
     }
 

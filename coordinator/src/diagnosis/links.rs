@@ -2,18 +2,19 @@
 
 /// One end of a link: the coordinator, or a worker by its place in the list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum End {
+pub(super) enum LinkEnd {
     Coordinator,
     Worker(usize),
 }
 
 /// Both directions between the coordinator and each worker, then every ordered pair of workers; neighbours in the list first, for that
 /// is how work mostly flows, and no worker is the other end twice in a row.
-pub(super) fn links(workers: usize) -> Vec<(End, End)> {
-    let star = (0..workers)
-        .flat_map(|worker| [(End::Coordinator, End::Worker(worker)), (End::Worker(worker), End::Coordinator)]);
+pub(super) fn links(workers: usize) -> Vec<(LinkEnd, LinkEnd)> {
+    let star = (0..workers).flat_map(|worker| {
+        [(LinkEnd::Coordinator, LinkEnd::Worker(worker)), (LinkEnd::Worker(worker), LinkEnd::Coordinator)]
+    });
     let pairs = (1..workers).flat_map(|distance| {
-        (0..workers).map(move |from| (End::Worker(from), End::Worker((from + distance) % workers)))
+        (0..workers).map(move |from| (LinkEnd::Worker(from), LinkEnd::Worker((from + distance) % workers)))
     });
     star.chain(pairs).collect()
 }
@@ -33,6 +34,6 @@ mod tests {
             assert_eq!(distinct.len(), links.len(), "{workers}");
             assert!(links.iter().all(|(from, to)| from != to), "{workers}");
         }
-        assert_eq!(links(3)[6], (End::Worker(0), End::Worker(1)));
+        assert_eq!(links(3)[6], (LinkEnd::Worker(0), LinkEnd::Worker(1)));
     }
 }

@@ -11,7 +11,7 @@ use std::{sync::Arc, time::Duration};
 
 use grokpipe_proto::{
     PROTOCOL_VERSIONS,
-    probe::{DescribeMachine, MEASURED_WITHIN, MOST_BYTES, clock_us, measure},
+    probe::{CALL_BYTES_MAX, DescribeMachine, MEASURE_TIMEOUT, clock_us, measure},
     secret::Secret,
     snapshot::ClusterSnapshot,
     transport::Net,
@@ -29,12 +29,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 pub use desk::{Desk, Member};
-use links::{End, links};
+use links::{LinkEnd, links};
 
 /// Longest that a whole diagnosis takes; what is not measured by then is said to be so.
-const WITHIN: Duration = Duration::from_secs(120);
+const DIAGNOSIS_TIMEOUT: Duration = Duration::from_secs(120);
 /// Longest that a worker may take to describe its machine: a second of reading, and the way.
-const DESCRIBED_WITHIN: Duration = Duration::from_secs(5);
+const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
 /// What a worker may take beyond its own deadline for a link.
 const ANSWER_SLACK: Duration = Duration::from_secs(2);
 /// Shortest pause after a diagnosis, so that nobody who asks again and again occupies the links.
@@ -84,7 +84,7 @@ impl Diagnosis {
         tokio::select! {
             () = self.shutdown.cancelled() => return,
             () = findings.closed() => {}
-            _unread = self.examine(gentle, started + WITHIN, &findings) => {}
+            _unread = self.examine(gentle, started + DIAGNOSIS_TIMEOUT, &findings) => {}
         }
         drop(findings);
         tokio::select! {
@@ -107,9 +107,9 @@ impl Diagnosis {
         for (from, to) in links {
             let (from, to) = (from.of(&members), to.of(&members));
             let left_out = if gentle { Some("not asked for".to_owned()) } else { self.why_gentle() };
-            let most_bytes = if left_out.is_none() { MOST_BYTES } else { 0 };
+            let most_bytes = if left_out.is_none() { CALL_BYTES_MAX } else { 0 };
             let report = timeout_at(deadline, self.link(from, to, most_bytes)).await.unwrap_or_else(|_late| {
-                let error = format!("not measured: the whole diagnosis has taken {} s", WITHIN.as_secs());
+                let error = format!("not measured: the whole diagnosis has taken {} s", DIAGNOSIS_TIMEOUT.as_secs());
                 LinkReport { address: address(to), error, ..LinkReport::default() }
             });
             let link = DiagnosedLink {
@@ -158,7 +158,7 @@ impl Diagnosis {
         };
         let sent_us = clock_us();
         let task = Task::Machine(Describe { disk_speed: !gentle });
-        match self.desk.ask(&member.name, task, DESCRIBED_WITHIN).await {
+        match self.desk.ask(&member.name, task, DESCRIBE_TIMEOUT).await {
             Ok(Reported::Machine(machine)) => {
                 let clock = clocks::offset(sent_us, machine.asked_clock_us, machine.clock_us, clock_us());
                 node.clock_ahead_seconds = clock.map(|clock| clock.ahead_seconds);
@@ -179,7 +179,7 @@ impl Diagnosis {
         let address = address(to);
         let Some(from) = from else { return measure(&self.net, &address, &self.secret, most_bytes).await };
         let task = Task::Link(ProbeLink { address: address.clone(), most_bytes });
-        let error = match self.desk.ask(&from.name, task, MEASURED_WITHIN + ANSWER_SLACK).await {
+        let error = match self.desk.ask(&from.name, task, MEASURE_TIMEOUT + ANSWER_SLACK).await {
             Ok(Reported::Link(report)) => return report,
             Ok(Reported::Machine(_)) => "it answered something else".to_owned(),
             Err(error) => format!("not measured: {} {error}", from.name),
@@ -193,7 +193,7 @@ async fn tell(findings: &Findings, finding: Finding) -> Option<()> {
     findings.send(Ok(DiagnoseResponse { finding: Some(finding) })).await.ok()
 }
 
-impl End {
+impl LinkEnd {
     fn of(self, members: &[Member]) -> Option<&Member> {
         match self {
             Self::Coordinator => None,

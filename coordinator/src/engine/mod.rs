@@ -202,7 +202,8 @@ struct Pipeline {
     frames: Frames,
 }
 
-struct InFlight {
+/// A micro-batch on its way through the stages.
+struct SentBatch {
     /// Of all sequences together.
     tokens: usize,
     since: Instant,
@@ -219,7 +220,7 @@ pub struct Engine {
     running: HashMap<SequenceId, Running>,
     next_sequence: SequenceId,
     pipeline: Option<Pipeline>,
-    in_flight: HashMap<MicroBatchId, InFlight>,
+    in_flight: HashMap<MicroBatchId, SentBatch>,
     /// The sequence that proves the plan in force, while it is under way.
     proof: Option<SequenceId>,
     events: mpsc::Sender<Event>,
@@ -230,7 +231,7 @@ pub struct Engine {
 }
 
 /// Events that may wait. Workers and clients wait when it is full, the clock does not.
-const EVENTS: usize = 1024;
+const QUEUED_EVENTS_MAX: usize = 1024;
 /// How often time is looked at: deadlines and lost heartbeats are this precise.
 const TICK: Duration = Duration::from_millis(50);
 /// A snapshot is published at least this often.
@@ -244,7 +245,7 @@ impl Engine {
         cluster: Cluster,
         tokenizer: Option<Arc<Tokenizer>>,
     ) -> (Self, Handle, mpsc::Receiver<Event>) {
-        let (events, inbox) = mpsc::channel(EVENTS);
+        let (events, inbox) = mpsc::channel(QUEUED_EVENTS_MAX);
         let first = cluster.snapshot(Duration::ZERO, SnapshotRequests::default());
         let (snapshot, seen) = watch::channel(Arc::new(first));
         let handle = Handle { events: events.clone(), snapshot: seen };

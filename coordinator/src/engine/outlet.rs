@@ -15,26 +15,26 @@ use futures_util::Stream;
 use tokio::{sync::mpsc, time::timeout};
 use tracing::{Instrument, Span, info};
 
-use crate::request::{Event, RequestError};
+use crate::request::{RequestError, RequestEvent};
 
 /// How long a client may read nothing although something is there.
 const STALLED_AFTER: Duration = Duration::from_secs(30);
 /// Memory of the tokens that a client may leave unread.
 const UNREAD_BYTES: usize = 64 << 10;
 /// About what a token takes in memory: the event, the request's id, a piece of text.
-const TOKEN_BYTES: usize = size_of::<Event>() + 64;
+const TOKEN_BYTES: usize = size_of::<RequestEvent>() + 64;
 /// Tokens that a client may leave unread.
 const UNREAD_EVENTS: usize = UNREAD_BYTES / TOKEN_BYTES;
 
 /// What a client reads: events, then an error if its request ended with one.
 pub struct ClientStream {
-    events: mpsc::Receiver<Event>,
+    events: mpsc::Receiver<RequestEvent>,
     end: Arc<OnceLock<RequestError>>,
     ended: bool,
 }
 
 impl Stream for ClientStream {
-    type Item = Result<Event, RequestError>;
+    type Item = Result<RequestEvent, RequestError>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         if let Some(event) = ready!(self.events.poll_recv(cx)) {
@@ -48,7 +48,7 @@ impl Stream for ClientStream {
 
 /// The engine's end.
 pub(super) struct Outlet {
-    queue: mpsc::Sender<Event>,
+    queue: mpsc::Sender<RequestEvent>,
     end: Arc<OnceLock<RequestError>>,
 }
 
@@ -65,7 +65,7 @@ impl Outlet {
     }
 
     /// Queues an event. Whether there is still a client that reads.
-    pub(super) fn send(&self, event: Event) -> bool {
+    pub(super) fn send(&self, event: RequestEvent) -> bool {
         let sent = self.queue.try_send(event);
         if let Err(mpsc::error::TrySendError::Full(_)) = sent {
             self.end(RequestError::ClientStalled);
@@ -85,7 +85,11 @@ impl Outlet {
     }
 }
 
-async fn pass_on(mut queued: mpsc::Receiver<Event>, client: mpsc::Sender<Event>, end: Arc<OnceLock<RequestError>>) {
+async fn pass_on(
+    mut queued: mpsc::Receiver<RequestEvent>,
+    client: mpsc::Sender<RequestEvent>,
+    end: Arc<OnceLock<RequestError>>,
+) {
     loop {
         let event = tokio::select! {
             () = client.closed() => return,
@@ -113,8 +117,8 @@ mod tests {
     use super::*;
     use crate::request::Token;
 
-    fn token(index: u32) -> Event {
-        Event::Token(Token { index, ..Token::default() })
+    fn token(index: u32) -> RequestEvent {
+        RequestEvent::Token(Token { index, ..Token::default() })
     }
 
     /// Lets other tasks run.

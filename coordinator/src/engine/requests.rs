@@ -10,12 +10,12 @@ use tokio::{sync::oneshot, time::Instant};
 use tracing::{debug, info, info_span, warn};
 
 use super::{
-    Engine, InFlight, Running,
+    Engine, Running, SentBatch,
     outlet::{ClientStream, Outlet},
 };
 use crate::{
     cluster::messages::{BatchResult, StageTiming},
-    request::{self, Accepted, Field, Finished, Request, RequestError, Sampling, StageUse, Timings, Token},
+    request::{Accepted, Field, Finished, Request, RequestError, RequestEvent, Sampling, StageUse, Timings, Token},
     scheduler::{ClientId, Rejected},
     session::{End, Session},
 };
@@ -82,7 +82,7 @@ impl Engine {
         };
         let span = info_span!("request", id = request.id, sequence = sequence.0);
         let (outlet, stream) = Outlet::open(span.clone());
-        outlet.send(request::Event::Accepted(accepted));
+        outlet.send(RequestEvent::Accepted(accepted));
         info!(parent: &span, prompt_tokens = request.prompt.len(), "request accepted");
         let session = Session::new(request.rules.clone(), self.tokenizer.as_deref(), &request.prompt);
         let running = Running {
@@ -114,7 +114,7 @@ impl Engine {
             }
             let sampling = batch.slices.iter().map(|slice| self.sampling(slice.sequence)).collect();
             let tokens = batch.slices.iter().map(|slice| slice.token_ids.len()).sum();
-            self.in_flight.insert(batch.id, InFlight { tokens, since: now });
+            self.in_flight.insert(batch.id, SentBatch { tokens, since: now });
             if pipeline.frames.send(batch, sampling).is_err() {
                 // A frame that found no room is lost, and its requests would wait for it: the epoch ends here.
                 let now = self.now();
@@ -192,7 +192,7 @@ impl Engine {
         let step = running.session.push(self.tokenizer.as_deref(), token);
         let token =
             Token { id: running.request.id.clone(), index: step.index, token_id: token, text: step.text, logprob };
-        if !running.outlet.send(request::Event::Token(token)) {
+        if !running.outlet.send(RequestEvent::Token(token)) {
             self.abandon(sequence);
         } else if let Some(end) = step.end {
             self.finish(sequence, end);
@@ -220,7 +220,7 @@ impl Engine {
             timings,
             stages: running.stages.into_values().collect(),
         };
-        running.outlet.send(request::Event::Finished(finished));
+        running.outlet.send(RequestEvent::Finished(finished));
     }
 
     /// The client is gone, or does not read: its blocks are free again once its micro-batch is back.

@@ -14,10 +14,10 @@ use crate::{
         messages::{Assignment, DrawnToken, StageReady},
     },
     deadline::Deadline,
-    facts::{ModelFacts, PlanWishes},
+    facts::{ModelFacts, PlanRequirements},
     pipeline::Outgoing,
     planner::Objective,
-    request::{self, FinishReason, Sampling},
+    request::{FinishReason, RequestEvent, Sampling},
     session::StopRules,
 };
 
@@ -50,7 +50,7 @@ impl World {
             generation: GENERATION,
             expected: vec![ExpectedWorker { name: "w1".into(), layers: None }],
             replan_after: Duration::from_secs(30),
-            wishes: PlanWishes {
+            requirements: PlanRequirements {
                 kv_tokens: 1024,
                 max_batch_tokens: 64,
                 batch_tokens: 1,
@@ -193,14 +193,14 @@ async fn read(stream: ClientStream) -> (Vec<u32>, Result<FinishReason, RequestEr
     let mut stream = stream;
     while let Some(event) = stream.next().await {
         match event {
-            Ok(request::Event::Accepted(accepted)) => {
+            Ok(RequestEvent::Accepted(accepted)) => {
                 assert_eq!((accepted.id.as_str(), accepted.label.as_str(), accepted.seed), ("gen-1", "mine", 3));
             }
-            Ok(request::Event::Token(token)) => {
+            Ok(RequestEvent::Token(token)) => {
                 assert_eq!(token.index as usize, tokens.len());
                 tokens.push(token.token_id);
             }
-            Ok(request::Event::Finished(finished)) => return (tokens, Ok(finished.reason)),
+            Ok(RequestEvent::Finished(finished)) => return (tokens, Ok(finished.reason)),
             Err(error) => return (tokens, Err(error)),
         }
     }

@@ -33,10 +33,10 @@ use super::{
 };
 
 /// A client that has not sent a request's head by then is not coming. Also how long one is kept between two requests.
-const HEAD_WITHIN: Duration = Duration::from_secs(5);
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A client that has taken nothing of its answer for so long does not read.
-const TAKEN_WITHIN: Duration = Duration::from_secs(30);
+const TAKEN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Largest head, and most that is read ahead of the handler.
 const BUFFER_BYTES_MAX: usize = 64 * 1024;
@@ -51,7 +51,7 @@ const ROOM: usize = 16;
 const AGE_MAX: Duration = Duration::from_secs(3600);
 
 /// What a connection gets to finish its answer.
-const FINISH_WITHIN: Duration = Duration::from_secs(2);
+const FINISH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Serves within `limits` until `shutdown`, then ends every stream and connection, within about two seconds.
 ///
@@ -120,14 +120,14 @@ async fn connection(
     // Only a hint: answers are written whole either way.
     let _ = socket.set_nodelay(true);
     let mut socket = TimeoutStream::new(socket);
-    socket.set_write_timeout(Some(TAKEN_WITHIN));
+    socket.set_write_timeout(Some(TAKEN_TIMEOUT));
     let taken = place.taken();
     let visited = Visited { router, visitor: Visitor::new(address, place, only_health) };
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_WITHIN)
+        .header_read_timeout(HEAD_TIMEOUT)
         .keep_alive(!only_health)
         .max_buf_size(BUFFER_BYTES_MAX);
     let connection = builder.serve_connection(TokioIo::new(Box::pin(socket)), TowerToHyperService::new(visited));
@@ -142,7 +142,7 @@ async fn connection(
         Some(ended) => ended,
         None => {
             connection.as_mut().graceful_shutdown();
-            time::timeout(FINISH_WITHIN, connection).await.unwrap_or(Ok(()))
+            time::timeout(FINISH_TIMEOUT, connection).await.unwrap_or(Ok(()))
         }
     };
     if let Err(error) = ended {

@@ -35,7 +35,7 @@ pub(super) fn left_over(terrain: &Terrain<'_>, order: &[usize], bottleneck: u64)
 
 /// How a state of the dynamic programme was reached from its predecessor.
 #[derive(Clone, Copy)]
-enum Step {
+enum Move {
     /// The worker of this row takes nothing.
     Pass,
     /// It takes the layers from here.
@@ -49,18 +49,18 @@ pub(super) fn best(terrain: &Terrain<'_>, order: &[usize], rules: &impl Rules) -
     let last = terrain.num_layers();
     let mut keys = vec![UNREACHED; last + 1];
     keys[terrain.landing(0)] = [0; 3];
-    let mut steps = vec![vec![Step::Pass; last + 1]];
+    let mut steps = vec![vec![Move::Pass; last + 1]];
     relax_holes(terrain, rules, &mut keys, &mut steps[0]);
     for &worker in order {
         let mut next = keys.clone();
-        let mut row = vec![Step::Pass; last + 1];
+        let mut row = vec![Move::Pass; last + 1];
         for start in (0..last).filter(|&start| keys[start] != UNREACHED) {
             for end in terrain.ends(start) {
                 let Some(price) = rules.stage(worker, start, end) else { continue };
                 let (landing, key) = (terrain.landing(end), add(keys[start], price));
                 if key < next[landing] {
                     next[landing] = key;
-                    row[landing] = Step::Take { start, end };
+                    row[landing] = Move::Take { start, end };
                 }
             }
         }
@@ -72,7 +72,7 @@ pub(super) fn best(terrain: &Terrain<'_>, order: &[usize], rules: &impl Rules) -
 }
 
 /// Lets nobody take runs of layers, where the rules allow that.
-fn relax_holes(terrain: &Terrain<'_>, rules: &impl Rules, keys: &mut [Key], row: &mut [Step]) {
+fn relax_holes(terrain: &Terrain<'_>, rules: &impl Rules, keys: &mut [Key], row: &mut [Move]) {
     for start in 0..terrain.num_layers() {
         if keys[start] == UNREACHED {
             continue;
@@ -82,28 +82,28 @@ fn relax_holes(terrain: &Terrain<'_>, rules: &impl Rules, keys: &mut [Key], row:
             let (landing, key) = (terrain.landing(end), add(keys[start], price));
             if key < keys[landing] {
                 keys[landing] = key;
-                row[landing] = Step::Hole { start, end };
+                row[landing] = Move::Hole { start, end };
             }
         }
     }
 }
 
 /// The stages that led to the end.
-fn walk_back(terrain: &Terrain<'_>, order: &[usize], steps: &[Vec<Step>]) -> Vec<Segment> {
+fn walk_back(terrain: &Terrain<'_>, order: &[usize], steps: &[Vec<Move>]) -> Vec<Segment> {
     let (mut row, mut at) = (order.len(), terrain.num_layers());
     let mut segments = Vec::new();
     loop {
         match steps[row][at] {
-            Step::Hole { start, end } => {
+            Move::Hole { start, end } => {
                 segments.push(Segment { worker: None, layers: start..end });
                 at = start;
             }
-            Step::Take { start, end } => {
+            Move::Take { start, end } => {
                 segments.push(Segment { worker: Some(order[row - 1]), layers: start..end });
                 (row, at) = (row - 1, start);
             }
-            Step::Pass if row == 0 => break,
-            Step::Pass => row -= 1,
+            Move::Pass if row == 0 => break,
+            Move::Pass => row -= 1,
         }
     }
     segments.reverse();

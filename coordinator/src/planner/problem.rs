@@ -133,8 +133,6 @@ pub struct Problem {
     pub num_experts: u32,
     /// Experts that a token uses.
     pub num_experts_per_tok: u32,
-    /// Bytes of the input embedding. They stay on the first stage's host, so they count against no device.
-    pub embedding_bytes: u64,
     /// The head, on the last stage.
     pub head: HeadCost,
     /// Bytes of KV cache that one token takes in one layer.
@@ -172,8 +170,6 @@ pub struct PlannedStage {
     pub scratch_bytes: u64,
     /// The three together; never over the worker's memory.
     pub memory_bytes: u64,
-    /// Bytes on the host beside the device: the input embedding on the first stage.
-    pub host_bytes: u64,
     /// Predicted time of a micro-batch of [`Problem::batch_tokens`] in this stage, its hop included.
     pub step_seconds: f64,
     /// Layers of this stage that the worker does not hold yet.
@@ -191,13 +187,6 @@ pub struct Plan {
     pub predicted_tokens_per_second: f64,
     /// Tokens a second of one stream alone: one token at a time through all stages.
     pub predicted_stream_tokens_per_second: f64,
-}
-
-impl Plan {
-    /// The stages as a later [`Problem::previous`] wants them.
-    pub fn as_previous(&self) -> Vec<PreviousStage> {
-        self.stages.iter().map(|stage| PreviousStage { worker: stage.worker, layers: stage.layers }).collect()
-    }
 }
 
 /// A run of layers that no worker has room for.
@@ -332,14 +321,6 @@ impl Refusal {
     /// Whether more memory would help.
     pub fn is_out_of_memory(&self) -> bool {
         matches!(self, Self::DoesNotFit { .. } | Self::PinDoesNotFit { .. })
-    }
-
-    /// The largest run of layers that nobody has room for.
-    pub fn largest_hole(&self) -> Option<&Hole> {
-        match self {
-            Self::DoesNotFit { holes, .. } => holes.iter().max_by_key(|hole| hole.bytes),
-            _ => None,
-        }
     }
 }
 

@@ -316,7 +316,6 @@ fn describe(problem: &Problem, terrain: &Terrain<'_>, segments: &[Segment]) -> P
             kv_bytes: costs.kv_bytes(start, end),
             scratch_bytes: costs.scratch_bytes(end),
             memory_bytes: costs.memory_bytes(start, end),
-            host_bytes: if start == 0 { problem.embedding_bytes } else { 0 },
             step_seconds: costs.step_seconds(worker, start, end, problem.batch_tokens),
             layers_to_load: costs.layers_to_load(worker, start, end) as u32,
         })

@@ -13,6 +13,11 @@ const EXPERT_BYTES: u64 = 4_832_000_000;
 const GIB: u64 = 1 << 30;
 const INT8: &str = "int8";
 
+/// The stages as a later problem's `previous` wants them.
+pub(super) fn as_previous(plan: &Plan) -> Vec<PreviousStage> {
+    plan.stages.iter().map(|stage| PreviousStage { worker: stage.worker, layers: stage.layers }).collect()
+}
+
 /// 64 layers of Grok-1 on these workers, one token a micro-batch, a negligible wire.
 pub(super) fn grok(workers: Vec<WorkerResources>) -> Problem {
     let product =
@@ -25,7 +30,6 @@ pub(super) fn grok(workers: Vec<WorkerResources>) -> Problem {
         layers: vec![layer; 64],
         num_experts: 8,
         num_experts_per_tok: 2,
-        embedding_bytes: 3_221_225_472,
         head: HeadCost { weight_bytes: 3_221_225_472, format: "f32".into(), flops_per_token: 1.6e9 },
         kv_bytes_per_token_per_layer: 8192,
         kv_tokens: 16_384,
@@ -124,7 +128,6 @@ fn a_plan_accounts_for_every_byte_and_second() {
     assert_eq!(last.weight_bytes, layer_bytes * u64::from(last.layers.count()) + problem.head.weight_bytes);
     assert_eq!(first.kv_bytes, 8192 * 16_384 * u64::from(first.layers.count()));
     assert_eq!((first.scratch_bytes, last.scratch_bytes), (GIB / 4, GIB / 4 + GIB / 16));
-    assert_eq!((first.host_bytes, last.host_bytes), (problem.embedding_bytes, 0));
     assert_eq!(first.memory_bytes, first.weight_bytes + first.kv_bytes + first.scratch_bytes);
     assert_eq!((first.layers_to_load, last.layers_to_load), (first.layers.count(), last.layers.count()));
     // One token touches two of eight experts.
@@ -318,7 +321,7 @@ fn too_little_memory_says_how_much_is_missing_and_where() {
     let missing = 10 * layer + problem.head.weight_bytes;
     assert_eq!((*missing_bytes, holes), (missing, &vec![Hole { layers: 54..64, bytes: missing }]));
     assert_eq!((*needed_bytes, *memory_bytes), (64 * layer + problem.head.weight_bytes, 3 * 86 * GIB));
-    assert_eq!((*workers, refusal.largest_hole()), (3, holes.first()));
+    assert_eq!((*workers, holes.len()), (3, 1));
     let text = refusal.to_string();
     assert!(text.contains(" GiB are missing: no worker has room for layers 54–63 ("), "{text}");
     assert!(text.ends_with("3 workers have 258.0 GiB"), "{text}");
@@ -345,7 +348,7 @@ fn a_standby_takes_over_the_lost_stage_and_nobody_else_moves() {
     let after = plan(&problem).unwrap();
     let moved: u32 = after.stages.iter().map(|stage| stage.layers_to_load).sum();
     assert_eq!(moved, lost.layers.count());
-    assert_eq!(after.as_previous(), before.as_previous());
+    assert_eq!(as_previous(&after), as_previous(&before));
 }
 
 #[test]
@@ -356,7 +359,7 @@ fn wavering_measurements_move_nothing() {
     for (worker, factor) in problem.workers.iter_mut().zip([1.02, 0.99, 0.985, 1.01]) {
         worker.read_bandwidth *= factor;
     }
-    assert_eq!(plan(&problem).unwrap().as_previous(), before.as_previous());
+    assert_eq!(as_previous(&plan(&problem).unwrap()), as_previous(&before));
     // A fifth worker is worth the moves.
     problem.workers.push(worker("new", 128, 100.0));
     assert_eq!(plan(&problem).unwrap().stages.len(), 5);

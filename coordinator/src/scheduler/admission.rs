@@ -2,7 +2,7 @@
 //!
 //! Clients share: of those that wait, the one whose client has the fewest sequences running or ahead of it is first; among equals,
 //! whoever came first. One that finds no room yet (a long one, mostly) is passed by those that do, but the first that waits by no
-//! more than [`MOST_PASSES`]: then nobody else is let in until it is, so nobody starves. Whoever is in gets its blocks in the end
+//! more than [`PASSES_MAX`]: then nobody else is let in until it is, so nobody starves. Whoever is in gets its blocks in the end
 //! (`safety`).
 //!
 //! A client may wait at three times as many places as are free. So a place is left for a newcomer, however many others want all.
@@ -18,7 +18,7 @@ use super::sequence::Sequence;
 use super::types::{ClientId, Rejected};
 
 /// Later ones that may pass the first that waits.
-const MOST_PASSES: usize = 16;
+const PASSES_MAX: usize = 16;
 /// Places at which a client may wait, for each that is free.
 const WAITING_PER_FREE: usize = 3;
 /// One in so many running places is kept for clients that have nothing running.
@@ -119,7 +119,7 @@ impl Scheduler {
         }
         let others_only = places <= self.config.max_running / KEPT_FOR_OTHERS;
         let barred = |waiting: &Waiting| others_only && running.contains_key(&waiting.client);
-        if self.passes >= MOST_PASSES && !barred(&self.waiting[0]) {
+        if self.passes >= PASSES_MAX && !barred(&self.waiting[0]) {
             return self.has_blocks_for(&self.waiting[0]).then_some(0);
         }
         let mut ahead = running.clone();

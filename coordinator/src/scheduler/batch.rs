@@ -168,13 +168,12 @@ impl Scheduler {
             }
             let token = tokens.get(&id).copied();
             sequence.advance(token);
-            let (drawn_count, at_limit) = (sequence.drawn_count, sequence.at_limit());
             if sequence.is_decoding() {
                 self.decode_ready.push_back(id);
-            } else if !at_limit {
+            } else if !sequence.at_limit() {
                 self.prefill_ready.insert((sequence.admitted, id));
             }
-            completions.push(Completion { sequence: id, token, drawn_count, at_limit });
+            completions.push(Completion { sequence: id, token });
         }
         self.admit();
         Ok(completions)

@@ -26,7 +26,7 @@ use admission::Waiting;
 use batch::{Closed, InFlight, Kind};
 use blocks::BlockPool;
 use sequence::Sequence;
-pub use types::{ClientId, CompleteError, Completion, MicroBatch, Rejected, SchedulerConfig, SchedulerCounts, Slice};
+pub use types::{ClientId, CompleteError, Completion, MicroBatch, Rejected, SchedulerConfig, Slice};
 
 /// Sequences, blocks and micro-batches under way.
 #[derive(Debug)]
@@ -131,17 +131,5 @@ impl Scheduler {
     /// Sequences that wait for admission.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
-    }
-
-    /// How full everything is.
-    pub fn counts(&self) -> SchedulerCounts {
-        SchedulerCounts {
-            waiting: self.waiting.len(),
-            running: self.sequences.len(),
-            in_flight: self.in_flight.len(),
-            blocks: self.pool.total(),
-            blocks_free: self.pool.free(),
-            blocks_reserved: self.pool.reserved(),
-        }
     }
 }

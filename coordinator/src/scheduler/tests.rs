@@ -45,6 +45,17 @@ fn complete(scheduler: &mut Scheduler, batch: &MicroBatch) -> Vec<Completion> {
     completions
 }
 
+/// Whether a sequence has drawn all its tokens.
+fn rests(scheduler: &Scheduler, id: SequenceId) -> bool {
+    scheduler.sequences[&id].at_limit()
+}
+
+/// Nobody waits or runs, nothing is under way, every block is free.
+fn assert_empty(scheduler: &Scheduler) {
+    assert_eq!((scheduler.running(), scheduler.waiting(), scheduler.in_flight.len()), (0, 0, 0));
+    assert_eq!((scheduler.pool.free(), scheduler.pool.reserved()), (scheduler.pool.total(), 0));
+}
+
 /// A scheduler in which `count` sequences have drawn their first token and wait for the next step.
 fn decoding(config: SchedulerConfig, count: u64) -> Scheduler {
     let mut scheduler = Scheduler::new(config);
@@ -82,13 +93,13 @@ fn a_sequence_goes_from_its_chunks_to_its_last_token() {
         assert_eq!((slice.opens, slice.wants_token), (opens, wants_token));
         let completions = complete(&mut scheduler, batch);
         let token = result.map(|_| 7);
-        let (drawn_count, at_limit) = result.unwrap_or((0, false));
-        assert_eq!(completions, [Completion { sequence: SequenceId(5), token, drawn_count, at_limit }]);
+        assert_eq!(completions, [Completion { sequence: SequenceId(5), token }]);
+        let sequence = &scheduler.sequences[&SequenceId(5)];
+        assert_eq!((sequence.drawn_count, sequence.at_limit()), result.unwrap_or((0, false)));
     }
     assert_eq!(issue_all(&mut scheduler), [], "a sequence at its limit rests");
     assert!(scheduler.release(SequenceId(5)));
-    let counts = scheduler.counts();
-    assert_eq!((counts.running, counts.blocks_free, counts.blocks_reserved), (0, 64, 0));
+    assert_empty(&scheduler);
     scheduler.submit(SequenceId(6), ANYBODY, prompt(1), 1).unwrap();
     let batch = scheduler.next_micro_batch().unwrap();
     assert_eq!((batch.closed, &batch.slices[0].new_blocks), (vec![SequenceId(5)], &vec![0]));
@@ -199,21 +210,21 @@ fn a_released_sequence_in_flight_keeps_its_blocks_until_its_micro_batch_is_back(
     let batch = scheduler.next_micro_batch().unwrap();
     assert!(scheduler.release(SequenceId(1)));
     assert!(!scheduler.release(SequenceId(1)), "a second release changes nothing");
-    assert_eq!(scheduler.counts().blocks_free, 62);
+    assert_eq!(scheduler.pool.free(), 62);
     assert_eq!(
         scheduler.submit(SequenceId(1), ANYBODY, prompt(1), 1),
         Err(Rejected::DuplicateSequence { sequence: SequenceId(1) })
     );
     let completions = complete(&mut scheduler, &batch);
     assert_eq!(completions.iter().map(|completion| completion.sequence).collect::<Vec<_>>(), [SequenceId(0)]);
-    assert_eq!(scheduler.counts().blocks_free, 63);
+    assert_eq!(scheduler.pool.free(), 63);
     assert_eq!(scheduler.next_micro_batch().unwrap().closed, [SequenceId(1)]);
     // A stage that failed gives no tokens; released sequences want none.
     let mut failed = decoding(SchedulerConfig { stages: 1, ..config() }, 2);
     let batch = failed.next_micro_batch().unwrap();
     assert!(failed.release(SequenceId(0)) && failed.release(SequenceId(1)));
     assert_eq!(failed.complete(batch.id, &[]), Ok(vec![]));
-    assert_eq!((failed.running(), failed.counts().blocks_free), (0, 64));
+    assert_eq!((failed.running(), failed.pool.free()), (0, 64));
 }
 
 #[test]
@@ -300,9 +311,7 @@ fn after_an_abort_everything_is_free_and_old_results_are_ignored() {
     scheduler.release(batches[0].slices[0].sequence);
     let gone = scheduler.abort_all();
     assert_eq!(gone, [1, 2, 8].map(SequenceId));
-    let counts = scheduler.counts();
-    assert_eq!((counts.running, counts.waiting, counts.in_flight), (0, 0, 0));
-    assert_eq!((counts.blocks_free, counts.blocks_reserved), (64, 0));
+    assert_empty(&scheduler);
     scheduler.reconfigure(5);
     assert_eq!(scheduler.in_flight_limit(), 6);
     scheduler.submit(SequenceId(1), ANYBODY, prompt(4), 4).unwrap();
@@ -491,9 +500,9 @@ impl Simulation {
             let Some(token) = completion.token else { continue };
             let (_, wanted, tokens) = self.live.get_mut(&completion.sequence).expect("only live ones are reported");
             tokens.push(token);
-            assert_eq!(completion.drawn_count as usize, tokens.len());
-            assert_eq!(completion.at_limit, tokens.len() == *wanted as usize);
-            if completion.at_limit {
+            let at_limit = rests(&self.scheduler, completion.sequence);
+            assert_eq!(at_limit, tokens.len() == *wanted as usize);
+            if at_limit {
                 self.finish(completion.sequence);
             }
         }
@@ -548,9 +557,7 @@ impl Simulation {
             self.issue();
         }
         assert!(self.live.is_empty(), "{} sequences starve", self.live.len());
-        let counts = self.scheduler.counts();
-        assert_eq!((counts.running, counts.waiting, counts.in_flight), (0, 0, 0));
-        assert_eq!((counts.blocks_free, counts.blocks_reserved), (self.config.kv_blocks, 0));
+        assert_empty(&self.scheduler);
     }
 }
 

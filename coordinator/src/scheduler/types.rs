@@ -64,10 +64,6 @@ pub struct Completion {
     pub sequence: SequenceId,
     /// The token drawn for it; `None` after a chunk of prefill that was not the last.
     pub token: Option<u32>,
-    /// Tokens drawn so far.
-    pub drawn_count: u32,
-    /// Whether that was the last token that the sequence may draw. It then rests until it is released.
-    pub at_limit: bool,
 }
 
 /// Why a sequence was not taken.
@@ -142,21 +138,4 @@ pub enum CompleteError {
         /// The sequence.
         sequence: SequenceId,
     },
-}
-
-/// How full the scheduler is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SchedulerCounts {
-    /// Sequences that wait for admission.
-    pub waiting: usize,
-    /// Admitted sequences, those included that were released and whose last micro-batch is still under way.
-    pub running: usize,
-    /// Micro-batches under way.
-    pub in_flight: usize,
-    /// Blocks of the pool.
-    pub blocks: u32,
-    /// Blocks that no sequence owns.
-    pub blocks_free: u32,
-    /// Blocks that admitted sequences own or may still come to own; may be more than there are.
-    pub blocks_reserved: u64,
 }

@@ -29,7 +29,7 @@ use super::{
 };
 
 /// A client that has not opened a stream by then is not coming. Those that connect ahead of their first call dial again by themselves.
-const STREAM_WITHIN: Duration = Duration::from_secs(5);
+const STREAM_TIMEOUT: Duration = Duration::from_secs(5);
 /// Idle connections that leave when there are no descriptors for new ones.
 const ROOM: usize = 16;
 /// A flood is worth a line now and then, not a line a connection.
@@ -108,7 +108,7 @@ impl Listening {
 impl Connection {
     fn admit(io: BoxIo, address: SocketAddr, places: &Places) -> Result<Self, NoPlace> {
         let place = Arc::new(places.enter(address.ip())?);
-        let silent = Silent { opening: Opening::new(), overdue: Box::pin(tokio::time::sleep(STREAM_WITHIN)) };
+        let silent = Silent { opening: Opening::new(), overdue: Box::pin(tokio::time::sleep(STREAM_TIMEOUT)) };
         let taken = Box::pin(place.taken());
         Ok(Self { io, peer: Peer { address, place }, silent: Some(silent), taken })
     }

@@ -11,7 +11,7 @@ fn steps(scheduler: &mut Scheduler, count: usize, mut after: impl FnMut(&mut Sch
         }
         let batch = under_way.remove(0);
         for completion in complete(scheduler, &batch) {
-            if completion.at_limit {
+            if rests(scheduler, completion.sequence) {
                 assert!(scheduler.release(completion.sequence));
             }
         }
