@@ -19,13 +19,13 @@ pub struct ModelFacts {
     pub config: ModelConfig,
     /// Equal on every node that has the same model.
     pub digest: String,
-    /// Sums of the contents that a manifest beside the coordinator's files has.
+    /// Checksums from a manifest next to the coordinator's files.
     pub contents: Vec<PartSum>,
     layers: Vec<LayerCost>,
     head: HeadCost,
 }
 
-/// What a plan is to make room for.
+/// What a plan must make room for.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PlanRequirements {
     /// Tokens in the KV pool, over all sequences.
@@ -40,7 +40,7 @@ pub struct PlanRequirements {
 
 /// A hop between two nodes of a plain Ethernet: round trip and rate of 1 Gbit/s, until links are measured.
 const LINK: LinkCost = LinkCost { seconds_per_hop: 200e-6, bytes_per_second: 117e6 };
-/// Room beside weights, KV and activations: the process itself, its pipelines and staging buffers.
+/// Memory besides weights, KV and activations: the process itself, its pipelines and staging buffers.
 const PROCESS_BYTES: u64 = 64 << 20;
 
 /// Format of the embedding, which is the head.

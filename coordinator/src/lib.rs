@@ -2,7 +2,7 @@
 //!
 //! It loads no weights and computes nothing. Decisions are made in pure modules without clocks and sockets: [`planner`],
 //! [`scheduler`], [`cluster`], [`session`]; the [`engine`] is the one task that owns their state and connects them with the
-//! outside: [`api`] (gRPC), [`http`] (health, snapshot, page). [`diagnosis`] examines machines and links beside it.
+//! outside: [`api`] (gRPC), [`http`] (health, snapshot, page). [`diagnosis`] examines machines and links.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -67,7 +67,7 @@ pub struct Settings {
     pub grpc: String,
     /// Address for HTTP, none for no HTTP.
     pub http: Option<String>,
-    /// Names by which HTTP may be called, beside loopback and the address that it is bound to.
+    /// Names by which HTTP may be called, besides loopback and the address that it is bound to.
     pub http_names: Vec<String>,
     /// How many connections gRPC takes.
     pub grpc_connections: ConnectionLimits,

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{frames::frame_of, request::Sampling, scheduler::MicroBatch};
 
-/// What every link of a coordinator has.
+/// What every link of a coordinator uses.
 #[derive(Clone)]
 pub struct PipelineSettings {
     /// The cluster's secret.
@@ -42,7 +42,7 @@ pub struct FirstStage {
     pub token: LinkToken,
 }
 
-/// What the link tells.
+/// What a link reports.
 #[derive(Debug)]
 pub enum PipelineEvent {
     /// It stands, or why it does not.
@@ -63,7 +63,7 @@ pub enum PipelineEvent {
     },
 }
 
-/// What the link of an epoch tells.
+/// What the link of an epoch reports.
 #[derive(Debug)]
 pub struct Told {
     /// The plan epoch.
@@ -72,7 +72,7 @@ pub struct Told {
     pub event: PipelineEvent,
 }
 
-/// A micro-batch on its way, and of each of its slices how its sequence draws.
+/// A micro-batch on its way, and how the sequence of each slice draws its tokens.
 pub type Outgoing = (MicroBatch, Vec<Option<Sampling>>);
 
 /// The way into the pipeline.
@@ -84,22 +84,22 @@ pub struct Frames(mpsc::Sender<Outgoing>);
 pub struct Full;
 
 impl Frames {
-    /// A way in that has room for so many micro-batches, and its other end.
+    /// A way in with room for `frames` micro-batches, and its other end.
     pub fn with_room(frames: usize) -> (Self, mpsc::Receiver<Outgoing>) {
         let (sender, receiver) = mpsc::channel(frames);
         (Self(sender), receiver)
     }
 
-    /// Sends a micro-batch; `sampling` says of each slice how its sequence draws, which matters where the sequence begins.
+    /// Sends a micro-batch. `sampling` says how the sequence of each slice draws its tokens; only the slice that opens it needs that.
     ///
     /// # Errors
-    /// [`Full`], when the link is gone or more frames are unanswered than there may be.
+    /// [`Full`], when the link is gone or the most frames allowed are unanswered.
     pub fn send(&self, batch: MicroBatch, sampling: Vec<Option<Sampling>>) -> Result<(), Full> {
         self.0.try_send((batch, sampling)).map_err(|_full| Full)
     }
 }
 
-/// Opens the link, and tells `events` of it until `stop`.
+/// Opens the link and reports to `events` until `stop`.
 pub fn open<E: From<Told> + Send + 'static>(
     net: Arc<dyn Net>,
     settings: PipelineSettings,

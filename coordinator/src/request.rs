@@ -28,7 +28,7 @@ pub struct Spec {
     pub sampling: SamplingSpec,
     /// Texts that end the generation.
     pub stop: Vec<String>,
-    /// Whether to go on after the end-of-sequence id.
+    /// Whether to continue after the end-of-sequence id.
     pub ignore_eos: bool,
 }
 
@@ -97,7 +97,7 @@ pub struct Sampling {
 }
 
 impl Sampling {
-    /// The likeliest token, whatever else.
+    /// Always the likeliest token.
     pub const GREEDY: Self = Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0 };
 }
 
@@ -120,7 +120,7 @@ pub struct Request {
     pub deadline: Deadline,
 }
 
-/// What a client is told about its request: once [`RequestEvent::Accepted`], then tokens, then [`RequestEvent::Finished`]; or an error at any time.
+/// What a client receives for its request: once [`RequestEvent::Accepted`], then tokens, then [`RequestEvent::Finished`]; or an error at any time.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RequestEvent {
     /// The request will run.

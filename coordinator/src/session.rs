@@ -13,7 +13,7 @@ pub struct StopRules {
     pub max_tokens: u32,
     /// Texts that end it; none is empty.
     pub stop: Vec<String>,
-    /// Id that ends it; `None` to go on after it.
+    /// Id that ends it; `None` to continue after it.
     pub eos_token_id: Option<u32>,
 }
 

@@ -65,7 +65,7 @@ impl Lane {
         let thread = deadline.bounds(Arc::clone(&self.threads).acquire_owned()).await?;
         let thread = thread.map_err(|_closed| RequestError::ShuttingDown)?;
         let done = tokio::task::spawn_blocking(move || {
-            // The work goes on when its client leaves, and so does its claim on thread and place.
+            // The work continues when its client leaves, and keeps its thread and place.
             let _held = (place, thread);
             work()
         });
@@ -86,7 +86,7 @@ impl TextDesk {
             context,
             max_prompt_bytes,
             short: Lane::new(SHORT_ROOM, cores),
-            // Long texts leave half of the machine to everything else.
+            // Long texts leave half of the machine to other work.
             long: Lane::new(LONG_ROOM.max(max_prompt_bytes), cores.div_ceil(2)),
         }
     }
@@ -110,7 +110,7 @@ impl TextDesk {
         if found > self.longest_text {
             return Err(RequestError::TooLong {
                 limit: self.context,
-                // No token stands for more bytes than the longest piece has.
+                // No token has more bytes than the longest piece.
                 found: found.div_ceil(self.tokenizer.longest_piece()),
                 what: "so many at least for this text, and it must fit the context",
             });

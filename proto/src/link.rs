@@ -36,7 +36,7 @@ use crate::{
 /// Times that a frame with a bad checksum is sent again: one bit flips now and then, three in a row are a broken link.
 const RESENDS_MAX: u32 = 2;
 
-/// What a link needs to know of its two ends.
+/// Settings of a link.
 #[derive(Clone)]
 pub struct LinkSettings {
     /// Next stage's data address.
@@ -45,7 +45,7 @@ pub struct LinkSettings {
     pub worker: String,
     /// The cluster's secret.
     pub secret: Secret,
-    /// What the next stage knows this link by.
+    /// What this link presents to the next stage.
     pub token: LinkToken,
     /// Largest frame, see [`crate::max_frame_bytes`].
     pub max_frame_bytes: usize,
@@ -53,12 +53,12 @@ pub struct LinkSettings {
     pub max_in_flight: usize,
 }
 
-/// What a link tells its owner.
+/// What a link reports to its owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LinkEvent {
     /// The next stage will not compute this frame; the link goes on. A frame of an ended epoch is not among them.
     FrameFailed {
-        /// Which micro-batch.
+        /// The micro-batch.
         micro_batch_id: MicroBatchId,
         /// The worker that refused.
         worker: String,
@@ -75,28 +75,28 @@ pub enum LinkEvent {
 /// Why a link could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
-    /// Nobody there.
+    /// No connection.
     #[error("cannot reach {worker} at {source}")]
     Connect {
-        /// Whom the link was to reach.
+        /// The worker at the other end.
         worker: String,
         /// What went wrong.
         source: ConnectError,
     },
-    /// Somebody there who does not answer.
+    /// A connection, but no answer in time.
     #[error("cannot reach {worker} at {address}: it takes connections but gave no answer within {} s", LOST_AFTER.as_secs())]
     Silent {
-        /// Whom the link was to reach.
+        /// The worker at the other end.
         worker: String,
-        /// Where.
+        /// Its address.
         address: String,
     },
-    /// Somebody there who does not want the link.
+    /// The next stage refused the link.
     #[error("cannot reach {worker} at {address}: refused with {:?}, {}", status.code(), status.message())]
     Refused {
-        /// Whom the link was to reach.
+        /// The worker at the other end.
         worker: String,
-        /// Where.
+        /// Its address.
         address: String,
         /// What it said.
         status: Box<Status>,
@@ -162,7 +162,7 @@ impl Link {
         self.frames.send(frame).await.map_err(|_closed| LinkClosed)
     }
 
-    /// Round trip of the last answered frame less what the next stage spent on it, in microseconds; 0 before the first.
+    /// Round trip of the last answered frame, less the time that the next stage spent on it, in microseconds; 0 before the first.
     pub fn wire_us(&self) -> u64 {
         self.wire_us.load(Ordering::Relaxed)
     }
@@ -213,14 +213,14 @@ impl LinkTask {
             };
             if let Some(reason) = lost {
                 let reason = format!("the link to {} broke: {reason}", self.worker);
-                // The owner may be gone already, then nobody needs to know.
+                // The owner may have ended already; then the event is of no use.
                 let _ = self.events.send(LinkEvent::Lost { reason }).await;
                 return;
             }
         }
     }
 
-    /// Puts a frame on the wire; `Some` says how the link was lost.
+    /// Sends a frame; `Some` says how the link was lost.
     async fn transmit(&mut self, frame: Frame, resends: u32) -> Option<String> {
         let kept = Unanswered { frame: frame.clone(), sent: Instant::now(), resends };
         self.unanswered.insert(frame.micro_batch_id.into(), kept);
@@ -256,8 +256,8 @@ impl LinkTask {
             return self.transmit(kept.frame, kept.resends + 1).await;
         }
         if reason == RefusalReason::StaleEpoch {
-            // The next stage has left this epoch, and says why on a way of its own: that ends the epoch and names who is at fault, which
-            // a failed frame would not. Where it does not come, the link itself is at fault.
+            // The next stage has left this epoch and reports the reason to the coordinator. That ends the epoch and names the worker at
+            // fault, which a failed frame would not. Without such a report, the link itself is at fault.
             warn!(
                 micro_batch = refusal.micro_batch_id,
                 worker = self.worker,

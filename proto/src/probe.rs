@@ -29,13 +29,13 @@ use crate::{
 
 /// Most bytes of one call.
 pub const CALL_BYTES_MAX: u64 = 4 << 20;
-/// Bytes of the first call: so few that a link of 64 kB a second carries them in time.
+/// Bytes of the first call: few enough for a link of 64 kB a second.
 const FIRST_BYTES: u64 = 128 << 10;
-/// How long a call is to send for its bandwidth to be worth something.
+/// A call that sends for less time says too little about the bandwidth.
 const WORTH_SENDING: Duration = Duration::from_millis(300);
-/// Longest that it sends.
+/// Longest time that a call sends.
 const SEND_MAX: Duration = Duration::from_millis(500);
-/// Longest that one call takes, at either end.
+/// Time limit of a call, at either end.
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
 /// Bytes of one message.
 const CHUNK: usize = 64 << 10;
@@ -46,7 +46,7 @@ const BUSY_PAUSE: Duration = Duration::from_millis(250);
 const BUSY_TRIES: usize = 6;
 /// Bytes that a port takes in a second, of all callers together.
 const BUDGET_BYTES: u64 = 16 * CALL_BYTES_MAX;
-/// Longest that [`measure`] takes: connecting, round trips, bytes, and waiting for a busy port.
+/// Time limit of [`measure`]: connecting, round trips, bytes, and waiting for a busy port.
 pub const MEASURE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Describes the machine of a process; with `true` it also reads some of the model's files. May block for a second.
@@ -176,7 +176,7 @@ impl ProbePort {
         ProbeServiceServer::new(port).max_decoding_message_size(CHUNK + 1024)
     }
 
-    /// Whether so many more bytes are within what a second allows.
+    /// Whether `bytes` more are within the budget of a second.
     fn take(&self, bytes: u64) -> bool {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         if taken.since.elapsed() >= Duration::from_secs(1) {

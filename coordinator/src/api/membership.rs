@@ -114,7 +114,7 @@ impl Worker {
                 }
                 () = self.outbox.closed() => break "its connection was closed".to_owned(),
                 order = self.gated.recv() => match order {
-                    // A worker that reads nothing is told nothing; its heartbeats will stop as well.
+                    // A worker that does not read is given up.
                     Some(order) => if self.outbox.try_send(Ok(wire::order(order))).is_err() {
                         break "it takes no messages".to_owned();
                     },
@@ -140,7 +140,7 @@ impl Worker {
     }
 }
 
-/// How a stream broke, for people: tonic's words for a dead peer speak of HTTP/2 frames.
+/// How a stream broke, for people: tonic describes a dead peer in terms of HTTP/2 frames.
 fn broken(status: &Status) -> String {
     let said = status.message();
     if said.contains("reset") || said.contains("broken pipe") || said.contains("closed") || said.contains("h2") {

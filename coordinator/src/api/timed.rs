@@ -101,7 +101,7 @@ mod tests {
         }
     }
 
-    /// Answers after ten seconds, and says whether it was told of a deadline.
+    /// Answers after ten seconds, and says whether it received a deadline.
     #[derive(Clone)]
     struct Slow;
 

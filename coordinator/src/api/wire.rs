@@ -1,7 +1,7 @@
 //! The messages of `membership.proto` and `pipeline.proto`, as the cluster knows them, and back.
 //!
-//! What a worker says later than its hello comes from a worker that may have been overtaken, so its texts are cut and its figures made
-//! finite here; a hello is checked by the cluster, which refuses it with the field's name.
+//! A hello is checked by the cluster, which refuses it with the field's name. Later messages cannot be refused, so their texts are cut
+//! and their figures made plausible here.
 
 use grokpipe_model::footprint::KV_BLOCK_TOKENS;
 use grokpipe_proto::{bounds, v1};
@@ -46,7 +46,7 @@ impl From<v1::Hello> for Hello {
     }
 }
 
-/// What a worker reports; `None` for what is none of the cluster's business.
+/// What a worker reports; `None` for messages that do not concern the cluster.
 pub(super) fn report(message: v1::join_request::Message) -> Option<Report> {
     use v1::join_request::Message;
     Some(match message {
@@ -91,7 +91,7 @@ pub(super) fn report(message: v1::join_request::Message) -> Option<Report> {
             message: bounds::cut(failed.message, bounds::REASON_BYTES_MAX),
             worker: bounds::cut(failed.worker, bounds::NAME_BYTES_MAX),
         }),
-        // A second hello changes nothing; a probe's report goes to whoever asked.
+        // A second hello changes nothing; a probe's report goes to the caller of the probe.
         Message::Hello(_) | Message::ProbeReport(_) => return None,
     })
 }

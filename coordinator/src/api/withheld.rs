@@ -1,9 +1,9 @@
-//! Takes out of a text what is nobody's business outside the cluster: paths of files, addresses, numbers of processes, pointers.
+//! Removes from a text what must not leave the cluster: paths of files, addresses, process ids, pointers.
 //!
 //! Reasons are made where something failed, from what the system said, and may hold anything. What a client is told goes through
 //! here, so that no place has to think of it.
 
-/// What stands in the place of what was taken out.
+/// Replaces what was removed.
 const WITHHELD: &str = "(withheld)";
 
 /// How the system begins to say that a device failed (EIO). It is no path.

@@ -1,8 +1,8 @@
 //! Whether all workers have the same numbers. Pure.
 //!
-//! Workers sum what they load. Who loads a layer first says what it is, unless a manifest says it; whoever has other numbers is not
-//! trusted. Only a worker whose manifest confirms its numbers is believed against one without. Of a layer that one worker alone
-//! ever loaded, and no manifest speaks of, nothing is known.
+//! Each worker computes checksums of what it loads. The first to load a layer sets its checksum, unless a manifest does. A worker with
+//! another checksum is not trusted, except that one whose manifest confirms its numbers outweighs one without a manifest. A layer that
+//! only one worker has loaded, and that no manifest covers, cannot be checked.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -15,26 +15,26 @@ use super::{
 };
 use crate::facts::ModelFacts;
 
-/// Who said what the numbers of a part are.
+/// The checksum of a part, and who reported it.
 #[derive(Clone, Debug)]
 struct Said {
     sum: Sum,
-    /// `None`: the manifest beside the coordinator's files.
+    /// `None`: the manifest next to the coordinator's files.
     by: Option<String>,
     confirmed: bool,
 }
 
-/// The sums of a model's parts.
+/// The checksums of a model's parts.
 #[derive(Debug)]
 pub(super) struct Contents {
     layers: u32,
     said: BTreeMap<Part, Said>,
 }
 
-/// What a worker loaded, against what was said before.
+/// What a worker loaded, compared with earlier reports.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Heard {
-    /// What it said otherwise itself, when it last loaded it.
+    /// Parts of which it reported another checksum itself when it last loaded them.
     changed: Vec<Part>,
     differing: Option<Differing>,
 }
@@ -42,9 +42,9 @@ struct Heard {
 /// Two copies that differ.
 #[derive(Debug, PartialEq, Eq)]
 struct Differing {
-    /// Who is believed; `None` for the coordinator's manifest.
+    /// The worker that is believed; `None` for the coordinator's manifest.
     believed: Option<String>,
-    /// Who is not; `None` for the worker that spoke last.
+    /// The worker that is not; `None` for the one that reported last.
     blamed: Option<String>,
     parts: Vec<Part>,
 }
@@ -57,10 +57,10 @@ impl Contents {
         Self { layers: facts.config.num_hidden_layers, said: facts.contents.iter().map(said).collect() }
     }
 
-    /// Takes in what a worker loaded; what makes no sense is passed over.
+    /// Takes in what a worker loaded; malformed entries are skipped.
     fn hear(&mut self, worker: &str, contents: &[ContentSum]) -> Heard {
         let mut heard = Heard::default();
-        // A worker has each part once.
+        // A worker has each part once; more entries are not read.
         for said in contents.iter().take(self.layers as usize + 3) {
             let (Some(part), Some(sum)) = (Part::from_index(said.part, self.layers), Sum::from_bytes(&said.sum)) else {
                 continue;
@@ -73,7 +73,7 @@ impl Contents {
             if known.sum == sum {
                 known.confirmed |= said.confirmed;
             } else if known.by == new.by {
-                // From files that were damaged since, or mended: nobody else knows.
+                // Its files were damaged since, or repaired. Only it has loaded this part.
                 *known = new;
                 heard.changed.push(part);
             } else {
@@ -92,7 +92,7 @@ impl Contents {
 }
 
 impl Cluster {
-    /// Holds what a worker loaded to what others did. `false` when that worker is not trusted and has lost its stage.
+    /// Compares what a worker loaded with what others did. `false` when that worker is not trusted and has lost its stage.
     pub fn check_contents(&mut self, now: Duration, name: &str, generation: Generation, ready: &StageReady) -> bool {
         let current = self.is_current(ready.plan_epoch, ready.coordinator_generation);
         if !current || !self.runs_stage(name) || self.present(name, generation).is_none() {
@@ -209,7 +209,7 @@ mod tests {
             ),
             ("as the manifest says", &[(Layer(1), 7)], vec![("a", of(Layer(1), 7, false))], None),
             ("not as the manifest says", &[(Layer(1), 7)], vec![("a", of(Layer(1), 8, true))], Some((None, None))),
-            ("loaded anew", &[], vec![("a", of(Layer(1), 7, false)), ("a", of(Layer(1), 8, false))], None),
+            ("loaded again", &[], vec![("a", of(Layer(1), 7, false)), ("a", of(Layer(1), 8, false))], None),
         ];
         for (case, manifest, says, expected) in cases {
             let mut contents = contents(manifest);
@@ -217,7 +217,7 @@ mod tests {
                 says.iter().map(|(worker, sum)| contents.hear(worker, std::slice::from_ref(sum))).collect();
             let (last, before) = heard.split_last().unwrap();
             assert!(before.iter().all(|heard| *heard == Heard::default()), "{case}");
-            assert_eq!(last.changed.is_empty(), case != "loaded anew");
+            assert_eq!(last.changed.is_empty(), case != "loaded again");
             let found = last.differing.as_ref().map(|found| (found.believed.as_deref(), found.blamed.as_deref()));
             assert_eq!(found, expected, "{case}");
         }

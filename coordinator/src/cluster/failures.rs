@@ -1,8 +1,8 @@
 //! What failures mean: whose fault they are, and whether the plan in force breaks.
 //!
 //! A broken plan is tried again after a pause, since most failures pass. A worker that fails several times in a row is a *suspect*:
-//! the others take over without it as soon as they may, but when they cannot, it is tried again. Only who cannot help whatever is
-//! tried is *excluded*: a worker with another model, one that refuses its assignment for good, one whose device hangs.
+//! the others take over without it as soon as they may; when they cannot, it is tried again. A worker that cannot help at all is
+//! *excluded*: a worker with another model, one that refuses its assignment for good, one whose device hangs.
 
 use std::time::Duration;
 
@@ -21,11 +21,11 @@ use crate::request::RequestError;
 const SUSPECT_AFTER: u32 = 3;
 /// Frames in a row that may be refused before the plan counts as broken.
 const REFUSALS_MAX: u32 = 3;
-/// A stage whose load does not go on for so long has failed.
+/// A stage that loads nothing for this long has failed.
 const STALLED_AFTER: Duration = Duration::from_secs(30);
-/// A stage that cannot reach the next one for so long has failed; the next one may be starting.
+/// A stage that cannot reach the next one for this long has failed. Until then the next one may be starting.
 const BLOCKED_MAX: Duration = Duration::from_secs(10);
-/// A frame that is under way for so long is lost, whatever the stages say.
+/// A frame that is under way for this long is lost, whatever the stages report.
 const LOST_FRAME_AFTER: Duration = Duration::from_secs(120);
 
 impl Cluster {
@@ -47,13 +47,13 @@ impl Cluster {
                 self.changes += 1;
             }
         }
-        // News of a dead worker often comes first from its neighbour; the dead one is to be named, not the neighbour.
+        // The neighbour of a dead worker often reports first. The dead worker must be named, not the neighbour.
         let culprit = if self.runs_stage(&failed.lost_peer) { &failed.lost_peer } else { name };
         self.break_stage_of(now, culprit, &failed.message, text);
         self.advance(now);
     }
 
-    /// A stage has its layers but cannot reach the next one. It goes on trying.
+    /// A stage has its layers but cannot reach the next one. It keeps trying.
     pub fn stage_blocked(&mut self, now: Duration, name: &str, generation: Generation, blocked: &StageBlocked) {
         let current = self.is_current(blocked.plan_epoch, blocked.coordinator_generation);
         let Some(node) = self.present(name, generation) else { return };
@@ -71,8 +71,8 @@ impl Cluster {
         }
     }
 
-    /// The link to the first stage broke, or could not be opened, or the pipeline is stuck. The first stage is blamed unless
-    /// somebody else is.
+    /// The link to the first stage broke or could not be opened, or the pipeline is stuck. Without a `culprit`, the first stage is
+    /// blamed.
     pub fn pipeline_failed(&mut self, now: Duration, epoch: PlanEpoch, culprit: Option<&str>, reason: &str) {
         if epoch != self.epoch {
             return;
@@ -108,7 +108,7 @@ impl Cluster {
         self.is_current(failed.plan_epoch, failed.coordinator_generation) && self.runs_stage(name)
     }
 
-    /// The oldest frame under way has so many tokens and is so old.
+    /// The oldest frame under way has `tokens` tokens and was sent `age` ago.
     pub fn watch_frame(&mut self, now: Duration, tokens: usize, age: Duration) {
         let Some(active) = self.active.as_ref().filter(|active| active.broken_since.is_none()) else { return };
         let usual =
@@ -129,8 +129,8 @@ impl Cluster {
         self.pipeline_failed(now, epoch, Some(&name), &reason);
     }
 
-    /// Who has been at one step for longest, in words; for the text of a time-out. Steps that are shorter than the time between two
-    /// heartbeats are nobody's fault, and have most likely ended since.
+    /// The stage that has been at one step for longest, in words, for the message of a timeout. A step shorter than the time between
+    /// two heartbeats does not count: it has most likely ended since.
     pub fn slowest_step(&self, now: Duration) -> Option<String> {
         let active = self.active.as_ref()?;
         let step = |name: &String| {
@@ -144,7 +144,7 @@ impl Cluster {
         Some(format!("{} with {}, {seconds:.1} s at one step", stage.node, stage.layers))
     }
 
-    /// A worker's device has been at a step of so many rows for so long; none with 0 rows.
+    /// A worker's device has been at a step of `rows` rows for `age`. With 0 rows, no step is running.
     pub(super) fn watch_step(&mut self, now: Duration, name: &str, rows: u64, age: Duration) {
         let Some(node) = self.nodes.get_mut(name) else { return };
         if rows == 0 {
@@ -170,7 +170,7 @@ impl Cluster {
         self.advance(now);
     }
 
-    /// Stages that are not ready and do not come any nearer to it have failed.
+    /// Stages that are not ready and make no progress have failed.
     pub(super) fn watch_stages(&mut self, now: Duration) {
         let Some(active) = self.active.as_ref().filter(|active| active.broken_since.is_none()) else { return };
         let over = |since: Duration, limit: Duration| now.saturating_sub(since) >= limit;
@@ -182,7 +182,7 @@ impl Cluster {
             None => {}
             Some((name, Some(peer))) => {
                 let reason = self.trouble.clone().unwrap_or_else(|| format!("{name} cannot reach {peer}"));
-                // Whoever cannot be reached is the likelier one to be at fault; a worker that reaches nobody comes to be a suspect too.
+                // The worker that cannot be reached is more likely at fault. One that can reach nobody becomes a suspect, too.
                 self.fail_often(&name, 1);
                 let culprit = if self.runs_stage(&peer) { peer } else { name };
                 self.give_up_stage(now, &culprit, &reason);
@@ -194,7 +194,7 @@ impl Cluster {
         }
     }
 
-    /// A stage did not become ready in its time: its worker is a suspect at once.
+    /// A stage did not become ready in time: its worker is a suspect at once.
     fn give_up_stage(&mut self, now: Duration, name: &str, reason: &str) {
         if let Some(node) = self.nodes.get_mut(name) {
             node.last_error = Some((now, reason.to_owned()));
@@ -214,7 +214,7 @@ impl Cluster {
         }
     }
 
-    /// Whether a worker failed so often in a row that others should take over.
+    /// Whether a worker failed so many times in a row that others should take over.
     pub(super) fn is_suspect(&self, name: &str) -> bool {
         self.nodes.get(name).is_some_and(|node| node.failures >= SUSPECT_AFTER)
     }

@@ -1,21 +1,21 @@
-//! Which workers that are gone are remembered.
+//! How long workers that have left are remembered.
 //!
-//! People want to see who was lost; a list that grows with every name that anybody ever had serves nobody. Workers that the
-//! configuration names, and those of the plan in force, are always remembered.
+//! People want to see which worker was lost, but the list must not grow with every name ever used. Workers that the configuration
+//! names, and those of the plan in force, are always remembered.
 
 use std::time::Duration;
 
 use super::Cluster;
 
-/// A worker that was gone for so long is forgotten.
+/// A worker that has been gone for this long is forgotten.
 const FORGET_AFTER: Duration = Duration::from_secs(600);
-/// Most workers that are gone; beyond them, the one that was heard last the longest ago is forgotten.
+/// Most workers that are gone and remembered; beyond them, the one gone longest is forgotten.
 const GONE_MAX: usize = 16;
 /// Most workers at a time, as in the configuration.
 pub(super) const PRESENT_MAX: usize = 256;
 
 impl Cluster {
-    /// Forgets workers that are gone and of no use to anybody.
+    /// Forgets workers that have been gone for long.
     pub(super) fn forget_gone(&mut self, now: Duration) {
         let expected = |name: &String| self.settings.expected.iter().any(|worker| worker.name == *name);
         let gone = self.nodes.iter().filter(|(name, node)| !node.present && !expected(name) && !self.runs_stage(name));

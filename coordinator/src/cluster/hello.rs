@@ -1,4 +1,4 @@
-//! Whether a worker's hello makes sense.
+//! Which hellos are accepted: every value that a plan or a message rests on is checked here, once.
 
 use grokpipe_proto::{
     address::Address,
@@ -8,7 +8,7 @@ use grokpipe_proto::{
 
 use super::{JoinRefusal, messages::Hello};
 
-/// Checks every value of a hello that a plan or a message would rest on.
+/// Checks the values of a hello.
 pub(super) fn check_hello(hello: &Hello) -> Result<(), JoinRefusal> {
     let invalid = |field, expected: &str, found: String| {
         Err(JoinRefusal::Invalid { field, expected: expected.to_owned(), found })
@@ -45,7 +45,7 @@ pub(super) fn check_hello(hello: &Hello) -> Result<(), JoinRefusal> {
     Ok(())
 }
 
-/// Checks that texts which only people read are no longer than people read.
+/// Checks that texts for people are not too long.
 fn check_texts(hello: &Hello) -> Result<(), JoinRefusal> {
     let invalid = |field, most: usize, found: usize| {
         Err(JoinRefusal::Invalid { field, expected: format!("at most {most}"), found: found.to_string() })
@@ -69,7 +69,7 @@ fn check_texts(hello: &Hello) -> Result<(), JoinRefusal> {
 /// Most formats that a hello may have rates of; there are some twenty.
 const FORMATS_MAX: usize = 64;
 
-/// Checks what a worker measured by format, and of a step beside its products.
+/// Checks the rates by format, and what a step takes besides its products.
 fn check_rates(hello: &Hello) -> Result<(), JoinRefusal> {
     let invalid = |field, expected: &str, found: String| {
         Err(JoinRefusal::Invalid { field, expected: expected.to_owned(), found })

@@ -31,7 +31,7 @@ pub enum JoinRefusal {
     /// The cluster has as many workers as it takes.
     #[error("expected fewer than {0} workers, found as many")]
     Full(usize),
-    /// Built too far apart.
+    /// No common protocol version.
     #[error("expected protocol version {ours}, found {theirs_min} to {theirs_max}")]
     Version {
         /// What the coordinator speaks.
@@ -50,7 +50,7 @@ impl Cluster {
     /// A worker asks to join.
     ///
     /// # Errors
-    /// [`JoinRefusal`], which the worker is told.
+    /// [`JoinRefusal`], which goes to the worker.
     pub fn join(&mut self, now: Duration, hello: Hello) -> Result<Welcome, JoinRefusal> {
         let shown: String = hello.name.chars().take(bounds::NAME_BYTES_MAX).collect();
         self.admit(now, hello).inspect_err(|refusal| {
@@ -59,8 +59,8 @@ impl Cluster {
         })
     }
 
-    /// A stranger's call was refused before it could say who it is. At most one such event in ten seconds, so that no crowd of them
-    /// pushes all else out.
+    /// A call was refused before it could say who it is. At most one such event in ten seconds, so that they do not push all other
+    /// events out.
     pub fn stranger_refused(&mut self, now: Duration, from: &str, reason: &str) {
         if self.last_stranger.is_none_or(|last| now.saturating_sub(last) >= STRANGERS_EVERY) {
             self.last_stranger = Some(now);
@@ -119,7 +119,7 @@ impl Cluster {
         })
     }
 
-    /// To be called once a worker has been welcomed and can take messages.
+    /// Call this once a worker has been welcomed and can receive messages.
     pub fn joined(&mut self, now: Duration) {
         self.advance(now);
     }

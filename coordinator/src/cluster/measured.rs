@@ -71,7 +71,7 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
 mod tests {
     use super::*;
 
-    /// A step through stages that compute so many microseconds, wait 50 before each, and 100 a hop.
+    /// A step through stages with these computing times in microseconds, 50 of waiting before each and 100 for each hop.
     fn step(measured: &mut Measured, compute: &[u64]) {
         let timing = |&compute_us: &u64| StageTiming { compute_us, queue_us: 50, ..StageTiming::default() };
         let timings: Vec<StageTiming> = compute.iter().map(timing).collect();

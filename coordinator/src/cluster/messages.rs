@@ -1,4 +1,4 @@
-//! What workers and coordinator tell each other, in no protocol's words. `api/wire.rs` translates.
+//! What workers and coordinator say to each other, independent of the protocol. `api/wire.rs` translates.
 
 use bytes::Bytes;
 use grokpipe_proto::{
@@ -79,16 +79,16 @@ pub struct Welcome {
     pub cluster: String,
     /// Generation of the coordinator.
     pub coordinator_generation: Generation,
-    /// How often a heartbeat is wanted, in milliseconds.
+    /// Time between heartbeats, in milliseconds.
     pub heartbeat_interval_ms: u32,
 }
 
 /// What a worker says once it has joined.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Report {
-    /// It lives.
+    /// It is alive.
     Heartbeat(Heartbeat),
-    /// Its load goes on.
+    /// It has loaded more.
     LoadProgress(LoadProgress),
     /// Its stage is ready.
     StageReady(StageReady),
@@ -100,7 +100,7 @@ pub enum Report {
     FrameFailed(FrameFailed),
 }
 
-/// What a worker that lives says of itself.
+/// Sent by a worker as long as it lives.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Heartbeat {
     /// Frames computed since the last assignment.
@@ -113,16 +113,16 @@ pub struct Heartbeat {
     pub stats: NodeStats,
 }
 
-/// How far a load is.
+/// How much a stage has loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadProgress {
     /// Plan epoch of the assignment.
     pub plan_epoch: PlanEpoch,
     /// Generation of the coordinator that gave it.
     pub coordinator_generation: Generation,
-    /// Bytes of weights that are on the device.
+    /// Bytes loaded.
     pub bytes: u64,
-    /// Of so many.
+    /// Bytes to load.
     pub bytes_total: u64,
 }
 
@@ -142,9 +142,9 @@ pub struct StageReady {
 pub struct ContentSum {
     /// Number of the part, see `grokpipe_model::contents::Part::from_index`.
     pub part: u32,
-    /// Sixteen bytes, if it makes sense.
+    /// Sixteen bytes; others are ignored.
     pub sum: Bytes,
-    /// Whether a manifest beside the worker's files says the same.
+    /// Whether a manifest next to the worker's files says the same.
     pub confirmed: bool,
 }
 
@@ -183,27 +183,27 @@ pub struct FrameFailed {
     pub plan_epoch: PlanEpoch,
     /// Generation of the coordinator that sent it.
     pub coordinator_generation: Generation,
-    /// Which micro-batch.
+    /// The micro-batch.
     pub micro_batch_id: MicroBatchId,
-    /// Why.
+    /// What was expected and what was found.
     pub message: String,
     /// Name of the worker that refused.
     pub worker: String,
 }
 
-/// What a worker is told once it has joined.
+/// What the coordinator sends a worker that has joined.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Order {
     /// Run these layers.
     Assign(Assignment),
-    /// Nothing to do under this epoch; what it holds it may keep.
+    /// No layers under this epoch; it may keep what it holds.
     Release {
         /// The plan epoch.
         plan_epoch: PlanEpoch,
     },
 }
 
-/// The layers that a worker is to run under an epoch.
+/// The layers that a worker runs under an epoch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Assignment {
     /// The plan epoch.
@@ -236,16 +236,16 @@ pub struct Assignment {
     pub next_token: LinkToken,
 }
 
-/// What the last stage made of a micro-batch.
+/// What the last stage computed from a micro-batch.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct BatchResult {
     /// Plan epoch of the frame.
     pub plan_epoch: PlanEpoch,
     /// Generation of the last stage's process.
     pub sender_generation: Generation,
-    /// Which micro-batch.
+    /// The micro-batch.
     pub micro_batch_id: MicroBatchId,
-    /// One a sequence that wanted one.
+    /// One for each sequence that wanted one.
     pub tokens: Vec<DrawnToken>,
     /// Every stage's step, in stage order.
     pub timings: Vec<StageTiming>,
@@ -254,7 +254,7 @@ pub struct BatchResult {
 /// A token that was drawn.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct DrawnToken {
-    /// For which sequence.
+    /// The sequence.
     pub sequence: SequenceId,
     /// The token.
     pub token_id: u32,

@@ -4,7 +4,7 @@
 //! nothing of the old one can reach the new one. A worker that keeps its layers adopts them without loading. And a plan serves only
 //! once a token has gone through all of its stages.
 //!
-//! This file holds the state; each module beside it changes it for one reason: workers that come and go (`joining`), reports that
+//! This file holds the state; each module below changes it for one reason: workers that come and go (`joining`), reports that
 //! bring a plan closer to serving (`progress`), failures (`failures`), the choice of a plan (`planning`). It knows nothing of
 //! requests but that they end when the pipeline is interrupted.
 
@@ -82,25 +82,25 @@ pub struct ClusterSettings {
     pub link_key: LinkKey,
 }
 
-/// What the outside is to do.
+/// What the engine must do.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
-    /// Tell a worker.
+    /// Send an order to a worker.
     Send {
-        /// Which one.
+        /// The worker.
         node: String,
-        /// Its incarnation.
+        /// The generation that the order is for.
         generation: Generation,
-        /// What.
+        /// The order.
         order: Order,
     },
     /// End the running requests with this, and forget all frames under way.
     Interrupt(RequestError),
     /// All stages are ready: open the link to the first one.
     OpenPipeline(FirstStage),
-    /// Send one token through all stages, and say [`Cluster::proven`] when it is back.
+    /// Send one token through all stages, and call [`Cluster::proven`] when it is back.
     Prove {
-        /// The epoch that is to be proven.
+        /// The epoch to prove.
         epoch: PlanEpoch,
     },
 }
@@ -108,18 +108,18 @@ pub enum Command {
 #[derive(Clone, Debug)]
 struct Node {
     hello: Hello,
-    /// Whether its stream stands.
+    /// Whether its stream is open.
     present: bool,
     last_heard: Duration,
     heartbeat: Option<Heartbeat>,
     load: Option<(u64, u64)>,
     last_error: Option<(Duration, String)>,
     joins: u32,
-    /// It is left out of plans until this happens.
+    /// While set, it is left out of plans.
     excluded: Option<Until>,
     /// Failures since the cluster last served with it.
     failures: u32,
-    /// What its steps took, for the layers that it has.
+    /// Times of its steps with the layers that it has.
     steps: StepTimes,
 }
 
@@ -137,9 +137,9 @@ struct StageState {
     node: String,
     layers: LayerRange,
     ready: bool,
-    /// When its load last went on.
+    /// When it last loaded a byte.
     progress_at: Duration,
-    /// Since when it cannot reach whom it hands its results to, and the name of that worker (empty for the coordinator).
+    /// Since when it cannot reach the next stage, and the name of its worker (empty for the coordinator).
     blocked: Option<(Duration, String)>,
 }
 
@@ -147,19 +147,19 @@ struct StageState {
 struct Active {
     plan: Plan,
     stages: Vec<StageState>,
-    /// The link to the first stage stands.
+    /// The link to the first stage is open.
     connected: bool,
     /// A token has gone through all stages.
     proven: bool,
     /// A step of a request has gone through all stages.
     used: bool,
-    /// Frames in a row that stages refused.
+    /// Consecutive frames that stages refused.
     refusals: u32,
-    /// When the epoch stopped being whole, if it has: a stage's worker is gone or failed.
+    /// Since when a stage's worker is gone or has failed.
     broken_since: Option<Duration>,
-    /// A failed stage is tried again at this time.
+    /// When a failed stage is tried again.
     retry_at: Option<Duration>,
-    /// What its steps took.
+    /// Times of its steps.
     measured: Measured,
 }
 
@@ -177,7 +177,7 @@ pub struct Cluster {
     epoch: PlanEpoch,
     active: Option<Active>,
     refusal: Option<String>,
-    /// Why the plan in force does not serve, if something went wrong; since when.
+    /// Why the plan in force does not serve, if something went wrong.
     trouble: Option<String>,
     /// Since when a plan that was made does not serve.
     failing_since: Option<Duration>,
@@ -187,11 +187,11 @@ pub struct Cluster {
     next_event: u64,
     commands: Vec<Command>,
     planned_for: Option<u64>,
-    /// What the model's numbers are, by those who loaded them.
+    /// Checksums of the model, from the workers that loaded it.
     contents: Contents,
     /// When a refused caller was last recorded.
     last_stranger: Option<Duration>,
-    /// Counts what may change a plan, so that a refused plan is not tried again for nothing.
+    /// Counts changes that may make a plan possible, so that a refused plan is not tried again without one.
     changes: u64,
 }
 
@@ -220,7 +220,7 @@ impl Cluster {
         }
     }
 
-    /// What is to be done since the last call, in order.
+    /// Commands since the last call, in order.
     pub fn take_commands(&mut self) -> Vec<Command> {
         std::mem::take(&mut self.commands)
     }
@@ -260,7 +260,7 @@ impl Cluster {
         self.active.as_ref().is_some_and(|active| active.stages.iter().any(|stage| stage.node == name))
     }
 
-    /// Time goes on: silent nodes are lost, waiting plans are made.
+    /// Time has passed: silent nodes are lost, plans that are due are made.
     pub fn tick(&mut self, now: Duration) {
         let silent: Vec<_> = self
             .nodes
@@ -277,7 +277,7 @@ impl Cluster {
         self.advance(now);
     }
 
-    /// Whether a worker's stream stands.
+    /// Whether a worker's stream is open.
     pub fn is_present(&self, name: &str) -> bool {
         self.nodes.get(name).is_some_and(|node| node.present)
     }

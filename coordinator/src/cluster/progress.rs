@@ -24,7 +24,7 @@ impl Cluster {
         }
     }
 
-    /// A load goes on.
+    /// A stage has loaded more.
     pub fn load_progress(&mut self, now: Duration, name: &str, generation: Generation, progress: &LoadProgress) {
         let current = self.is_current(progress.plan_epoch, progress.coordinator_generation);
         let Some(node) = self.present(name, generation) else { return };
@@ -49,7 +49,7 @@ impl Cluster {
         }
         let epoch = self.epoch;
         let Some(active) = &mut self.active else { return };
-        // Said twice, or by a worker without a stage, it must not open the pipeline again: frames under way would be lost.
+        // A second report, or one of a worker without a stage, must not open the pipeline again: frames under way would be lost.
         let Some(stage) = active.stages.iter_mut().find(|stage| stage.node == name && !stage.ready) else { return };
         stage.ready = true;
         stage.blocked = None;
@@ -62,7 +62,7 @@ impl Cluster {
         }
     }
 
-    /// The link to the first stage stands.
+    /// The link to the first stage is open.
     pub fn pipeline_open(&mut self, epoch: PlanEpoch) {
         let is_ready = |active: &&mut Active| epoch == self.epoch && active.stages.iter().all(|stage| stage.ready);
         if let Some(active) = self.active.as_mut().filter(is_ready) {
@@ -83,8 +83,8 @@ impl Cluster {
         self.record(now, "serving", None, text);
     }
 
-    /// A micro-batch of so many tokens came back after so many seconds. All of them tell how long a step may take; those of the size
-    /// that the plan is made for tell how good its prediction is.
+    /// A micro-batch of `tokens` tokens came back after `seconds`. Every one shows how long a step may take; those of the size that the
+    /// plan was made for also show how good its prediction is.
     pub fn step_done(&mut self, epoch: PlanEpoch, tokens: usize, seconds: f64, timings: &[StageTiming]) {
         let Some(active) = self.active.as_mut().filter(|active| {
             epoch == self.epoch && active.broken_since.is_none() && active.stages.len() == timings.len()

@@ -25,7 +25,7 @@ pub(super) struct StepTimes {
 }
 
 impl StepTimes {
-    /// A step of so many rows took so long.
+    /// A step of `rows` rows took `seconds`.
     pub(super) fn record(&mut self, rows: u64, seconds: f64) {
         if rows == 0 || !seconds.is_finite() {
             return;
@@ -37,7 +37,7 @@ impl StepTimes {
         class.push_back((rows, seconds));
     }
 
-    /// Longest time that a step of so many rows may take.
+    /// Longest time that a step of `rows` rows may take.
     pub(super) fn limit(&self, rows: u64) -> Duration {
         let rows = rows.max(1);
         let usual = self.usual(rows);
@@ -46,7 +46,7 @@ impl StepTimes {
         })
     }
 
-    /// The 99th percentile for so many rows, in seconds; `None` before the first step.
+    /// The 99th percentile for `rows` rows, in seconds; `None` before the first step.
     pub(super) fn usual(&self, rows: u64) -> Option<f64> {
         let class = rows.max(1).ilog2();
         if let Some(steps) = self.classes.get(&class) {

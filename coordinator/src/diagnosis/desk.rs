@@ -81,7 +81,7 @@ impl Desk {
     /// The connection has ended.
     pub fn left(&self, connection: u64, worker: &str) {
         let mut state = self.state();
-        // It may have joined anew before its old stream was seen to end.
+        // It may have joined again before its old stream was seen to end.
         if state.present.get(worker).is_some_and(|present| present.connection == connection) {
             state.present.remove(worker);
             state.asked.retain(|_, asked| asked.worker != worker);
@@ -193,7 +193,7 @@ mod tests {
             async move { desk.ask("w1", task(), Duration::from_secs(500)).await }
         });
         order(inbox.recv().await);
-        // A stream that ended before it joined anew says nothing of the new one.
+        // The end of the old stream says nothing about the new one.
         desk.left(0, "w1");
         assert_eq!(desk.members(), [member("w1")]);
         desk.left(1, "w1");

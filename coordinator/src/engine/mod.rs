@@ -1,7 +1,7 @@
 //! The one task that owns the cluster's state, the scheduler and the requests, and connects them.
 //!
 //! Events come in through one bounded queue: from workers, from the pipeline, from clients, from the clock. The engine hands each
-//! to the pure part that decides, and carries out what that part says. It computes nothing itself and never waits on a peer:
+//! to the pure part that decides, and carries out what that part says. It computes nothing itself and never waits for a peer:
 //! whatever may take time is a task that sends an event when it is done.
 
 use std::{
@@ -16,7 +16,7 @@ use grokpipe_proto::{
     snapshot::{ClusterSnapshot, SnapshotRequests},
 };
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior},
 };
 use tokio_util::sync::CancellationToken;
@@ -24,164 +24,41 @@ use tracing::Span;
 
 use crate::{
     cluster::{
-        Cluster, Command, JoinRefusal,
-        messages::{BatchResult, Hello, Order, Report, Welcome},
+        Cluster, Command,
+        messages::{Order, Report},
     },
     engine::outlet::Outlet,
     pipeline::{FirstStage, Frames, PipelineEvent, Told},
-    planner::{Plan, Refusal},
     request::{Request, RequestError, StageUse},
     scheduler::{Scheduler, SchedulerConfig},
     session::Session,
 };
 
+mod handle;
 mod outlet;
 mod requests;
 #[cfg(test)]
 mod tests;
 
+pub use handle::{Event, Handle, PlanView};
 pub use outlet::ClientStream;
 
-/// What happens to the engine.
-pub enum Event {
-    /// A worker said hello.
-    Joined {
-        /// Number of its stream: one process may come back on a new stream while the old one is not yet known to be dead.
-        connection: u64,
-        /// Its hello.
-        hello: Box<Hello>,
-        /// Where messages for it go.
-        outbox: mpsc::Sender<Order>,
-        /// Welcome or refusal.
-        reply: oneshot::Sender<Result<Welcome, JoinRefusal>>,
-    },
-    /// A worker's stream was refused before its hello.
-    Refused {
-        /// Where it came from.
-        from: String,
-        /// Why.
-        reason: String,
-    },
-    /// A worker said something else.
-    FromWorker {
-        /// Its stream.
-        connection: u64,
-        /// Its name.
-        name: String,
-        /// Its incarnation.
-        generation: Generation,
-        /// What it said.
-        report: Box<Report>,
-    },
-    /// A worker's stream ended.
-    Left {
-        /// Its stream.
-        connection: u64,
-        /// Its name.
-        name: String,
-        /// Its incarnation.
-        generation: Generation,
-        /// How.
-        reason: String,
-    },
-    /// The last stage finished a micro-batch.
-    Result(Box<BatchResult>),
-    /// The link to the first stage said something.
-    Pipeline(Told),
-    /// A client's request.
-    Submit {
-        /// The request.
-        request: Box<Request>,
-        /// Its stream, or why not.
-        reply: oneshot::Sender<Result<ClientStream, RequestError>>,
-    },
-    /// Somebody asks for the plan.
-    Plan {
-        /// The plan with its workers in order, memory of each, epoch and spare workers, or why there is none.
-        reply: oneshot::Sender<Result<PlanView, Refusal>>,
-    },
-}
-
-impl From<Told> for Event {
-    fn from(told: Told) -> Self {
-        Self::Pipeline(told)
-    }
-}
-
-/// A plan with the names of its workers.
-#[derive(Clone, Debug)]
-pub struct PlanView {
-    /// The plan.
-    pub plan: Plan,
-    /// Workers in stage order, with the memory they offer.
-    pub workers: Vec<(String, u64)>,
-    /// Workers without layers.
-    pub standby: Vec<String>,
-    /// Epoch in force; 0 when the plan is only what would be made.
-    pub epoch: PlanEpoch,
-}
-
-/// What an engine is started with.
+/// Settings of an engine.
 pub struct EngineSettings {
     /// How the scheduler works; `stages` follows the plan.
     pub scheduler: SchedulerConfig,
     /// Name of the model.
     pub model: String,
-    /// A token that a plan is proven with: any but the one that is never attended to.
+    /// The token that proves a plan: any but the padding token, which no position attends to.
     pub proof_token: u32,
 }
 
-/// Opens the link to the first stage of an epoch and tells the engine of it, until the epoch is over.
+/// Opens the link to the first stage of an epoch and sends its events to the engine until the epoch ends.
 pub type OpenPipeline = Box<dyn Fn(FirstStage, mpsc::Sender<Event>, CancellationToken) + Send + Sync>;
-
-/// A way to reach the engine. Cheap to clone.
-#[derive(Clone)]
-pub struct Handle {
-    events: mpsc::Sender<Event>,
-    snapshot: watch::Receiver<Arc<ClusterSnapshot>>,
-}
-
-impl Handle {
-    /// Tells the engine; waits while its queue is full.
-    pub async fn send(&self, event: Event) {
-        // A gone engine means that the coordinator ends; whoever waits for a reply sees its sender dropped.
-        let _ = self.events.send(event).await;
-    }
-
-    /// Tells the engine, unless its queue is full.
-    pub fn try_send(&self, event: Event) {
-        let _ = self.events.try_send(event);
-    }
-
-    /// Submits a request.
-    ///
-    /// # Errors
-    /// [`RequestError`] when it is refused.
-    pub async fn submit(&self, request: Request) -> Result<ClientStream, RequestError> {
-        let (reply, answer) = oneshot::channel();
-        self.send(Event::Submit { request: Box::new(request), reply }).await;
-        answer.await.unwrap_or(Err(RequestError::ShuttingDown))
-    }
-
-    /// Asks for the plan.
-    ///
-    /// # Errors
-    /// [`RequestError::ShuttingDown`]; within it, why there is none.
-    pub async fn plan(&self) -> Result<Result<PlanView, Refusal>, RequestError> {
-        let (reply, answer) = oneshot::channel();
-        self.send(Event::Plan { reply }).await;
-        answer.await.map_err(|_gone| RequestError::ShuttingDown)
-    }
-
-    /// The cluster as it was at the last change or tick.
-    pub fn snapshot(&self) -> watch::Receiver<Arc<ClusterSnapshot>> {
-        self.snapshot.clone()
-    }
-}
 
 struct Running {
     request: Request,
-    /// Everything that is logged about this request stands in it.
+    /// Log lines about this request carry it.
     span: Span,
     session: Session,
     outlet: Outlet,
@@ -191,7 +68,7 @@ struct Running {
     stages: BTreeMap<(u32, u32, String), StageUse>,
 }
 
-/// The way to a worker, and the stream that it belongs to.
+/// Where orders for a worker go, and the stream that they go through.
 struct Outbox {
     connection: u64,
     orders: mpsc::Sender<Order>,
@@ -230,11 +107,11 @@ pub struct Engine {
     epoch_stop: CancellationToken,
 }
 
-/// Events that may wait. Workers and clients wait when it is full, the clock does not.
+/// Most events in the queue. When it is full, workers and clients wait; the clock does not.
 const QUEUED_EVENTS_MAX: usize = 1024;
-/// How often time is looked at: deadlines and lost heartbeats are this precise.
+/// Time between two checks of deadlines and heartbeats.
 const TICK: Duration = Duration::from_millis(50);
-/// A snapshot is published at least this often.
+/// Longest time between two published snapshots.
 const SNAPSHOT_EVERY: Duration = Duration::from_millis(500);
 
 impl Engine {
@@ -276,7 +153,7 @@ impl Engine {
         let mut published = Instant::now();
         loop {
             tokio::select! {
-                // First: a worker that leaves because the coordinator ends is not what its requests should hear of.
+                // First, so that requests report the shutdown and not the workers that leave because of it.
                 biased;
                 () = shutdown.cancelled() => break,
                 _now = tick.tick() => {
@@ -373,9 +250,9 @@ impl Engine {
         }
     }
 
-    /// Carries out what the cluster decided; whether there was anything.
+    /// Carries out what the cluster decided. Returns whether there was anything to do.
     fn carry_out(&mut self) -> bool {
-        // A dropped outbox ends its worker's stream: a worker that was given up must join anew.
+        // A dropped outbox ends its worker's stream: a worker that was given up must join again.
         self.outboxes.retain(|name, _| self.cluster.is_present(name));
         let commands = self.cluster.take_commands();
         let changed = !commands.is_empty();

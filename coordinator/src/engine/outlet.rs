@@ -1,8 +1,8 @@
 //! The way from the engine to one client: what the client has not read yet, bounded in size and in time.
 //!
 //! The engine never waits for a client. It puts events into a queue; a task passes them on as the client reads. A client that reads
-//! nothing for [`STALLED_AFTER`], or leaves more than [`UNREAD_EVENTS`] unread, is given up: what was queued for it is dropped at
-//! once, whether or not its connection stays, and its request's place is free.
+//! nothing for [`STALLED_AFTER`], or leaves more than [`UNREAD_EVENTS`] unread, is given up: its queue is dropped at
+//! once, whether or not its connection stays, and its request ends.
 
 use std::{
     pin::Pin,
@@ -17,11 +17,11 @@ use tracing::{Instrument, Span, info};
 
 use crate::request::{RequestError, RequestEvent};
 
-/// How long a client may read nothing although something is there.
+/// How long a client may leave its queue unread.
 const STALLED_AFTER: Duration = Duration::from_secs(30);
 /// Memory of the tokens that a client may leave unread.
 const UNREAD_BYTES: usize = 64 << 10;
-/// About what a token takes in memory: the event, the request's id, a piece of text.
+/// Approximate memory of a token: the event, the request's id, a piece of text.
 const TOKEN_BYTES: usize = size_of::<RequestEvent>() + 64;
 /// Tokens that a client may leave unread.
 const UNREAD_EVENTS: usize = UNREAD_BYTES / TOKEN_BYTES;
@@ -46,7 +46,7 @@ impl Stream for ClientStream {
     }
 }
 
-/// The engine's end.
+/// The sending end, which the engine holds.
 pub(super) struct Outlet {
     queue: mpsc::Sender<RequestEvent>,
     end: Arc<OnceLock<RequestError>>,
@@ -64,7 +64,7 @@ impl Outlet {
         (Self { queue, end: Arc::clone(&end) }, ClientStream { events, end, ended: false })
     }
 
-    /// Queues an event. Whether there is still a client that reads.
+    /// Queues an event. Returns whether the client still reads.
     pub(super) fn send(&self, event: RequestEvent) -> bool {
         let sent = self.queue.try_send(event);
         if let Err(mpsc::error::TrySendError::Full(_)) = sent {
@@ -80,7 +80,7 @@ impl Outlet {
 
     /// The request ends with this error, after what is queued.
     pub(super) fn end(&self, error: RequestError) {
-        // The first reason is the one that holds.
+        // The first error stays.
         let _ = self.end.set(error);
     }
 }

@@ -20,11 +20,11 @@ use crate::{
     session::{End, Session},
 };
 
-/// The client that the cluster's own proof tokens count for.
+/// The client that owns the cluster's own proof tokens.
 const OURSELVES: ClientId = 0;
 
 impl Engine {
-    /// All running requests end with this error; nothing of the old epoch is waited for.
+    /// Ends all running requests with this error; nothing of the old epoch is awaited.
     pub(super) fn interrupt(&mut self, error: &RequestError) {
         self.pipeline = None;
         self.epoch_stop.cancel();
@@ -61,7 +61,7 @@ impl Engine {
 
     pub(super) fn submit(&mut self, request: Request, reply: oneshot::Sender<Result<ClientStream, RequestError>>) {
         let answer = self.try_submit(request);
-        // A client that went away meanwhile has dropped the stream, which the next tick notices.
+        // A client that has left dropped its stream; the next tick notices.
         let _ = reply.send(answer);
     }
 
@@ -116,7 +116,7 @@ impl Engine {
             let tokens = batch.slices.iter().map(|slice| slice.token_ids.len()).sum();
             self.in_flight.insert(batch.id, SentBatch { tokens, since: now });
             if pipeline.frames.send(batch, sampling).is_err() {
-                // A frame that found no room is lost, and its requests would wait for it: the epoch ends here.
+                // The frame is lost, and its requests would wait for it for ever: the epoch ends here.
                 let now = self.now();
                 self.cluster.pipeline_failed(now, epoch, None, "the link to the first stage takes no frames");
                 self.carry_out();
@@ -128,7 +128,7 @@ impl Engine {
     fn sampling(&self, sequence: SequenceId) -> Option<Sampling> {
         match self.running.get(&sequence) {
             Some(running) => Some(running.request.sampling),
-            // Whatever the proof draws will do.
+            // Any token proves the plan.
             None => (self.proof == Some(sequence)).then_some(Sampling::GREEDY),
         }
     }

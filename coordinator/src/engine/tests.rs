@@ -5,13 +5,13 @@ use std::ops::Range;
 use futures_util::StreamExt;
 use grokpipe_model::ModelConfig;
 use grokpipe_proto::link_token::LinkKey;
-use tokio::time::sleep;
+use tokio::{sync::oneshot, time::sleep};
 
 use super::*;
 use crate::{
     cluster::{
         ClusterSettings, ExpectedWorker,
-        messages::{Assignment, DrawnToken, StageReady},
+        messages::{Assignment, BatchResult, DrawnToken, Hello, StageReady},
     },
     deadline::Deadline,
     facts::{ModelFacts, PlanRequirements},

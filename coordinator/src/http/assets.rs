@@ -29,7 +29,7 @@ mod tests {
         let bytes: usize = ASSETS.iter().map(|(_, _, content)| content.len()).sum();
         assert!(bytes <= 60 * 1024, "expected at most 60 KiB of assets, found {bytes}");
         for (path, _, content) in ASSETS {
-            // The SVG namespace is a name, nobody fetches it.
+            // The SVG namespace is only a name; it is never fetched.
             let foreign = content.replace("http://www.w3.org/2000/svg", "");
             assert!(!foreign.contains("http:") && !foreign.contains("https:"), "{path} names a foreign address");
             for risky in

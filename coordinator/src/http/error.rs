@@ -27,7 +27,7 @@ pub(super) struct ApiError {
     message: String,
     /// Seconds after which a second try may succeed; `None` when it cannot.
     retry_after: Option<Duration>,
-    /// Further members of the answer, beside `error`.
+    /// Members of the answer besides `error`.
     more: Vec<(&'static str, Value)>,
 }
 

@@ -63,7 +63,7 @@ struct Feed {
 }
 
 impl Feed {
-    /// The next event; `None` when the server stops or nobody publishes any more.
+    /// The next event; `None` when the server stops or the publisher has ended.
     async fn next(&mut self) -> Option<Event> {
         let shutdown = self.shutdown.clone();
         let snapshot = tokio::select! {

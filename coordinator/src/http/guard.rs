@@ -14,7 +14,7 @@ use tracing::debug;
 
 use super::{BODY_BYTES_MAX, HttpState, error::ApiError, health, origin, visitor::Visitor};
 
-/// The page loads only its own files and talks only to its own server; nobody may frame it.
+/// The page loads only its own files and talks only to its own server; no other page may frame it.
 pub(super) const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
                                                   img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'";
 
@@ -74,7 +74,7 @@ fn refusal(state: &HttpState, request: &Request) -> Option<ApiError> {
     (!fits).then(|| ApiError::body_too_large(BODY_BYTES_MAX))
 }
 
-/// The client's id when it is short and printable, else a new one.
+/// The client's id when it is short and printable, otherwise a new one.
 fn request_id(headers: &HeaderMap) -> Option<HeaderValue> {
     let fit = |id: &&HeaderValue| {
         let bytes = id.as_bytes();

@@ -1,7 +1,6 @@
 //! `/health`, `/readyz`, `/livez`: for load balancers, init systems and people with curl.
 //!
-//! Also what HAProxy asks unless told otherwise, `OPTIONS / HTTP/1.0` without a host: that this runs is the answer. It takes any status
-//! of 2xx and 3xx for good.
+//! Also HAProxy's default probe, `OPTIONS / HTTP/1.0` without a host: any status of 2xx and 3xx says that the server runs.
 
 use axum::{
     Json,
@@ -13,12 +12,12 @@ use serde_json::json;
 
 use super::{HttpState, error::ApiError};
 
-/// Whether this asks for health, which is answered whoever asks.
+/// Whether this asks for health, which is answered for any host and origin.
 pub(super) fn is_probe(method: &Method, path: &str) -> bool {
     matches!(path, "/health" | "/readyz" | "/livez") || (method == Method::OPTIONS && path == "/")
 }
 
-/// The methods that a resource has, for those who ask nothing more.
+/// The methods of a resource.
 pub(super) async fn options() -> impl IntoResponse {
     (StatusCode::NO_CONTENT, [(header::ALLOW, "GET,HEAD,OPTIONS"), (header::CACHE_CONTROL, "no-store")])
 }
@@ -34,7 +33,7 @@ pub(super) async fn ready(State(state): State<HttpState>) -> Result<Response, Ap
     Ok(([(header::CACHE_CONTROL, "no-store")], Json(body)).into_response())
 }
 
-/// 200 always: that this runs is the answer.
+/// Always 200: the process runs.
 pub(super) async fn live() -> impl IntoResponse {
     ([(header::CACHE_CONTROL, "no-store")], Json(json!({ "status": "alive" })))
 }

@@ -35,7 +35,7 @@ use super::{
 /// A client that has not sent a request's head by then is not coming. Also how long one is kept between two requests.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A client that has taken nothing of its answer for so long does not read.
+/// A client that has taken nothing of its answer for this long does not read.
 const TAKEN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Largest head, and most that is read ahead of the handler.

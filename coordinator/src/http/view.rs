@@ -1,6 +1,6 @@
-//! The snapshot as HTTP may show it: the last one published, unless it is too old to be true.
+//! The snapshot as HTTP shows it: the last one published, unless it is too old to be true.
 //!
-//! A coordinator whose engine hangs or has ended must not go on saying "serving". So [`SnapshotView::follow`] notes when each
+//! A coordinator whose engine hangs or has ended must not keep saying "serving". So [`SnapshotView::follow`] notes when each
 //! snapshot arrives, and [`SnapshotView::current`] replaces the verdict of one that should have been followed by another.
 
 use std::{sync::Arc, time::Duration};
@@ -18,7 +18,7 @@ const STALE_AFTER: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug)]
 pub(super) struct SnapshotView {
     snapshots: watch::Receiver<Arc<ClusterSnapshot>>,
-    /// `None` as long as nobody follows.
+    /// `None` until [`SnapshotView::follow`] runs.
     arrived: Arc<watch::Sender<Option<Instant>>>,
 }
 
@@ -47,7 +47,7 @@ impl SnapshotView {
         self.doubted().unwrap_or_else(|| self.snapshots.borrow().clone())
     }
 
-    /// The last snapshot in the light of the silence since; `None` while it is to be trusted.
+    /// The last snapshot, marked as old; `None` while it can be trusted.
     pub(super) fn doubted(&self) -> Option<Arc<ClusterSnapshot>> {
         let age = self.arrived.borrow().map(|arrived| arrived.elapsed()).unwrap_or_default();
         let text = if self.snapshots.has_changed().is_err() {

@@ -73,7 +73,7 @@ impl<'a> Costs<'a> {
         self.problem.scratch.stage_bytes.saturating_add(head)
     }
 
-    /// Device bytes of a range beside working memory: what is missing when nobody has room for it.
+    /// Device bytes of a range without working memory: what is missing when no worker has room for it.
     pub(super) fn placed_bytes(&self, start: usize, end: usize) -> u64 {
         self.weight_bytes(start, end).saturating_add(self.kv_bytes(start, end))
     }
@@ -101,7 +101,7 @@ impl<'a> Costs<'a> {
         layers + self.beside_layers(resources, end, batch_tokens)
     }
 
-    /// What a stage that ends before layer `end` takes beside its layers: the step itself, the head if it is the last, and the hop.
+    /// The time of a stage that ends before layer `end`, without its layers: the step itself, the head if it is the last, and the hop.
     fn beside_layers(&self, resources: &WorkerResources, end: usize, batch_tokens: u32) -> f64 {
         let (problem, batch) = (self.problem, f64::from(batch_tokens));
         let seconds = resources.overhead.step_seconds + problem.link.seconds_per_hop;

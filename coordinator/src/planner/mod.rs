@@ -1,5 +1,5 @@
 //! The planner decides which worker runs which layers. It is a pure function from a [`Problem`] to a [`Plan`] or a [`Refusal`];
-//! `README.md` beside this file states the optimisation problem.
+//! `README.md` in this folder states the optimisation problem.
 //!
 //! It knows sizes, speeds and pins. It does not know who is alive, how layers get loaded, or what time it is: the caller describes
 //! the workers that it may use, and carries the answer out.

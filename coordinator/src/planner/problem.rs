@@ -21,7 +21,7 @@ pub struct ProductCost {
     pub format: String,
     /// Stored bytes of the matrices.
     pub bytes: u64,
-    /// Whether these are all experts of a layer, of which a step reads the share that its batch touches; else it reads everything.
+    /// Whether these are all experts of a layer, of which a step reads the share that its batch touches. Other matrices are read whole.
     pub of_experts: bool,
     /// Floating-point operations a token (a multiply-add counts two).
     pub flops_per_token: f64,
@@ -47,7 +47,7 @@ pub struct HeadCost {
     pub flops_per_token: f64,
 }
 
-/// Working memory of a stage beside weights and KV.
+/// Working memory of a stage, besides weights and KV.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScratchCost {
     /// Bytes that every stage needs.
@@ -74,7 +74,7 @@ pub struct Rate {
     pub flops_per_second: f64,
 }
 
-/// What a step of a worker takes beside its products.
+/// What a step of a worker takes besides its products.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Overhead {
     /// Seconds a step.
@@ -98,7 +98,7 @@ pub struct WorkerResources {
     pub flop_rate: f64,
     /// Measured rates of products, by format.
     pub rates: BTreeMap<String, Rate>,
-    /// What a step takes beside them.
+    /// What a step takes besides products.
     pub overhead: Overhead,
     /// The layers that this worker must run, no more and no fewer; `None` leaves it to the planner.
     pub pinned_layers: Option<Range<u32>>,

@@ -17,11 +17,11 @@ use super::safety::Grants;
 use super::sequence::Sequence;
 use super::types::{ClientId, Rejected};
 
-/// Later ones that may pass the first that waits.
+/// Most sequences that may pass the one that has waited longest.
 const PASSES_MAX: usize = 16;
-/// Places at which a client may wait, for each that is free.
+/// Waiting places a client may hold for each free one.
 const WAITING_PER_FREE: usize = 3;
-/// One in so many running places is kept for clients that have nothing running.
+/// One in this many running places is kept for clients that have nothing running.
 const KEPT_FOR_OTHERS: usize = 8;
 
 /// A sequence that waits.
@@ -134,7 +134,7 @@ impl Scheduler {
         order.into_iter().map(|(_, index)| index).find(|index| may_enter(&self.waiting[*index]))
     }
 
-    /// Whether the blocks of its prompt can be had now, beside those of all prompts that are not read yet, and all others in the end.
+    /// Whether the blocks of its prompt are free now, after those that unfinished prompts still need, and all its blocks in the end.
     fn has_blocks_for(&self, waiting: &Waiting) -> bool {
         let blocks = |prompt: &[u32]| (prompt.len() as u32).div_ceil(self.config.block_tokens);
         let unread = |(id, sequence): (&SequenceId, &Sequence)| {

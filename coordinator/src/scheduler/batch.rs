@@ -1,4 +1,4 @@
-//! What runs next, and what became of it.
+//! Which micro-batch runs next, and what its result means.
 //!
 //! Decoding sequences are dealt out over as many groups as there are stages, so that each stage has one to work on while the
 //! others are elsewhere; fuller groups would leave stages idle, more and smaller ones would read the weights more often. Chunks of
@@ -6,8 +6,8 @@
 //! When both could run they take turns. No micro-batch has more tokens than a stage takes: a token for each sequence that decodes,
 //! or one chunk.
 //!
-//! A micro-batch also tells the stages which sequences have ended. One that fails may not have reached them all, so what it was to
-//! tell is told again by the next one.
+//! A micro-batch also tells the stages which sequences have ended. One that fails may not have reached them all, so the next
+//! one repeats the list.
 
 use std::collections::BTreeMap;
 
@@ -29,13 +29,13 @@ pub(super) enum Kind {
 pub(super) struct InFlight {
     pub(super) kind: Kind,
     pub(super) members: Vec<SequenceId>,
-    /// Ended sequences that it tells the stages of.
+    /// Ended sequences that it announces to the stages.
     pub(super) closed: Vec<Closed>,
-    /// Their blocks, as far as it does not use them itself: nobody else may until it is back.
+    /// Their blocks that it does not use itself. No other micro-batch may use them until it is back.
     pub(super) withheld: Vec<u32>,
 }
 
-/// An ended sequence that stages still know of, and the blocks that it owned.
+/// An ended sequence that stages still know, and the blocks that it owned.
 #[derive(Debug)]
 pub(super) struct Closed {
     pub(super) sequence: SequenceId,
@@ -43,8 +43,8 @@ pub(super) struct Closed {
 }
 
 impl Scheduler {
-    /// The next micro-batch for the pipeline; `None` while there is nothing to do or enough under way. To be called until `None`
-    /// after every change.
+    /// The next micro-batch for the pipeline; `None` while there is nothing to do or enough is under way. Call it after
+    /// every change until it returns `None`.
     pub fn next_micro_batch(&mut self) -> Option<MicroBatch> {
         if self.in_flight.len() >= self.in_flight_limit() {
             return None;
@@ -118,8 +118,8 @@ impl Scheduler {
         MicroBatch { id, slices, closed: told }
     }
 
-    /// A micro-batch failed somewhere on its way: its sequences end, and what it was to tell the stages is told again. The
-    /// sequences that ended, without those that had been released.
+    /// A micro-batch failed on its way: its sequences end, and the next micro-batch repeats what it announced. Returns the sequences
+    /// that ended, without those that had been released.
     pub fn fail(&mut self, micro_batch: MicroBatchId) -> Vec<SequenceId> {
         let Some(batch) = self.in_flight.remove(&micro_batch) else { return Vec::new() };
         self.in_flight_ceiling = self.in_flight_limit().max(self.in_flight.len());
@@ -136,8 +136,8 @@ impl Scheduler {
         ended
     }
 
-    /// Takes the result of a micro-batch: the tokens drawn, by sequence. What became of its sequences, in row order, without
-    /// those that were released meanwhile. A micro-batch that is not under way any more (it came back twice, or belongs to a
+    /// Takes the result of a micro-batch: the tokens drawn, by sequence. Returns its sequences in row order, without those that were
+    /// released in the meantime. A micro-batch that is not under way any more (it came back twice, or belongs to a
     /// plan that was given up) changes nothing.
     ///
     /// # Errors

@@ -4,7 +4,7 @@
 //! blocks are numbers handed out as positions are written. More may be promised than there is; `safety` decides when a promise may
 //! be made and when a block may be handed out, so that each promise is kept in the end.
 //!
-//! Blocks of an ended sequence are free once every stage has heard of its end. The micro-batch that tells them so may use them
+//! Blocks of an ended sequence are free once every stage knows that it has ended. The micro-batch that tells them so may use them
 //! itself; from every other one they are *withheld* until it is back.
 
 use std::collections::BTreeSet;

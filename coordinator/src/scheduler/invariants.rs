@@ -17,7 +17,7 @@ impl Scheduler {
         self.check_queues();
     }
 
-    /// Every block is free or has one owner; nobody owns more than was promised, and all can still get what they were promised.
+    /// Every block is free or has one owner; no sequence owns more than was promised, and all can still get what they were promised.
     fn check_blocks(&self) {
         let mut owned = BTreeSet::new();
         let mut reserved = 0;
@@ -60,7 +60,7 @@ impl Scheduler {
         assert_eq!(under_way, members.len(), "a sequence waits for a micro-batch that is not under way");
     }
 
-    /// Whoever can run is in one queue, and whoever waits for admission has reason to.
+    /// Every sequence that can run is in one queue, and every one that waits for admission has a reason to.
     fn check_queues(&self) {
         assert!(self.waiting.len() <= self.config.max_waiting, "too many sequences wait");
         assert!(self.sequences.len() <= self.config.max_running, "too many sequences run");

@@ -2,7 +2,7 @@
 //! out; no clocks, no sockets, no randomness. The same events give the same micro-batches.
 //!
 //! The one idea: a pipeline of S stages is full when S micro-batches are under way, and since a token must come back before the
-//! next can be fed, no sequence is in two of them. So the sequences are dealt out over S groups (`batch`), and whoever was let in
+//! next can be fed, no sequence is in two of them. So the sequences are dealt out over S groups (`batch`), and an admitted sequence
 //! (`admission`) gets all the memory (`blocks`) that it was promised (`safety`). `invariants` says what is always true.
 //!
 //! It knows ids, positions, tokens and blocks. It does not know when a sequence should end (the session does, and calls
@@ -35,7 +35,7 @@ pub struct Scheduler {
     pool: BlockPool,
     /// Not yet admitted, in order of arrival.
     waiting: VecDeque<Waiting>,
-    /// How many later ones were let in before the first that waits.
+    /// How many sequences were admitted ahead of the one that has waited longest.
     passes: usize,
     /// Admitted.
     sequences: BTreeMap<SequenceId, Sequence>,
@@ -46,11 +46,11 @@ pub struct Scheduler {
     /// Sequences whose next slice has to wait for blocks.
     short_of_blocks: BTreeSet<SequenceId>,
     in_flight: BTreeMap<MicroBatchId, InFlight>,
-    /// Ended sequences that the stages still know of, and no micro-batch under way tells them.
+    /// Ended sequences that no micro-batch has announced to the stages yet.
     closed: Vec<Closed>,
     next_micro_batch: MicroBatchId,
     next_admitted: u64,
-    /// Whose turn it was.
+    /// Kind of the last micro-batch.
     last_kind: Kind,
     /// What `in_flight` may hold: the limit, or what was under way when the limit fell.
     in_flight_ceiling: usize,
@@ -96,8 +96,8 @@ impl Scheduler {
         self.in_flight_ceiling = self.in_flight_limit().max(self.in_flight.len());
     }
 
-    /// Forgets every sequence, waiting or running, and everything under way, because a stage was lost. The sequences that went,
-    /// by number, without those that had been released. Stages forget with the next plan epoch, so nothing is left to close.
+    /// Forgets every sequence, waiting or running, and everything under way, because a stage was lost. Returns these
+    /// sequences, by number, without those that had been released. Stages forget with the next plan epoch, so nothing is left to close.
     pub fn abort_all(&mut self) -> Vec<SequenceId> {
         let mut gone: BTreeSet<SequenceId> = self.waiting.drain(..).map(|waiting| waiting.id).collect();
         self.passes = 0;
@@ -118,7 +118,7 @@ impl Scheduler {
         gone.into_iter().collect()
     }
 
-    /// Most micro-batches under way: one a stage, and one that hides the way from the last stage back to the first.
+    /// Most micro-batches under way: one for each stage, and one more that hides the way from the last stage back to the first.
     pub fn in_flight_limit(&self) -> usize {
         self.config.stages + 1
     }

@@ -3,8 +3,8 @@
 //! A sequence says at admission how many blocks it may come to own, and takes them as its positions are written. Together the
 //! sequences may have been promised more than there is, as long as the state is *safe*: there is an order in which each can take
 //! all it was promised and end, with what is free and what those before it give back. A sequence whose next blocks would make the
-//! state unsafe waits until another one ends. Somebody can always go on, so nobody waits for ever; and a long reservation that is
-//! hardly used yet shuts nobody out.
+//! state unsafe waits until another one ends. One sequence can always continue, so none waits for ever; and a long reservation
+//! that is hardly used yet keeps no other out.
 
 use std::collections::BTreeMap;
 
@@ -49,8 +49,8 @@ impl Scheduler {
         })
     }
 
-    /// Adds what this sequence needs for its next slice to the grants. Whether that is possible; if not, it is short of blocks, and
-    /// nobody is let in until it has them: newcomers would take them away.
+    /// Adds what this sequence needs for its next slice to the grants, and returns whether that is possible. If not, it is short of
+    /// blocks, and no sequence is admitted until it has them: newcomers would take them.
     pub(super) fn grant(&mut self, id: SequenceId, grants: &mut Grants) -> bool {
         let count = self.sequences.get(&id).map_or(0, |sequence| sequence.next_blocks(&self.config));
         if count == 0 {

@@ -10,7 +10,7 @@ use super::types::{ClientId, SchedulerConfig, Slice};
 pub(super) enum Phase {
     /// Positions of the prompt are still to be fed.
     Prefill,
-    /// This token was drawn and is to be fed.
+    /// This token was drawn and must be fed.
     Decode {
         /// The token.
         input: u32,
@@ -79,7 +79,7 @@ impl Sequence {
         self.fed as usize == self.prompt.len()
     }
 
-    /// Whether the slice on its way is to come back with a token.
+    /// Whether the slice under way comes back with a token.
     pub(super) fn awaits_token(&self) -> bool {
         self.in_flight.is_some() && self.prompt_is_fed_or_decodes()
     }
@@ -88,7 +88,7 @@ impl Sequence {
         self.is_decoding() || self.prompt_is_fed()
     }
 
-    /// Where the next slice ends: one token on when decoding, else the prompt up to the next chunk boundary.
+    /// Where the next slice ends: one token further when decoding, otherwise at the next chunk boundary of the prompt.
     fn next_end(&self, config: &SchedulerConfig) -> u32 {
         if self.is_decoding() {
             return self.fed + 1;

@@ -3,7 +3,7 @@
 use grokpipe_proto::ids::{MicroBatchId, SequenceId};
 use thiserror::Error;
 
-/// Whose sequence it is: whoever makes these numbers decides what counts as one client.
+/// The owner of a sequence. The API decides what counts as one client.
 pub type ClientId = u64;
 
 /// How much the scheduler may have under way.
@@ -32,7 +32,7 @@ pub struct SchedulerConfig {
 /// The part of one sequence that a micro-batch carries.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slice {
-    /// Number of the sequence.
+    /// The sequence.
     pub sequence: SequenceId,
     /// Absolute position of the first token.
     pub first_position: u32,
@@ -60,7 +60,7 @@ pub struct MicroBatch {
 /// What a finished micro-batch meant for one sequence that goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
-    /// Number of the sequence.
+    /// The sequence.
     pub sequence: SequenceId,
     /// The token drawn for it; `None` after a chunk of prefill that was not the last.
     pub token: Option<u32>,
@@ -103,7 +103,7 @@ pub enum Rejected {
     /// Nothing to draw.
     #[error("expected at least 1 token to draw, found 0")]
     NothingToDraw,
-    /// The number is taken, perhaps by a sequence that was released but is still in a micro-batch.
+    /// The number is in use, perhaps by a sequence that was released but is still in a micro-batch.
     #[error("expected a new sequence number, found {sequence}, which is in use")]
     DuplicateSequence {
         /// The number.

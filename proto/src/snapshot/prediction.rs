@@ -1,4 +1,4 @@
-//! A prediction beside what was measured, in words. A figure that is not known is not mentioned.
+//! A prediction and what was measured, in words. An unknown figure is not mentioned.
 
 use std::fmt;
 
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_difference_is_told_when_something_was_measured() {
+    fn the_difference_is_shown_when_something_was_measured() {
         let cases = [
             (823.49, Some(790.12), "predicted 823.5 tokens/s, measured 790.1, −4 %"),
             (10.0, Some(12.5), "predicted 10.0 tokens/s, measured 12.5, +25 %"),
