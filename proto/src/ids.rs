@@ -2,7 +2,13 @@
 //!
 //! This file decides which names a worker may have and how a range of layers is printed. It does not know who hands out numbers.
 
-use std::{borrow::Borrow, fmt, ops::Range, str::FromStr, sync::Arc};
+use std::{
+    borrow::Borrow,
+    fmt,
+    ops::{Deref, Range},
+    str::FromStr,
+    sync::Arc,
+};
 
 use crate::{bounds, v1};
 
@@ -106,7 +112,28 @@ impl fmt::Debug for WorkerName {
     }
 }
 
-/// A map with names for keys is asked by text.
+/// Readable wherever text is.
+impl Deref for WorkerName {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl PartialEq<&str> for WorkerName {
+    fn eq(&self, text: &&str) -> bool {
+        *self.0 == **text
+    }
+}
+
+impl PartialEq<str> for WorkerName {
+    fn eq(&self, text: &str) -> bool {
+        *self.0 == *text
+    }
+}
+
+/// A map with names as keys is searched by text.
 impl Borrow<str> for WorkerName {
     fn borrow(&self) -> &str {
         &self.0

@@ -58,7 +58,7 @@ impl ClusterService for ClusterApi {
     async fn get_plan(&self, _request: Request<GetPlanRequest>) -> Result<Response<GetPlanResponse>, Status> {
         let view = self.engine.plan().await?.map_err(|refusal| refused(&refusal))?;
         let stages = view.plan.stages.iter().zip(&view.workers).map(|(stage, (worker, _memory))| PlannedStage {
-            worker: worker.clone(),
+            worker: worker.to_string(),
             layer_start: stage.layers.start(),
             layer_end: stage.layers.end(),
             weights_bytes: stage.weight_bytes,
@@ -72,7 +72,7 @@ impl ClusterService for ClusterApi {
             plan_epoch: view.epoch.into(),
             predicted_tokens_per_second: view.plan.predicted_tokens_per_second,
             predicted_stream_tokens_per_second: view.plan.predicted_stream_tokens_per_second,
-            standby: view.standby,
+            standby: view.standby.iter().map(ToString::to_string).collect(),
         }))
     }
 

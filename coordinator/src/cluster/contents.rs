@@ -113,7 +113,7 @@ impl Cluster {
             listed(&parts)
         );
         self.record(now, "contents_differ", Some(&blamed), format!("{blamed} has {message}"));
-        let Some(node) = self.nodes.get_mut(&blamed) else { return !is_newcomer };
+        let Some(node) = self.nodes.get_mut(blamed.as_str()) else { return !is_newcomer };
         let generation = node.hello.generation;
         node.excluded = Some(Until::Rejoin);
         node.last_error = Some((now, message.clone()));

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use grokpipe_proto::{
     HEARTBEAT_INTERVAL,
-    ids::{Generation, PlanEpoch},
+    ids::{Generation, PlanEpoch, WorkerName},
 };
 
 use super::{
@@ -112,7 +112,7 @@ impl Cluster {
     pub fn watch_frame(&mut self, now: Duration, tokens: usize, age: Duration) {
         let Some(active) = self.active.as_ref().filter(|active| active.broken_since.is_none()) else { return };
         let usual =
-            |name: &String| self.nodes.get(name).and_then(|node| node.steps.usual(tokens as u64)).unwrap_or(0.0);
+            |name: &WorkerName| self.nodes.get(name).and_then(|node| node.steps.usual(tokens as u64)).unwrap_or(0.0);
         let all: f64 = active.stages.iter().map(|stage| usual(&stage.node)).sum();
         let limit = Duration::try_from_secs_f64(10.0 * all).unwrap_or(Duration::MAX).max(LOST_FRAME_AFTER);
         if age <= limit {
@@ -133,7 +133,7 @@ impl Cluster {
     /// two heartbeats does not count: it has most likely ended since.
     pub fn slowest_step(&self, now: Duration) -> Option<String> {
         let active = self.active.as_ref()?;
-        let step = |name: &String| {
+        let step = |name: &WorkerName| {
             let node = self.nodes.get(name)?;
             let long = HEARTBEAT_INTERVAL.as_secs_f64();
             let beat = node.heartbeat.as_ref().filter(|beat| beat.step_rows > 0 && beat.step_age_seconds >= long)?;
@@ -184,8 +184,8 @@ impl Cluster {
                 let reason = self.trouble.clone().unwrap_or_else(|| format!("{name} cannot reach {peer}"));
                 // The worker that cannot be reached is more likely at fault. One that can reach nobody becomes a suspect, too.
                 self.fail_often(&name, 1);
-                let culprit = if self.runs_stage(&peer) { peer } else { name };
-                self.give_up_stage(now, &culprit, &reason);
+                let culprit = if self.runs_stage(&peer) { peer.as_str() } else { name.as_str() };
+                self.give_up_stage(now, culprit, &reason);
             }
             Some((name, None)) => {
                 let reason = format!("{name} has loaded nothing for {} s", STALLED_AFTER.as_secs());
@@ -222,7 +222,7 @@ impl Cluster {
     /// A stage's worker is to blame: the plan in force is broken. `reason` goes to the requests that end, `trouble` into the verdict.
     pub(super) fn break_stage_of(&mut self, now: Duration, name: &str, reason: &str, trouble: String) {
         let Some(active) = &mut self.active else { return };
-        let Some(stage) = active.stages.iter_mut().find(|stage| stage.node == name) else { return };
+        let Some(stage) = active.stages.iter_mut().find(|stage| stage.node == *name) else { return };
         stage.ready = false;
         (active.connected, active.proven) = (false, false);
         active.retry_at = Some(now + self.retry_pause);

@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use grokpipe_proto::ids::WorkerName;
+
 use super::Cluster;
 
 /// A worker that has been gone for this long is forgotten.
@@ -17,9 +19,12 @@ pub(super) const PRESENT_MAX: usize = 256;
 impl Cluster {
     /// Forgets workers that have been gone for long.
     pub(super) fn forget_gone(&mut self, now: Duration) {
-        let expected = |name: &String| self.settings.expected.iter().any(|worker| worker.name == *name);
-        let gone = self.nodes.iter().filter(|(name, node)| !node.present && !expected(name) && !self.runs_stage(name));
-        let mut gone: Vec<(Duration, String)> = gone.map(|(name, node)| (node.last_heard, name.clone())).collect();
+        let expected = |name: &WorkerName| self.settings.expected.iter().any(|worker| *name == *worker.name);
+        let gone = self
+            .nodes
+            .iter()
+            .filter(|(name, node)| !node.present && !expected(name) && !self.runs_stage(name.as_str()));
+        let mut gone: Vec<(Duration, WorkerName)> = gone.map(|(name, node)| (node.last_heard, name.clone())).collect();
         gone.sort_by(|a, b| b.cmp(a));
         for (index, (heard, name)) in gone.into_iter().enumerate() {
             if index >= GONE_MAX || now.saturating_sub(heard) > FORGET_AFTER {

@@ -8,14 +8,15 @@ use grokpipe_proto::{
 
 use super::{JoinRefusal, messages::Hello};
 
-/// Checks the values of a hello.
-pub(super) fn check_hello(hello: &Hello) -> Result<(), JoinRefusal> {
+/// Checks the values of a hello; the name of its worker.
+pub(super) fn check_hello(hello: &Hello) -> Result<WorkerName, JoinRefusal> {
     let invalid = |field, expected: &str, found: String| {
         Err(JoinRefusal::Invalid { field, expected: expected.to_owned(), found })
     };
-    if let Err(BadName { found }) = hello.name.parse::<WorkerName>() {
-        return invalid("name", WorkerName::EXPECTED, format!("{found:?}"));
-    }
+    let name = match hello.name.parse::<WorkerName>() {
+        Ok(name) => name,
+        Err(BadName { found }) => return invalid("name", WorkerName::EXPECTED, format!("{found:?}")),
+    };
     if hello.generation == Generation::default() {
         return invalid("generation", "a positive number", "0".into());
     }
@@ -42,7 +43,7 @@ pub(super) fn check_hello(hello: &Hello) -> Result<(), JoinRefusal> {
             format!("{}..{}", hello.held_layer_start, hello.held_layer_end),
         );
     }
-    Ok(())
+    Ok(name)
 }
 
 /// Checks that texts for people are not too long.

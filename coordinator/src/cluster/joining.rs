@@ -69,7 +69,7 @@ impl Cluster {
     }
 
     fn admit(&mut self, now: Duration, hello: Hello) -> Result<Welcome, JoinRefusal> {
-        hello::check_hello(&hello)?;
+        let name = hello::check_hello(&hello)?;
         let version = *PROTOCOL_VERSIONS.end();
         if !(hello.version_min..=hello.version_max).contains(&version) {
             return Err(JoinRefusal::Version {
@@ -78,7 +78,7 @@ impl Cluster {
                 theirs_max: hello.version_max,
             });
         }
-        let known = self.nodes.get(&hello.name);
+        let known = self.nodes.get(&name);
         if known.is_some_and(|node| node.present) {
             return Err(JoinRefusal::NameTaken(hello.name));
         }
@@ -95,10 +95,10 @@ impl Cluster {
             excluded: None,
             failures: 0,
             steps: StepTimes::default(),
+            name: name.clone(),
             hello: hello.clone(),
         };
-        let name = hello.name.clone();
-        self.record(now, "worker_joined", Some(&name), format!("{name} joined with {}", hello.device));
+        self.record(now, "worker_joined", Some(name.as_str()), format!("{name} joined with {}", hello.device));
         if hello.model_digest == self.facts.digest {
             self.nodes.insert(name, node);
         } else {
@@ -106,7 +106,7 @@ impl Cluster {
                 "expected model {} with digest {}, found one with digest {}",
                 self.facts.config.name, self.facts.digest, hello.model_digest
             );
-            self.record(now, "wrong_model", Some(&name), format!("{name} cannot help: {reason}"));
+            self.record(now, "wrong_model", Some(name.as_str()), format!("{name} cannot help: {reason}"));
             self.nodes.insert(name, Node { excluded: Some(Until::Rejoin), last_error: Some((now, reason)), ..node });
         }
         self.last_join = now;

@@ -16,7 +16,7 @@ use std::{
 
 use grokpipe_proto::{
     LOST_AFTER,
-    ids::{Generation, LayerRange, PlanEpoch},
+    ids::{Generation, LayerRange, PlanEpoch, WorkerName},
     link_token::LinkKey,
 };
 
@@ -88,7 +88,7 @@ pub enum Command {
     /// Send an order to a worker.
     Send {
         /// The worker.
-        node: String,
+        node: WorkerName,
         /// The generation that the order is for.
         generation: Generation,
         /// The order.
@@ -107,6 +107,7 @@ pub enum Command {
 
 #[derive(Clone, Debug)]
 struct Node {
+    name: WorkerName,
     hello: Hello,
     /// Whether its stream is open.
     present: bool,
@@ -134,7 +135,7 @@ enum Until {
 
 #[derive(Clone, Debug)]
 struct StageState {
-    node: String,
+    node: WorkerName,
     layers: LayerRange,
     ready: bool,
     /// When it last loaded a byte.
@@ -173,7 +174,7 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_
 pub struct Cluster {
     settings: ClusterSettings,
     facts: ModelFacts,
-    nodes: BTreeMap<String, Node>,
+    nodes: BTreeMap<WorkerName, Node>,
     epoch: PlanEpoch,
     active: Option<Active>,
     refusal: Option<String>,
@@ -252,12 +253,12 @@ impl Cluster {
     }
 
     fn stage_mut(&mut self, name: &str) -> Option<&mut StageState> {
-        self.active.as_mut()?.stages.iter_mut().find(|stage| stage.node == name)
+        self.active.as_mut()?.stages.iter_mut().find(|stage| stage.node == *name)
     }
 
     /// Whether this worker has a stage of the plan in force.
     pub fn runs_stage(&self, name: &str) -> bool {
-        self.active.as_ref().is_some_and(|active| active.stages.iter().any(|stage| stage.node == name))
+        self.active.as_ref().is_some_and(|active| active.stages.iter().any(|stage| stage.node == *name))
     }
 
     /// Time has passed: silent nodes are lost, plans that are due are made.
@@ -266,11 +267,11 @@ impl Cluster {
             .nodes
             .values()
             .filter(|node| node.present && now.saturating_sub(node.last_heard) > LOST_AFTER)
-            .map(|node| (node.hello.name.clone(), node.hello.generation))
+            .map(|node| (node.name.clone(), node.hello.generation))
             .collect();
         for (name, generation) in silent {
             let reason = format!("no heartbeat for {} s", LOST_AFTER.as_secs());
-            self.leave(now, &name, generation, &reason);
+            self.leave(now, name.as_str(), generation, &reason);
         }
         self.watch_stages(now);
         self.forget_gone(now);

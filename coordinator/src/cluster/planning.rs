@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use grokpipe_proto::ids::Generation;
+use grokpipe_proto::ids::{Generation, WorkerName};
 
 use super::{
     Active, Cluster, Command, Node, SETTLE, StageState,
@@ -20,7 +20,7 @@ impl Cluster {
     ///
     /// # Errors
     /// Why there is none.
-    pub fn plan(&self) -> Result<(Plan, Vec<String>), planner::Refusal> {
+    pub fn plan(&self) -> Result<(Plan, Vec<WorkerName>), planner::Refusal> {
         if let Some(active) = &self.active {
             return Ok((active.plan.clone(), active.stages.iter().map(|stage| stage.node.clone()).collect()));
         }
@@ -31,17 +31,17 @@ impl Cluster {
     }
 
     /// Workers that have no layers under the plan in force.
-    pub fn standby(&self) -> Vec<String> {
+    pub fn standby(&self) -> Vec<WorkerName> {
         let used = |name: &str| {
-            self.active.as_ref().is_some_and(|active| active.stages.iter().any(|stage| stage.node == name))
+            self.active.as_ref().is_some_and(|active| active.stages.iter().any(|stage| stage.node == *name))
         };
-        let spare = self.nodes.values().filter(|node| node.present && !used(&node.hello.name));
-        spare.map(|node| node.hello.name.clone()).collect()
+        let spare = self.nodes.values().filter(|node| node.present && !used(&node.name));
+        spare.map(|node| node.name.clone()).collect()
     }
 
     pub(super) fn advance(&mut self, now: Duration) {
         let Some(active) = &self.active else { return self.plan_when_due(now) };
-        let names: Vec<String> = active.stages.iter().map(|stage| stage.node.clone()).collect();
+        let names: Vec<WorkerName> = active.stages.iter().map(|stage| stage.node.clone()).collect();
         let blameless = !names.iter().any(|name| self.is_suspect(name));
         let waited = self.failing_since.map_or(Duration::ZERO, |since| now.saturating_sub(since));
         let others_may = waited >= self.settings.replan_after || !self.standby_fit().is_empty();
@@ -64,7 +64,7 @@ impl Cluster {
     }
 
     /// Spare workers that could take over a lost stage at once.
-    fn standby_fit(&self) -> Vec<String> {
+    fn standby_fit(&self) -> Vec<WorkerName> {
         self.standby().into_iter().filter(|name| self.is_usable(name) && !self.is_suspect(name)).collect()
     }
 
@@ -75,7 +75,7 @@ impl Cluster {
     fn plan_when_due(&mut self, now: Duration) {
         let missing = self.settings.expected.iter().any(|worker| {
             // A worker that is there but cannot help is not waited for.
-            self.nodes.get(&worker.name).is_none_or(|node| !node.present)
+            self.nodes.get(worker.name.as_str()).is_none_or(|node| !node.present)
         });
         let waited = now.saturating_sub(self.last_join);
         let due = if self.settings.expected.is_empty() {
@@ -89,22 +89,22 @@ impl Cluster {
     }
 
     /// Workers that a plan may be made of, without suspects if they can be done without.
-    fn candidates(&self) -> Vec<String> {
+    fn candidates(&self) -> Vec<WorkerName> {
         let usable = || self.nodes.keys().filter(|name| self.is_usable(name)).cloned().collect();
         self.blameless_plan().unwrap_or_else(usable)
     }
 
     /// The usable workers that are no suspects, if a plan can be made of them.
-    fn blameless_plan(&self) -> Option<Vec<String>> {
+    fn blameless_plan(&self) -> Option<Vec<WorkerName>> {
         let fit = self.nodes.keys().filter(|name| self.is_usable(name) && !self.is_suspect(name));
-        let names: Vec<String> = fit.cloned().collect();
+        let names: Vec<WorkerName> = fit.cloned().collect();
         self.solve(&names).is_ok().then_some(names)
     }
 
-    fn solve(&self, names: &[String]) -> Result<Plan, planner::Refusal> {
+    fn solve(&self, names: &[WorkerName]) -> Result<Plan, planner::Refusal> {
         // Pins describe the whole cluster: without one of the pinned workers they cannot all hold, and serving comes first.
         let mut pinned = self.settings.expected.iter().filter(|worker| worker.layers.is_some());
-        let pins_hold = pinned.all(|worker| names.contains(&worker.name));
+        let pins_hold = pinned.all(|worker| names.iter().any(|name| *name == *worker.name));
         let workers: Vec<_> =
             names.iter().filter_map(|name| self.nodes.get(name)).map(|node| self.resources(node, pins_hold)).collect();
         let previous = self.active.as_ref().map(|active| {
@@ -122,7 +122,7 @@ impl Cluster {
         let expected = self.settings.expected.iter().find(|worker| worker.name == hello.name);
         let held = hello.held_layer_start..hello.held_layer_end;
         let current =
-            self.active.as_ref().and_then(|active| active.stages.iter().find(|stage| stage.node == hello.name));
+            self.active.as_ref().and_then(|active| active.stages.iter().find(|stage| stage.node == node.name));
         WorkerResources {
             pinned_layers: expected.filter(|_| pins_hold).and_then(|worker| worker.layers.clone()),
             held_layers: current.map(|stage| stage.layers.iter()).or((!held.is_empty()).then_some(held)),
@@ -139,7 +139,7 @@ impl Cluster {
         let names = self.candidates();
         match self.solve(&names) {
             Ok(plan) => {
-                let order: Vec<String> = plan.stages.iter().map(|stage| names[stage.worker].clone()).collect();
+                let order: Vec<WorkerName> = plan.stages.iter().map(|stage| names[stage.worker].clone()).collect();
                 self.refusal = None;
                 self.start_epoch(now, plan, &order);
                 true
@@ -154,7 +154,7 @@ impl Cluster {
     }
 
     /// Puts a plan in force: a new epoch, and every node is told its part.
-    fn start_epoch(&mut self, now: Duration, plan: Plan, names: &[String]) {
+    fn start_epoch(&mut self, now: Duration, plan: Plan, names: &[WorkerName]) {
         self.epoch = self.epoch.next();
         let stages: Vec<StageState> = plan
             .stages
@@ -187,9 +187,9 @@ impl Cluster {
                 order: Order::Assign(assignment),
             });
         }
-        for node in self.nodes.values().filter(|node| node.present && !names.contains(&node.hello.name)) {
+        for node in self.nodes.values().filter(|node| node.present && !names.contains(&node.name)) {
             self.commands.push(Command::Send {
-                node: node.hello.name.clone(),
+                node: node.name.clone(),
                 generation: node.hello.generation,
                 order: Order::Release { plan_epoch: self.epoch },
             });
@@ -212,7 +212,7 @@ impl Cluster {
     }
 
     /// Workers whose fingerprints differ compute other bits, so tokens depend on who runs which layers.
-    fn tell_mixed_numerics(&mut self, now: Duration, names: &[String]) {
+    fn tell_mixed_numerics(&mut self, now: Duration, names: &[WorkerName]) {
         let mut kinds: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for name in names {
             if let Some(node) = self.nodes.get(name) {
@@ -250,7 +250,7 @@ impl Cluster {
             model_digest: self.facts.digest.clone(),
             model_name: self.facts.config.name.clone(),
             next_address: next.map(|node| node.hello.data_address.clone()).unwrap_or_default(),
-            next_worker: next.map(|node| node.hello.name.clone()).unwrap_or_default(),
+            next_worker: next.map(|node| node.name.to_string()).unwrap_or_default(),
             previous_generation,
             kv_blocks: settings.kv_blocks,
             max_batch_tokens: settings.requirements.max_batch_tokens as u32,

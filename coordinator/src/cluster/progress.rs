@@ -50,14 +50,14 @@ impl Cluster {
         let epoch = self.epoch;
         let Some(active) = &mut self.active else { return };
         // A second report, or one of a worker without a stage, must not open the pipeline again: frames under way would be lost.
-        let Some(stage) = active.stages.iter_mut().find(|stage| stage.node == name && !stage.ready) else { return };
+        let Some(stage) = active.stages.iter_mut().find(|stage| stage.node == *name && !stage.ready) else { return };
         stage.ready = true;
         stage.blocked = None;
         if active.broken_since.is_none() && active.stages.iter().all(|stage| stage.ready) {
             let first = active.stages[0].node.clone();
             let address = self.nodes.get(&first).map(|node| node.hello.data_address.clone()).unwrap_or_default();
             let token = self.settings.link_key.frames(epoch, 0);
-            let first = FirstStage { epoch, address, worker: first, token };
+            let first = FirstStage { epoch, address, worker: first.to_string(), token };
             self.commands.push(Command::OpenPipeline(first));
         }
     }

@@ -19,7 +19,7 @@ impl Cluster {
         let plan = self.active.as_ref().map(|active| self.plan_view(active));
         let mut nodes: Vec<SnapshotNode> = self.nodes.values().map(|node| self.node_view(now, node)).collect();
         for worker in &self.settings.expected {
-            if !self.nodes.contains_key(&worker.name) {
+            if !self.nodes.contains_key(worker.name.as_str()) {
                 let layers = worker.layers.clone().and_then(|layers| LayerRange::try_from(layers).ok());
                 nodes.push(SnapshotNode {
                     layers: layers.map(Into::into),
@@ -62,7 +62,8 @@ impl Cluster {
 
     fn plan_view(&self, active: &Active) -> SnapshotPlan {
         let stages = active.stages.iter();
-        let stages = stages.map(|stage| SnapshotStage { node: stage.node.clone(), layers: Some(stage.layers.into()) });
+        let stages =
+            stages.map(|stage| SnapshotStage { node: stage.node.to_string(), layers: Some(stage.layers.into()) });
         let speed = active.measured.speed(self.settings.requirements.batch_tokens);
         SnapshotPlan {
             epoch: self.epoch.into(),
@@ -76,9 +77,10 @@ impl Cluster {
 
     fn node_view(&self, now: Duration, node: &Node) -> SnapshotNode {
         let hello = &node.hello;
-        let stage = self.active.as_ref().and_then(|active| {
-            active.stages.iter().find(|stage| stage.node == hello.name).map(|stage| (active, stage))
-        });
+        let stage = self
+            .active
+            .as_ref()
+            .and_then(|active| active.stages.iter().find(|stage| stage.node == node.name).map(|stage| (active, stage)));
         let state = match stage {
             _ if !node.present => NodeState::Down,
             _ if node.excluded.is_some() => NodeState::Excluded,

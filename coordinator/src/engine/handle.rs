@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use grokpipe_proto::{
-    ids::{Generation, PlanEpoch},
+    ids::{Generation, PlanEpoch, WorkerName},
     snapshot::ClusterSnapshot,
 };
 use tokio::sync::{mpsc, oneshot, watch};
@@ -91,9 +91,9 @@ pub struct PlanView {
     /// The plan.
     pub plan: Plan,
     /// Workers in stage order, with the memory they offer.
-    pub workers: Vec<(String, u64)>,
+    pub workers: Vec<(WorkerName, u64)>,
     /// Workers without layers.
-    pub standby: Vec<String>,
+    pub standby: Vec<WorkerName>,
     /// Epoch in force; 0 when the plan is only proposed.
     pub epoch: PlanEpoch,
 }
