@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Builds grokpipe in release and runs it.
+# Builds grokpipe in release mode and runs it.
 #
 #   ./launch.sh                          the cluster of cluster.toml: the demo model on four local workers
 #   ./launch.sh --once "PROMPT"          prints the continuation and ends
 #   ./launch.sh worker --coordinator A   a first argument that is a subcommand goes to grokpipe itself
 #
-# What is missing is installed where that is possible (Debian, as root), or named. Everything but the program's own output goes
-# to standard error.
+# It installs what is missing where it can (Debian, as root), and otherwise names it. Only the program's own output goes to standard
+# output.
 set -euo pipefail
-# With it `cd` may go elsewhere, and says where.
+# With CDPATH set, `cd` may go to another folder and print its path.
 unset CDPATH
 
-# The script's own folder, also when it is called by a link.
+# The script's own folder, even if it was started through a link.
 script=${BASH_SOURCE[0]}
 while [ -L "$script" ]; do
   folder=$(cd -- "$(dirname -- "$script")" && pwd -P)
@@ -23,23 +23,23 @@ rust_needed=1.95
 
 say() { printf '%s\n' "$*" >&2; }
 
-# A toolchain that its user installed without touching the shell's settings is found all the same.
+# Find a toolchain that was installed without changing the shell's settings.
 cargo_home=${CARGO_HOME:-${HOME:+$HOME/.cargo}}
 if ! command -v cargo >/dev/null && [ -n "$cargo_home" ] && [ -x "$cargo_home/bin/cargo" ]; then
   PATH=$cargo_home/bin:$PATH
 fi
 
-# install PACKAGE...: by apt, as root on Debian and its relatives; fails elsewhere.
+# install PACKAGE...: uses apt as root on Debian and its relatives; fails elsewhere.
 install() {
   command -v apt-get >/dev/null && [ "$(id -u)" = 0 ] || return 1
   say "installing $*"
   { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; } >&2
 }
 
-# rust_is_new_enough COMMAND...: whether this command, as `rustc`, is Rust of the version that is needed.
+# rust_is_new_enough COMMAND...: true if this command, run as `rustc`, is at least the required version.
 rust_is_new_enough() {
   local said
-  # Asked in the project's folder, so that a toolchain chosen for it counts.
+  # Run it in the project's folder, so that a toolchain chosen for the project counts.
   said=$(cd -- "$root" && "$@" --version 2>/dev/null) || return 1
   [[ $said =~ ^rustc\ ([0-9]+)\.([0-9]+) ]] || return 1
   ((BASH_REMATCH[1] > ${rust_needed%%.*} || (BASH_REMATCH[1] == ${rust_needed%%.*} && BASH_REMATCH[2] >= ${rust_needed#*.})))
@@ -53,11 +53,11 @@ if ! command -v cc >/dev/null; then
   }
 fi
 if ! command -v cargo >/dev/null; then
-  # The oldest Debian packages are too old; the check below says so.
+  # Debian's packages may be too old; the check below reports that.
   install cargo rustc || true
 fi
 if ! rust_is_new_enough rustc && command -v rustup >/dev/null; then
-  # One that is there already, though it is not the chosen one, will do.
+  # Use an installed toolchain, even if it is not the chosen one.
   while read -r toolchain _; do
     if rust_is_new_enough rustup run "$toolchain" rustc; then
       export RUSTUP_TOOLCHAIN=$toolchain
@@ -75,28 +75,33 @@ if ! rust_is_new_enough rustc; then
   exit 1
 fi
 
-say "building (the first time takes some minutes)"
-quiet=--quiet
-if [ -t 2 ]; then quiet=; fi
+# Where cargo builds, unless its own settings say otherwise.
+target=${CARGO_TARGET_DIR:-${CARGO_BUILD_TARGET_DIR:-$root/target}}
+case $target in /*) ;; *) target=$PWD/$target ;; esac
+grokpipe=$target/release/grokpipe
+
+# A first build takes minutes, so cargo reports its progress, also into a log. A later one is short: only a terminal shows it.
+quiet=
+if [ ! -x "$grokpipe" ]; then
+  say "building grokpipe in release: a first build takes about 7 minutes on two cores"
+elif [ ! -t 2 ]; then
+  quiet=--quiet
+fi
 built=$(cargo build --release --locked $quiet --message-format json-render-diagnostics --manifest-path "$root/Cargo.toml" \
   --package grokpipe) || {
-  say "error: the build failed; its messages stand above"
+  say "error: the build failed; see cargo's messages above"
   exit 1
 }
-# Cargo says where the program is, wherever its settings have it build.
-grokpipe=$(sed -nE 's/.*"executable":"(([^"\\]|\\.)*)".*/\1/p' <<<"$built" | sed -E 's/\\(.)/\1/g' | tail -n 1)
-if [ -z "$grokpipe" ]; then
-  target=${CARGO_TARGET_DIR:-${CARGO_BUILD_TARGET_DIR:-$root/target}}
-  case $target in /*) ;; *) target=$PWD/$target ;; esac
-  grokpipe=$target/release/grokpipe
-fi
+# Cargo reports the path of the program, which its settings may have moved.
+reported=$(sed -nE 's/.*"executable":"(([^"\\]|\\.)*)".*/\1/p' <<<"$built" | sed -E 's/\\(.)/\1/g' | tail -n 1)
+grokpipe=${reported:-$grokpipe}
 
-# The cluster.toml of the current folder comes first; without one, this project's, from wherever this script is called.
+# Use the cluster.toml of the current folder; without one, the project's.
 if [ -z "${GROKPIPE_CONFIG:-}" ] && [ ! -f cluster.toml ]; then
   export GROKPIPE_CONFIG=$root/cluster.toml
 fi
 
-# The program knows its subcommands and the flags that it takes without one; everything else is for `up`.
+# The program knows its subcommands and its own flags; everything else goes to `up`.
 if [ $# -gt 0 ] && "$grokpipe" "$1" --help >/dev/null 2>&1; then
   exec "$grokpipe" "$@"
 fi
