@@ -145,6 +145,11 @@ impl Handle {
         let _ = self.events.send(event).await;
     }
 
+    /// Where its events go, for a part that needs nothing else.
+    pub fn events(&self) -> mpsc::Sender<Event> {
+        self.events.clone()
+    }
+
     /// Tells the engine, unless its queue is full.
     pub fn try_send(&self, event: Event) {
         let _ = self.events.try_send(event);
