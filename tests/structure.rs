@@ -8,13 +8,14 @@ use std::{
 use grokpipe_tests::root;
 
 /// Every crate, and all of ours that it may use in production.
-const MAY_USE: [(&str, &[&str]); 6] = [
+const MAY_USE: [(&str, &[&str]); 7] = [
     ("proto", &[]),
     ("model", &[]),
     ("kernels", &["model"]),
     ("worker", &["kernels", "model", "proto"]),
     ("coordinator", &["model", "proto"]),
-    ("cli", &["coordinator", "kernels", "model", "proto", "worker"]),
+    ("bench", &["coordinator", "kernels", "model", "proto"]),
+    ("cli", &["bench", "coordinator", "kernels", "model", "proto", "worker"]),
 ];
 
 /// Modules of the coordinator that decide. What they take in and give out is in no protocol's words.

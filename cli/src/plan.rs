@@ -11,12 +11,13 @@ use std::{
 };
 
 use grokpipe_coordinator::{
+    engine,
     facts::{ModelFacts, PlanRequirements},
-    planner::{self, Overhead, Plan, Refusal, WorkerResources},
+    planner::{self, Overhead, Refusal, WorkerResources},
 };
 use grokpipe_model::Model;
 use grokpipe_proto::{
-    ids::LayerRange,
+    ids::{BadName, LayerRange, PlanEpoch, WorkerName},
     snapshot::ClusterSnapshot,
     v1::{GetPlanResponse, PlannedStage},
 };
@@ -105,10 +106,20 @@ impl PlanView {
         for (worker, pinned) in workers.iter_mut().zip(pins(config, &names, facts.config.num_hidden_layers)) {
             worker.pinned_layers = pinned;
         }
-        let offered = workers.iter().map(|worker| (worker.name.clone(), worker.memory_bytes)).collect();
+        let offered: HashMap<String, u64> =
+            workers.iter().map(|worker| (worker.name.clone(), worker.memory_bytes)).collect();
         let problem = facts.problem(&requirements(config), workers, None);
         let plan = planner::plan(&problem).map_err(|refusal| refused(&refusal))?;
-        Ok(Self { plan: wire(&plan, &names), offered, assumed: true })
+        let names: Result<Vec<WorkerName>, BadName> = names.iter().map(|name| name.parse()).collect();
+        let names = names.map_err(|bad| CliError::usage("a worker's name cannot be used").because(bad))?;
+        let with_memory = |name: &WorkerName| (name.clone(), offered.get(name.as_str()).copied().unwrap_or_default());
+        let view = engine::PlanView {
+            workers: plan.stages.iter().filter_map(|stage| names.get(stage.worker).map(with_memory)).collect(),
+            standby: plan.standby.iter().filter_map(|&index| names.get(index).cloned()).collect(),
+            epoch: PlanEpoch::default(),
+            plan,
+        };
+        Ok(Self { plan: view.into(), offered, assumed: true })
     }
 
     /// For people: a row a stage, then what to expect.
@@ -187,18 +198,10 @@ pub(crate) fn pins(config: &Config, names: &[String], layers: u32) -> Vec<Option
     match config.plan.split {
         Split::Best => names.iter().map(|name| config.worker(name).layers).collect(),
         Split::Even => {
-            let shares = even_shares(0..layers, u32::try_from(names.len()).unwrap_or(u32::MAX));
+            let shares = planner::even_shares(0..layers, u32::try_from(names.len()).unwrap_or(u32::MAX));
             (0..names.len()).map(|index| shares.get(index).cloned()).collect()
         }
     }
-}
-
-/// The layers cut into `count` runs, or into single layers where there are fewer, as even as can be.
-pub(crate) fn even_shares(layers: Range<u32>, count: u32) -> Vec<Range<u32>> {
-    let length = u64::from(layers.end.saturating_sub(layers.start));
-    let count = u64::from(count).min(length).max(1);
-    let bound = |i: u64| layers.start + (length * i / count) as u32;
-    (0..count).map(|i| bound(i)..bound(i + 1)).collect()
 }
 
 /// The planner's word for an objective.
@@ -251,27 +254,6 @@ fn refused(refusal: &Refusal) -> CliError {
                 .advise("add a worker, or change the layers of the [[worker]] tables until all layers are among them"),
             _ => error,
         }
-    }
-}
-
-fn wire(plan: &Plan, names: &[String]) -> GetPlanResponse {
-    let name = |index: usize| names.get(index).cloned().unwrap_or_default();
-    let stages = plan.stages.iter().map(|stage| PlannedStage {
-        worker: name(stage.worker),
-        layer_start: stage.layers.start(),
-        layer_end: stage.layers.end(),
-        weights_bytes: stage.weight_bytes,
-        kv_bytes: stage.kv_bytes,
-        scratch_bytes: stage.scratch_bytes,
-        memory_bytes: stage.memory_bytes,
-        step_seconds: stage.step_seconds,
-    });
-    GetPlanResponse {
-        stages: stages.collect(),
-        plan_epoch: 0,
-        predicted_tokens_per_second: plan.predicted_tokens_per_second,
-        predicted_stream_tokens_per_second: plan.predicted_stream_tokens_per_second,
-        standby: plan.standby.iter().map(|&index| name(index)).collect(),
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use grokpipe_kernels::{Device, FormatRate, ProductShape, StepOverhead};
+use grokpipe_kernels::{Device, FormatRate, ProductShape, StepOverhead, settled};
 use grokpipe_model::{MatrixSpec, TensorName, layer_matrices};
 use grokpipe_worker::sampler::{self, Sampling};
 use tracing::debug;
@@ -73,20 +73,6 @@ impl Rates {
         let draw_seconds = draw_seconds(weights.config.vocab_size).as_secs_f64();
         Ok(Self { read_bandwidth, flop_rate, formats, overhead, draw_seconds })
     }
-}
-
-/// What is measured, once the device stays as it is. It may learn meanwhile that its driver refuses a format's kernels, and go on with
-/// others, which its fingerprint says: then what it did before does not count, and all is measured once more.
-///
-/// # Errors
-/// Those of `measure`.
-pub(crate) fn settled<T, E>(
-    device: &mut dyn Device,
-    mut measure: impl FnMut(&mut dyn Device) -> Result<T, E>,
-) -> Result<T, E> {
-    let before = device.info().fingerprint.clone();
-    let measured = measure(device)?;
-    if device.info().fingerprint == before { Ok(measured) } else { measure(device) }
 }
 
 /// The matrices of all layers.

@@ -54,7 +54,7 @@ use scheduler::SchedulerConfig;
 use text::TextDesk;
 
 /// Most unanswered frames on a link: twice the stages of the largest sensible cluster.
-const FRAMES_IN_FLIGHT_MAX: usize = 64;
+pub const FRAMES_IN_FLIGHT_MAX: usize = 64;
 /// Time that connections get to end once the coordinator does.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -206,7 +206,7 @@ impl Coordinator {
         let reflection_v1 = reflection().build_v1()?;
         let reflection_v1alpha = reflection().build_v1alpha()?;
         let membership = api::membership::Membership {
-            engine: handle.clone(),
+            events: handle.events(),
             desk: diagnosis.desk.clone(),
             shutdown: ending.clone(),
             connections: Arc::default(),

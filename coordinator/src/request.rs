@@ -1,7 +1,7 @@
 //! A client's request and what becomes of it, in no protocol's words.
 //!
 //! A protocol (`api/` for gRPC, `http/` for HTTP) makes a [`Spec`] of what it received; [`check::Checker`] makes a [`Request`] of that,
-//! or says why not; the engine takes the request and sends [`Event`]s, which the protocol words again. So every protocol has the same
+//! or says why not; the engine takes the request and sends [`RequestEvent`]s, which the protocol words again. So every protocol has the same
 //! limits, and the engine knows none of them.
 
 pub mod check;

@@ -10,6 +10,16 @@ pub enum Precision {
     Fast,
 }
 
+impl Precision {
+    /// The word for it in configurations and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Fast => "fast",
+        }
+    }
+}
+
 /// How steps of many rows are computed, as those of a prompt are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Prefill {
@@ -25,6 +35,14 @@ pub enum Prefill {
 pub(crate) const PREFILL_FAST: &str = "+prefill-fast/";
 
 impl Prefill {
+    /// The word for it in configurations and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Invariant => "invariant",
+            Self::Fast => "fast",
+        }
+    }
+
     /// What a device of this fingerprint does, whatever it was asked for: few have what `Fast` needs.
     pub fn of_fingerprint(fingerprint: &str) -> Self {
         let kernel_set = fingerprint.split(' ').next().unwrap_or_default();

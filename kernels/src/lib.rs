@@ -13,6 +13,7 @@ mod host;
 mod measure;
 mod open;
 mod ops;
+mod settled;
 mod stage;
 mod synthetic;
 
@@ -31,5 +32,6 @@ pub use gpu::{
 pub use host::{available_memory_bytes, peak_memory_bytes, resident_memory_bytes, total_memory_bytes};
 pub use measure::{FormatRate, StepOverhead};
 pub use open::{DEVICES, Device, device, gpu_choice, select_device};
+pub use settled::settled;
 pub use stage::{Stage, StepInput, StepOutput};
 pub use synthetic::SyntheticWeights;

@@ -1,37 +1,24 @@
 //! `grokpipe bench pipeline`: several workers against one, over the same layers, in the manner of `bench stage`.
-//!
-//! The workers are the processes that serve, with the links, frames and checksums of a cluster; this process plays the coordinator's
-//! part and that of the stage which follows the last. Every step is run by one worker and by several, right after one another and
-//! in turn first, so that what the machine does meanwhile disturbs both alike. What the last stages hand on must be the same bytes.
 
-mod port;
-mod report;
-mod stages;
-mod workload;
+mod workers;
 
-use std::{error::Error, ffi::OsString, ops::Range, path::PathBuf};
+use std::{ffi::OsString, ops::Range, path::PathBuf};
 
-use grokpipe_coordinator::{
-    facts::{self, ModelFacts, PlanRequirements},
-    planner::{self, Objective, Overhead, WorkerResources},
+use grokpipe_bench::{
+    COUNTED, Reads, median,
+    pipeline::{self, HopCost, Report, Test},
 };
-use grokpipe_kernels::Prefill;
-use grokpipe_proto::v1::Frame;
+use grokpipe_coordinator::facts::ModelFacts;
 
-use self::{
-    report::{Report, Tested, Timed},
-    stages::{Arrangement, Cluster, Member, Setup},
-    workload::Test,
-};
-use super::{TestArgs, open, parse_layers, progress_bar, reads::Reads};
+use self::workers::Processes;
+use super::{TestArgs, open, parse_layers, progress_bar, show};
 use crate::{
     common,
-    config::{precision_name, prefill_name},
+    config::{self, SecretText, precision_name, prefill_name},
     ending::{Stdin, shutdown_token},
     error::CliError,
-    paths,
-    plan::even_shares,
-    text::print,
+    machine, paths,
+    text::{Table, print},
     weights::{SyntheticArgs, Weights},
 };
 
@@ -65,7 +52,7 @@ pub(super) struct Args {
 ///
 /// # Errors
 /// What the workers report, and when the two arrangements do not hand on the same bytes.
-pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
+pub(super) fn run(args: &Args) -> Result<(), CliError> {
     let weights = open(args.model.as_deref(), &args.synthetic)?;
     let layers = layers(args, &weights)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -78,14 +65,13 @@ pub(super) fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     if args.tests.json {
         print(&format!("{}\n", report.to_json()))?;
     } else {
-        print(&report.render())?;
+        print(&render(&report))?;
     }
     match report.difference {
         None => Ok(()),
         Some(place) => {
             Err(CliError::failed(format!("{} workers hand on other hidden states than one does", args.workers))
-                .at(place)
-                .into())
+                .at(place))
         }
     }
 }
@@ -107,86 +93,25 @@ fn layers(args: &Args, weights: &Weights) -> Result<Range<u32>, CliError> {
 }
 
 async fn measure(args: &Args, weights: &Weights, layers: Range<u32>) -> Result<Report, CliError> {
-    let reads = Reads::of(&weights.config, weights.source.as_ref(), &layers, false)?;
-    let facts = ModelFacts::of_weights(weights.config.clone(), weights.digest.clone(), weights.source.as_ref())?;
-    let facts = facts.part(layers.clone());
-    let tests = tests(args);
-    let setup = Setup {
-        program: std::env::current_exe()
-            .map_err(|error| CliError::failed("this program's own path is not known").because(error))?,
-        flags: flags(args),
-        config: weights.config.clone(),
-        digest: weights.digest.clone(),
-        kv_blocks: tests.iter().map(|test| test.kv_blocks()).max().unwrap_or(1),
-        max_batch_tokens: tests.iter().map(|test| test.rows()).max().unwrap_or(1),
+    let program = std::env::current_exe()
+        .map_err(|error| CliError::failed("this program's own path is not known").because(error))?;
+    let secret = SecretText::random()?;
+    let settings = pipeline::Settings {
+        facts: ModelFacts::of_weights(weights.config.clone(), weights.digest.clone(), weights.source.as_ref())?,
+        reads: Reads::of(&weights.config, weights.source.as_ref(), &layers, false)?,
+        layers,
+        workers: args.workers,
+        threads: args.threads,
+        precision: args.tests.precision,
+        tests: tests(args),
+        repeat: args.tests.repeat,
+        secret: secret.to_secret(),
+        link_key: config::link_key()?,
+        generation: machine::generation().into(),
     };
     let interrupted = shutdown_token(&Stdin::default())?;
-    let mut cluster = Cluster::open(setup).await?;
-    let outcome = tokio::select! {
-        outcome = async {
-            let arrangements = start(&mut cluster, &layers, args.workers).await?;
-            let mut bench = Bench::new(&mut cluster, &arrangements, weights, layers.start == 0);
-            let mut tested = Vec::new();
-            for &test in &tests {
-                let mut found = bench.test(test, args.tests.repeat).await?;
-                found.alone.predicted = Some(predicted(&facts, &arrangements[0], test)?);
-                found.split.predicted = Some(predicted(&facts, &arrangements[1], test)?);
-                tested.push(found);
-            }
-            let hello = &arrangements[0].members[0].hello;
-            Ok(Report {
-                model: weights.config.name.clone(),
-                device: hello.device.clone(),
-                threads: args.threads,
-                precision: precision_name(args.tests.precision),
-                prefill: prefill_name(Prefill::of_fingerprint(&hello.fingerprint)),
-                layers,
-                workers: args.workers,
-                bandwidth: hello.read_bandwidth,
-                reads,
-                tests: tested,
-                compared: bench.compared,
-                difference: bench.difference.take(),
-            })
-        } => outcome,
-        () = interrupted.cancelled() => Err(CliError::failed("cancelled")),
-    };
-    cluster.end().await;
-    outcome
-}
-
-/// Tokens a second by the planner's word: frames that are under way together follow one another through the stages.
-fn predicted(facts: &ModelFacts, arrangement: &Arrangement, test: Test) -> Result<f64, CliError> {
-    let mut free_at = vec![0.0; arrangement.members.len()];
-    for rows in test.step_rows() {
-        let mut arrives_at: f64 = 0.0;
-        for (free_at, seconds) in free_at.iter_mut().zip(step_seconds(facts, arrangement, rows)?) {
-            *free_at = arrives_at.max(*free_at) + seconds;
-            arrives_at = *free_at;
-        }
-    }
-    let tokens: u32 = test.step_rows().iter().sum();
-    Ok(f64::from(tokens) / free_at.last().copied().unwrap_or(f64::NAN))
-}
-
-/// Seconds that a frame of so many rows takes in each stage, with the hop to the next.
-fn step_seconds(facts: &ModelFacts, arrangement: &Arrangement, rows: u32) -> Result<Vec<f64>, CliError> {
-    let first = arrangement.members.first().map_or(0, |member| member.layers.start);
-    let worker = |member: &Member| {
-        let told = facts::resources(&member.hello.clone().into());
-        WorkerResources {
-            // It fits: it has been loaded. No token is drawn.
-            memory_bytes: u64::MAX,
-            overhead: Overhead { draw_seconds: 0.0, ..told.overhead },
-            pinned_layers: Some(member.layers.start - first..member.layers.end - first),
-            ..told
-        }
-    };
-    let requirements =
-        PlanRequirements { kv_tokens: 0, max_batch_tokens: 1, batch_tokens: rows, objective: Objective::Latency };
-    let plan = planner::plan(&facts.problem(&requirements, arrangement.members.iter().map(worker).collect(), None));
-    let plan = plan.map_err(|refusal| CliError::failed("no prediction can be made").because(refusal))?;
-    Ok(plan.stages.iter().map(|stage| stage.step_seconds).collect())
+    let mut workers = Processes::new(program, flags(args), secret);
+    Ok(pipeline::run(&settings, &mut workers, &mut show(progress_bar()), interrupted).await?)
 }
 
 fn tests(args: &Args) -> Vec<Test> {
@@ -194,7 +119,7 @@ fn tests(args: &Args) -> Vec<Test> {
     decodes.chain(args.tests.prompt.iter().map(|&prompt| Test::Prefill { prompt })).collect()
 }
 
-/// What every worker is told of its weights and its device.
+/// The flags of every worker for its weights and its device.
 fn flags(args: &Args) -> Vec<OsString> {
     let mut flags: Vec<OsString> = match &args.model {
         Some(path) => vec!["--model".into(), path.into()],
@@ -211,102 +136,69 @@ fn flags(args: &Args) -> Vec<OsString> {
     flags
 }
 
-/// One worker with all layers, and several that share them, all loaded.
-async fn start(cluster: &mut Cluster, layers: &Range<u32>, workers: u32) -> Result<[Arrangement; 2], CliError> {
-    let available = grokpipe_kernels::available_memory_bytes();
-    // Half for each arrangement, and there by layers.
-    let memory = |run: &Range<u32>| Some((available? as f64 / 2.0 * run.len() as f64 / layers.len() as f64) as u64);
-    let shares = even_shares(layers.clone(), workers);
-    let named = (1..).zip(shares).map(|(number, run): (u32, _)| (format!("w{number}"), run)).collect();
-    let alone = cluster.start(1, vec![("alone".to_owned(), layers.clone())], memory).await?;
-    let split = cluster.start(2, named, memory).await?;
-    let mut arrangements = [alone, split];
-    let progress = progress_bar();
-    cluster.load(&mut arrangements, &progress).await?;
-    progress.finish_and_clear();
-    Ok(arrangements)
-}
-
-/// Runs tests through both arrangements and compares what comes out.
-struct Bench<'a> {
-    cluster: &'a mut Cluster,
-    arrangements: &'a [Arrangement; 2],
-    weights: &'a Weights,
-    is_first: bool,
-    /// The next sequence's number; those in `open` are ended by the next run.
-    next_sequence: u64,
-    open: Range<u64>,
-    /// Which arrangement is first in the next pair.
-    first: usize,
-    compared: usize,
-    difference: Option<String>,
-}
-
-impl<'a> Bench<'a> {
-    fn new(cluster: &'a mut Cluster, arrangements: &'a [Arrangement; 2], weights: &'a Weights, is_first: bool) -> Self {
-        let (compared, difference) = (0, None);
-        Self { cluster, arrangements, weights, is_first, next_sequence: 1, open: 1..1, first: 0, compared, difference }
+/// For people.
+fn render(report: &Report) -> String {
+    let Report { model, device, precision, prefill, layers, .. } = report;
+    let (precision, prefill) = (precision.name(), prefill.name());
+    let Range { start, end } = layers;
+    let mut text =
+        format!("{model}, layers {start}..{end}, {device} a worker, precision {precision}, prefill {prefill}");
+    text += &format!("; memory read {:.1} GB/s when a worker started\n\n", report.bandwidth / 1e9);
+    let mut table = Table::new(&["test", "workers", "tokens/s", "least", "most", "a token", "GB/s", "of memory"]);
+    for (test, workers, timed) in report.rows() {
+        let (rates, bytes) = (timed.rates(test), report.bytes_a_token(test));
+        table.row(vec![
+            test.to_string(),
+            workers.to_string(),
+            format!("{:.2}", rates.median),
+            format!("{:.2}", rates.least),
+            format!("{:.2}", rates.most),
+            format!("{:.3} ms", 1e3 / rates.median),
+            format!("{:.1}", bytes * rates.median / 1e9),
+            format!("{:.0} %", 100.0 * bytes * rates.median / report.bandwidth),
+        ]);
     }
-
-    async fn test(&mut self, test: Test, repeat: u32) -> Result<Tested, CliError> {
-        let mut timed = [Timed::default(), Timed::default()];
-        // A prompt has no steps to warm up with: one run more, which does not count.
-        let uncounted = u32::from(matches!(test, Test::Prefill { .. }));
-        for run in 0..repeat + uncounted {
-            let counts = run >= uncounted;
-            if counts {
-                timed.iter_mut().for_each(|timed| timed.runs.push(Vec::new()));
-            }
-            let sequences = self.next_sequence..self.next_sequence + u64::from(test.batch());
-            let steps = test.run(&self.weights.config, self.is_first, sequences.start, self.open.clone());
-            (self.next_sequence, self.open) = (sequences.end, sequences);
-            for (index, step) in steps.into_iter().enumerate() {
-                let mut pair = [Vec::new(), Vec::new()];
-                for which in [self.first, 1 - self.first] {
-                    let ran = self.cluster.run(&self.arrangements[which], &step.frames).await?;
-                    if counts && step.counts {
-                        timed[which].runs.iter_mut().last().into_iter().for_each(|run| run.push(ran.seconds));
-                        ran.frames.iter().for_each(|frame| timed[which].frame(&frame.timings));
-                    }
-                    pair[which] = ran.frames;
-                }
-                self.first = 1 - self.first;
-                let [alone, split] = &pair;
-                self.compared += alone.len();
-                if self.difference.is_none() {
-                    let found = alone.iter().zip(split).find_map(|(alone, split)| difference(alone, split));
-                    self.difference = found.map(|at| format!("{test}, run {run}, step {index}, {at}"));
-                }
-            }
+    text += &format!("{table}\nbytes are counted {COUNTED}\n\n");
+    let mut table = Table::new(&["test", "worker", "layers", "compute", "queue", "wire"]);
+    for (test, _workers, timed) in report.rows() {
+        for stage in &timed.stages {
+            let milliseconds = |values: &[f64]| format!("{:.3} ms", median(values.to_vec()) / 1e3);
+            table.row(vec![
+                test.to_string(),
+                stage.worker.clone(),
+                format!("{}..{}", stage.layers.start, stage.layers.end),
+                milliseconds(&stage.compute),
+                milliseconds(&stage.queue),
+                milliseconds(&stage.wire),
+            ]);
         }
-        let [alone, split] = timed;
-        Ok(Tested { test, alone, split })
     }
-}
-
-/// Where the hidden states of two frames first differ.
-fn difference(alone: &Frame, split: &Frame) -> Option<String> {
-    let (alone, split) = (alone.hidden_states.as_ref()?, split.hidden_states.as_ref()?);
-    if alone.data == split.data {
-        return None;
+    text += &format!("{table}\n");
+    for (test, workers, timed) in report.rows() {
+        if let Some(prediction) = timed.prediction(test) {
+            text += &format!("{test}, {workers}: {prediction}\n");
+        }
     }
-    let numbers =
-        |data: &[u8]| -> Vec<f32> { data.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect() };
-    let (a, b) = (numbers(&alone.data), numbers(&split.data));
-    let common = a.len().min(b.len());
-    // Data of which one is only longer differ behind the common part.
-    let at = (0..common).find(|&at| a[at].to_bits() != b[at].to_bits()).unwrap_or(common);
-    let (Some(one), Some(other)) = (a.get(at), b.get(at)) else {
-        return Some(format!("{} numbers of one worker, {} of several", a.len(), b.len()));
-    };
-    let (row, column) = (at / (alone.width as usize).max(1), at % (alone.width as usize).max(1));
-    Some(format!("row {row}, column {column}: {one:e} of one worker, {other:e} of several"))
+    for tested in &report.tests {
+        let HopCost { seconds, share, spread } = tested.hop_cost(report.hops());
+        text += &format!(
+            "{}: a hop costs {:.3} ms, {:.2} % ({:.2} to {:.2} % by run)\n",
+            tested.test,
+            1e3 * seconds,
+            100.0 * share,
+            100.0 * spread.least,
+            100.0 * spread.most
+        );
+    }
+    text + &match &report.difference {
+        None => format!("hidden states: the same bytes in all {} frames\n", report.compared),
+        Some(place) => format!("hidden states differ: {place}\n"),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use grokpipe_proto::hidden_states::encode;
 
     use super::*;
 
@@ -351,15 +243,5 @@ mod tests {
 
     fn flags_text(args: &Args) -> String {
         flags(args).iter().map(|flag| flag.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
-    }
-
-    #[test]
-    fn the_first_different_number_is_named() {
-        let frame = |values: &[f32]| Frame { hidden_states: Some(encode(values, 2)), ..Frame::default() };
-        let one = frame(&[1.0, 2.0, 0.0, 4.0]);
-        assert_eq!(difference(&one, &one.clone()), None);
-        let text = difference(&one, &frame(&[1.0, 2.0, -0.0, 5.0])).unwrap();
-        assert!(text.starts_with("row 1, column 0"), "{text}: equal numbers of other bytes differ too");
-        assert!(difference(&one, &frame(&[1.0, 2.0])).unwrap().starts_with("4 numbers"));
     }
 }

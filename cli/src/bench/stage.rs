@@ -1,31 +1,20 @@
-//! `grokpipe bench stage`: tokens a second of some layers, of a model or with weights from a seed, in the manner of llama-bench.
-//!
-//! A decode step reads every weight it uses once, so that its share of the memory's measured bandwidth says how far the kernels
-//! are from the machine's limit. Decodes and prefills are timed several times over; medians are shown, with least and most. What the
-//! memory gives is measured before and after each of them: on a shared machine it changes within seconds.
+//! `grokpipe bench stage`: tokens a second of some layers, of a model or with weights from a seed.
 
-mod report;
+use std::{ops::Range, path::PathBuf};
 
-use std::{error::Error, ops::Range, path::PathBuf, time::Instant};
-
-use grokpipe_kernels::{
-    Batch, KV_BLOCK_TOKENS, KernelError, Prefill, Row, Stage, StageOptions, StepInput, select_device,
+use grokpipe_bench::{
+    COUNTED, Spread, WARM_UP_STEPS,
+    stage::{self, Report},
 };
-use grokpipe_model::ModelConfig;
 
-use self::report::{Bandwidth, Measured, Report, Run};
-use super::{
-    CHUNK_ROWS, TestArgs, WARM_UP_STEPS, chunks, inputs, open, parse_layers, progress_bar, reads::Reads, spread::median,
-};
+use super::{TestArgs, open, parse_layers, progress_bar, show};
 use crate::{
     common,
     error::CliError,
     machine, paths,
-    text::print,
+    text::{Table, print},
     weights::{SyntheticArgs, Weights},
 };
-
-type Failure = Box<dyn Error + Send + Sync>;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -54,79 +43,33 @@ pub(super) struct Args {
 ///
 /// # Errors
 /// What the model or the device reports.
-pub(super) fn run(args: &Args) -> Result<(), Failure> {
+pub(super) fn run(args: &Args) -> Result<(), CliError> {
     let Weights { config, source: weights, .. } = open(args.model.as_deref(), &args.synthetic)?;
     let all = 0..config.num_hidden_layers;
     let layers = args.layers.clone().unwrap_or(if args.model.is_some() { all.clone() } else { 0..1 });
     if layers.end > all.end {
         return Err(CliError::usage(format!("--layers is {}..{}", layers.start, layers.end))
-            .because(format!("expected layers within 0..{}", all.end))
-            .into());
+            .because(format!("expected layers within 0..{}", all.end)));
     }
-    let longest = args.tests.prompt.iter().copied().max().unwrap_or(0);
-    let decoded = WARM_UP_STEPS + args.r#gen;
-    check_context(longest.max(decoded), config.max_position_embeddings)?;
-    let threads = args.threads.unwrap_or_else(machine::cores) as usize;
-    let mut device = select_device(&args.device, threads, args.tests.precision, args.tests.prefill)?;
-    let before_loading = device.measure_read_bandwidth(u64::MAX)?;
-    let sequences = args.tests.batch.iter().copied().max().unwrap_or(1);
-    let blocks = |tokens: u32| tokens.div_ceil(KV_BLOCK_TOKENS as u32);
-    let options = StageOptions {
-        kv_blocks: blocks(longest).max(sequences * blocks(decoded)),
-        max_rows: CHUNK_ROWS.min(longest.max(sequences)) as usize,
+    let context = config.max_position_embeddings;
+    let settings = stage::Settings {
+        config,
+        weights,
+        layers,
         // Of a model's last layers, as it is used; alone, layers are measured without it.
         head: args.model.is_some(),
-        ..StageOptions::default()
-    };
-    let has_head = options.has_head(&config, &layers);
-    let reads = Reads::of(&config, weights.as_ref(), &layers, has_head)?;
-    let started = Instant::now();
-    let bar = progress_bar();
-    let mut stage = device.load(&config, weights, layers.clone(), options, &mut |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-    })?;
-    bar.finish_and_clear();
-    let load_seconds = started.elapsed().as_secs_f64();
-    let mut bench = Bench {
-        stage: stage.as_mut(),
-        config: &config,
-        is_first: layers.start == 0,
-        has_head,
-        bandwidth: Vec::new(),
-        before_loading,
-    };
-    let mut results = Vec::new();
-    for &batch in &args.tests.batch {
-        let runs = bench.repeated(args.tests.repeat, |bench| bench.decode(batch, args.r#gen))?;
-        results.push(Measured { test: "decode", batch, prompt: 0, tokens: batch * args.r#gen, runs });
-    }
-    for &prompt in &args.tests.prompt {
-        let runs = bench.repeated(args.tests.repeat, |bench| bench.prefill(prompt))?;
-        results.push(Measured { test: "prefill", batch: 1, prompt, tokens: prompt, runs });
-    }
-    let bandwidth = bench.bandwidth();
-    let report = Report {
-        model: config.name.clone(),
-        device: stage.device().name.clone(),
-        threads,
+        device: args.device.clone(),
+        threads: args.threads.unwrap_or_else(machine::cores) as usize,
         precision: args.tests.precision,
-        // What is in use, not what was asked for: few devices have it.
-        prefill: Prefill::of_fingerprint(&stage.device().fingerprint),
-        layers,
-        weights_bytes: stage.weights_bytes(),
-        load_seconds,
-        peak_memory: grokpipe_kernels::peak_memory_bytes(),
-        bandwidth,
-        reads,
-        results,
+        prefill: args.tests.prefill,
+        prompts: args.tests.prompt.clone(),
+        batches: args.tests.batch.clone(),
+        decoded: args.r#gen,
+        repeat: args.tests.repeat,
     };
-    if args.tests.json {
-        print(&format!("{}\n", report.to_json()))?;
-    } else {
-        print(&report.render())?;
-    }
-    Ok(())
+    check_context(settings.longest(), context)?;
+    let report = stage::run(&settings, &mut show(progress_bar()))?;
+    if args.tests.json { print(&format!("{}\n", report.to_json())) } else { print(&render(&report)) }
 }
 
 /// Refuses sequences that are longer than a model's context, before it is loaded.
@@ -138,182 +81,45 @@ fn check_context(longest: u32, context: usize) -> Result<(), CliError> {
         .because(format!("the model's context is {context}")))
 }
 
-/// A stage that is timed.
-struct Bench<'a> {
-    stage: &'a mut dyn Stage,
-    config: &'a ModelConfig,
-    is_first: bool,
-    has_head: bool,
-    /// Bytes a second that the memory gave so far; nothing where the weights leave no room to measure.
-    bandwidth: Vec<f64>,
-    /// The same, measured before they were loaded.
-    before_loading: f64,
-}
-
-impl Bench<'_> {
-    /// Times a test so often, with what the memory gives around each run.
-    fn repeated(
-        &mut self,
-        times: u32,
-        mut run: impl FnMut(&mut Self) -> Result<f64, Failure>,
-    ) -> Result<Vec<Run>, Failure> {
-        let mut before = self.measure_bandwidth()?;
-        let mut runs = Vec::new();
-        for _ in 0..times {
-            let seconds = run(self)?;
-            let after = self.measure_bandwidth()?;
-            runs.push(Run { seconds, bandwidth: f64::midpoint(before, after) });
-            before = after;
-        }
-        Ok(runs)
-    }
-
-    /// What the memory gives now; where the weights leave no room to measure, what it gave before they were loaded.
-    fn measure_bandwidth(&mut self) -> Result<f64, Failure> {
-        match self.stage.measure_read_bandwidth(u64::MAX) {
-            Err(KernelError::OutOfMemory { .. }) => Ok(self.before_loading),
-            found => {
-                let found = found?;
-                self.bandwidth.push(found);
-                Ok(found)
-            }
-        }
-    }
-
-    /// What the memory gave.
-    fn bandwidth(&self) -> Bandwidth {
-        if self.bandwidth.is_empty() {
-            Bandwidth::BeforeLoading(self.before_loading)
-        } else {
-            Bandwidth::AroundRuns(median(self.bandwidth.iter().copied()))
-        }
-    }
-
-    /// Seconds of `steps` steps of `sequences` sequences, a token each a step, from empty sequences on.
-    fn decode(&mut self, sequences: u32, steps: u32) -> Result<f64, Failure> {
-        let warm_up = WARM_UP_STEPS;
-        let a_table = (warm_up + steps).div_ceil(KV_BLOCK_TOKENS as u32);
-        let wanted: Vec<u32> = if self.has_head { (0..sequences).collect() } else { Vec::new() };
-        let mut started = Instant::now();
-        for position in 0..warm_up + steps {
-            if position == warm_up {
-                started = Instant::now();
-            }
-            let row = |sequence| Row { position, table_offset: sequence * a_table, attended: true };
-            let batch =
-                Batch { rows: (0..sequences).map(row).collect(), block_tables: (0..sequences * a_table).collect() };
-            self.step(&batch, position, &wanted)?;
-        }
-        Ok(started.elapsed().as_secs_f64())
-    }
-
-    /// Seconds of a prompt of this many tokens; of the last one logits are wanted.
-    fn prefill(&mut self, tokens: u32) -> Result<f64, Failure> {
-        let started = Instant::now();
-        for Range { start: first, end } in chunks(tokens) {
-            let row = |position| Row { position, table_offset: 0, attended: true };
-            let batch = Batch {
-                rows: (first..end).map(row).collect(),
-                block_tables: (0..tokens.div_ceil(KV_BLOCK_TOKENS as u32)).collect(),
-            };
-            let wanted = if self.has_head && end == tokens { vec![end - first - 1] } else { Vec::new() };
-            self.step(&batch, first, &wanted)?;
-        }
-        Ok(started.elapsed().as_secs_f64())
-    }
-
-    /// One step, with inputs of this seed.
-    fn step(&mut self, batch: &Batch, seed: u32, wanted: &[u32]) -> Result<(), Failure> {
-        let rows = batch.rows.len();
-        let output = if self.is_first {
-            let ids = inputs::token_ids(seed, rows, self.config.vocab_size);
-            self.stage.run(batch, StepInput::TokenIds(&ids), wanted)?
-        } else {
-            let hidden = inputs::hidden_states(seed, rows, self.config.hidden_size);
-            self.stage.run(batch, StepInput::HiddenStates(&hidden), wanted)?
+/// For people.
+fn render(report: &Report) -> String {
+    let gigabytes = report.weights_bytes as f64 / 1e9;
+    let mut text =
+        format!("{}, layers {}..{}, {}\n", report.model, report.layers.start, report.layers.end, report.device);
+    let rate = gigabytes / report.load_seconds;
+    let peak = report.peak_memory.map_or(String::new(), |bytes| format!(", peak memory {:.2} GB", bytes as f64 / 1e9));
+    text += &format!("loaded {gigabytes:.2} GB in {:.1} s, {rate:.1} GB/s{peak}\n", report.load_seconds);
+    let (precision, prefill) = (report.precision.name(), report.prefill.name());
+    let (gigabytes, when) = (report.bandwidth.gigabytes(), report.bandwidth.when());
+    text += &format!("precision {precision}, prefill {prefill}; memory reads {gigabytes:.1} GB/s, measured {when}\n\n");
+    let mut table =
+        Table::new(&["test", "tokens/s", "least", "most", "a token", "reads", "GB/s", "of memory", "GFLOP/s"]);
+    for measured in &report.results {
+        let Spread { median: rate, least, most } = measured.rates();
+        let bytes = report.bytes_a_token(measured);
+        let name = match measured.test {
+            "decode" => format!("decode × {}", measured.batch),
+            _ => format!("prefill {}", measured.prompt),
         };
-        std::hint::black_box(output);
-        Ok(())
+        table.row(vec![
+            name,
+            format!("{rate:.1}"),
+            format!("{least:.1}"),
+            format!("{most:.1}"),
+            format!("{:.2} ms", 1e3 / rate),
+            format!("{:.3} GB", bytes / 1e9),
+            format!("{:.1}", bytes * rate / 1e9),
+            format!("{:.0} %", 100.0 * measured.share(bytes)),
+            format!("{:.0}", 2e-9 * report.multiply_adds_a_token(measured) * rate),
+        ]);
     }
+    text + &format!("{table}\nbytes are counted {COUNTED}\n")
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use grokpipe_kernels::{DeviceInfo, Precision, StepOutput};
-    use grokpipe_model::Model;
-
     use super::*;
     use crate::error::Code;
-
-    fn model() -> Model {
-        Model::open(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/demo")).unwrap()
-    }
-
-    /// Two layers of the demo on the CPU.
-    fn demo() -> (ModelConfig, Box<dyn Stage>) {
-        let model = model();
-        let config = model.config().clone();
-        let options = StageOptions { kv_blocks: 16, max_rows: 40, head: false, logit_rows: 1 };
-        let device = select_device("cpu", 1, Precision::Fast, Prefill::Invariant).unwrap();
-        let stage = device.load(&config, Arc::new(model), 0..2, options, &mut |_, _| ()).unwrap();
-        (config, stage)
-    }
-
-    #[test]
-    fn the_demo_is_measured_and_reported() {
-        let (config, mut stage) = demo();
-        let reads = Reads::of(&config, &model(), &(0..2), false).unwrap();
-        let mut bench = Bench {
-            stage: stage.as_mut(),
-            config: &config,
-            is_first: true,
-            has_head: false,
-            bandwidth: Vec::new(),
-            before_loading: 1.0,
-        };
-        let decode = bench.repeated(2, |bench| bench.decode(3, 4)).unwrap();
-        let prefill = bench.repeated(2, |bench| bench.prefill(40)).unwrap();
-        assert_eq!(bench.bandwidth.len(), 6, "measured before and after each run");
-        assert!(matches!(bench.bandwidth(), Bandwidth::AroundRuns(bytes) if bytes > 0.0));
-        let report = Report {
-            model: config.name.clone(),
-            device: "cpu".into(),
-            threads: 1,
-            precision: Precision::Fast,
-            prefill: Prefill::Invariant,
-            layers: 0..2,
-            weights_bytes: 1000,
-            load_seconds: 1.0,
-            peak_memory: None,
-            bandwidth: Bandwidth::AroundRuns(1e9),
-            reads,
-            results: vec![
-                Measured { test: "decode", batch: 3, prompt: 0, tokens: 12, runs: decode },
-                Measured { test: "prefill", batch: 1, prompt: 40, tokens: 40, runs: prefill },
-            ],
-        };
-        let json = report.to_json();
-        assert_eq!(json["results"][0]["batch"], 3);
-        assert!(json["results"][1]["tokens_per_second"].as_f64().unwrap() > 0.0);
-        assert!(report.render().contains("decode × 3") && report.render().contains("prefill 40"));
-    }
-
-    #[test]
-    fn a_stage_without_room_is_refused_before_anything_is_loaded() {
-        let device = select_device("cpu", 1, Precision::Fast, Prefill::Invariant).unwrap();
-        if device.info().memory_bytes == 0 {
-            println!("skipped: this system does not say what memory is free");
-            return;
-        }
-        let options = StageOptions { kv_blocks: u32::MAX, max_rows: 1, head: false, logit_rows: 1 };
-        let model = model();
-        let config = model.config().clone();
-        let loaded = device.load(&config, Arc::new(model), 0..2, options, &mut |_, _| panic!("it was begun"));
-        let refused = loaded.err().unwrap().to_string();
-        assert!(refused.contains("a stage of layers 0..2"), "{refused}");
-    }
 
     #[test]
     fn sequences_longer_than_the_context_are_refused() {
@@ -321,48 +127,5 @@ mod tests {
         let refused = check_context(129, 128).unwrap_err();
         assert_eq!(refused.code(), Code::Usage);
         assert!(refused.to_string().contains("129") && refused.to_string().contains("128"), "{refused}");
-    }
-
-    /// A stage beside which there is no room to measure.
-    struct Full(Box<dyn Stage>);
-
-    impl Stage for Full {
-        fn run(&mut self, batch: &Batch, input: StepInput<'_>, wanted: &[u32]) -> Result<StepOutput, KernelError> {
-            self.0.run(batch, input, wanted)
-        }
-
-        fn device(&self) -> &DeviceInfo {
-            self.0.device()
-        }
-
-        fn weights_bytes(&self) -> u64 {
-            self.0.weights_bytes()
-        }
-
-        fn kv_bytes(&self) -> u64 {
-            self.0.kv_bytes()
-        }
-
-        fn measure_read_bandwidth(&mut self, _: u64) -> Result<f64, KernelError> {
-            let (what, device) = ("the bandwidth measurement".to_owned(), "cpu".to_owned());
-            Err(KernelError::OutOfMemory { what, needed_bytes: 2, available_bytes: 1, device })
-        }
-    }
-
-    #[test]
-    fn where_there_is_no_room_to_measure_a_run_is_compared_with_what_was_measured_before_loading() {
-        let (config, stage) = demo();
-        let mut stage = Full(stage);
-        let mut bench = Bench {
-            stage: &mut stage,
-            config: &config,
-            is_first: true,
-            has_head: false,
-            bandwidth: Vec::new(),
-            before_loading: 3e9,
-        };
-        let runs = bench.repeated(2, |bench| bench.decode(1, 1)).unwrap();
-        assert!(runs.iter().all(|run| run.bandwidth == 3e9));
-        assert_eq!(bench.bandwidth(), Bandwidth::BeforeLoading(3e9));
     }
 }

@@ -240,10 +240,7 @@ pub(crate) fn precision(text: &str) -> Option<Precision> {
 
 /// The word that [`precision`] reads.
 pub(crate) fn precision_name(precision: Precision) -> &'static str {
-    match precision {
-        Precision::Exact => "exact",
-        Precision::Fast => "fast",
-    }
+    precision.name()
 }
 
 /// As [`precision`], for a flag.
@@ -265,10 +262,7 @@ pub(crate) fn prefill(text: &str) -> Option<Prefill> {
 
 /// The word that [`prefill`] reads.
 pub(crate) fn prefill_name(prefill: Prefill) -> &'static str {
-    match prefill {
-        Prefill::Invariant => "invariant",
-        Prefill::Fast => "fast",
-    }
+    prefill.name()
 }
 
 /// As [`prefill`], for a flag.

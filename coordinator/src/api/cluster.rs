@@ -14,7 +14,13 @@ use grokpipe_proto::{
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Code, Request, Response, Status};
 
-use crate::{deadline::Deadline, diagnosis::Diagnosis, engine::Handle, planner::Refusal, request::RequestError};
+use crate::{
+    deadline::Deadline,
+    diagnosis::Diagnosis,
+    engine::{Handle, PlanView},
+    planner::Refusal,
+    request::RequestError,
+};
 
 /// Serves operators.
 #[derive(Clone)]
@@ -29,6 +35,28 @@ pub struct ClusterApi {
 fn refused(refusal: &Refusal) -> Status {
     let code = if refusal.is_out_of_memory() { Code::ResourceExhausted } else { Code::FailedPrecondition };
     Status::new(code, refusal.to_string())
+}
+
+impl From<PlanView> for GetPlanResponse {
+    fn from(view: PlanView) -> Self {
+        let stages = view.plan.stages.iter().zip(view.workers).map(|(stage, (worker, _memory))| PlannedStage {
+            worker: worker.to_string(),
+            layer_start: stage.layers.start(),
+            layer_end: stage.layers.end(),
+            weights_bytes: stage.weight_bytes,
+            kv_bytes: stage.kv_bytes,
+            scratch_bytes: stage.scratch_bytes,
+            memory_bytes: stage.memory_bytes,
+            step_seconds: stage.step_seconds,
+        });
+        Self {
+            stages: stages.collect(),
+            plan_epoch: view.epoch.into(),
+            predicted_tokens_per_second: view.plan.predicted_tokens_per_second,
+            predicted_stream_tokens_per_second: view.plan.predicted_stream_tokens_per_second,
+            standby: view.standby.iter().map(ToString::to_string).collect(),
+        }
+    }
 }
 
 #[tonic::async_trait]
@@ -57,23 +85,7 @@ impl ClusterService for ClusterApi {
 
     async fn get_plan(&self, _request: Request<GetPlanRequest>) -> Result<Response<GetPlanResponse>, Status> {
         let view = self.engine.plan().await?.map_err(|refusal| refused(&refusal))?;
-        let stages = view.plan.stages.iter().zip(&view.workers).map(|(stage, (worker, _memory))| PlannedStage {
-            worker: worker.to_string(),
-            layer_start: stage.layers.start(),
-            layer_end: stage.layers.end(),
-            weights_bytes: stage.weight_bytes,
-            kv_bytes: stage.kv_bytes,
-            scratch_bytes: stage.scratch_bytes,
-            memory_bytes: stage.memory_bytes,
-            step_seconds: stage.step_seconds,
-        });
-        Ok(Response::new(GetPlanResponse {
-            stages: stages.collect(),
-            plan_epoch: view.epoch.into(),
-            predicted_tokens_per_second: view.plan.predicted_tokens_per_second,
-            predicted_stream_tokens_per_second: view.plan.predicted_stream_tokens_per_second,
-            standby: view.standby.iter().map(ToString::to_string).collect(),
-        }))
+        Ok(Response::new(view.into()))
     }
 
     async fn drain(&self, _request: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {

@@ -26,7 +26,7 @@ use super::wire;
 use crate::{
     cluster::{JoinRefusal, messages::Order},
     diagnosis::{Desk, Member},
-    engine::{Event, Handle},
+    engine::Event,
 };
 
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -36,8 +36,8 @@ const OUTBOX: usize = 64;
 /// Serves workers.
 #[derive(Clone)]
 pub struct Membership {
-    /// The engine.
-    pub engine: Handle,
+    /// Who decides about workers: the engine, or a benchmark in its place.
+    pub events: mpsc::Sender<Event>,
     /// Where reports of probes go.
     pub desk: Desk,
     /// The coordinator ends.
@@ -59,15 +59,17 @@ impl MembershipService for Membership {
         let (reply, answer) = oneshot::channel();
         // The welcome must be the first message, so it is queued before the engine can send any other.
         let (gate, gated) = mpsc::channel(OUTBOX);
-        self.engine.send(Event::Joined { connection, hello: Box::new(hello.into()), outbox: gate, reply }).await;
+        // Nobody takes events once the coordinator ends; then the answer is missing, too.
+        let _ =
+            self.events.send(Event::Joined { connection, hello: Box::new(hello.into()), outbox: gate, reply }).await;
         let welcome = answer
             .await
             .map_err(|_gone| Status::unavailable("the coordinator is shutting down"))?
             .map_err(|refusal| refused(&refusal))?;
         let _ = outbox.try_send(Ok(wire::welcome(welcome)));
         self.desk.joined(connection, member, outbox.clone());
-        let (engine, desk) = (self.engine.clone(), self.desk.clone());
-        let worker = Worker { engine, desk, connection, name, generation, outbox, gated };
+        let (events, desk) = (self.events.clone(), self.desk.clone());
+        let worker = Worker { events, desk, connection, name, generation, outbox, gated };
         // Owned by the connection: ends with the worker's stream, with its outbox, or with the coordinator.
         tokio::spawn(worker.serve(messages, self.shutdown.clone()));
         Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
@@ -95,7 +97,7 @@ fn refused(refusal: &JoinRefusal) -> Status {
 }
 
 struct Worker {
-    engine: Handle,
+    events: mpsc::Sender<Event>,
     desk: Desk,
     connection: u64,
     name: String,
@@ -127,7 +129,7 @@ impl Worker {
                     Ok(Some(JoinRequest { message })) => if let Some(report) = message.and_then(wire::report) {
                         let (connection, name, generation) = (self.connection, self.name.clone(), self.generation);
                         let report = Box::new(report);
-                        self.engine.send(Event::FromWorker { connection, name, generation, report }).await;
+                        let _ = self.events.send(Event::FromWorker { connection, name, generation, report }).await;
                     },
                     Ok(None) => break "it left".to_owned(),
                     Err(status) => break broken(&status),
@@ -136,7 +138,7 @@ impl Worker {
         };
         let Self { connection, name, generation, .. } = self;
         self.desk.left(connection, &name);
-        self.engine.send(Event::Left { connection, name, generation, reason }).await;
+        let _ = self.events.send(Event::Left { connection, name, generation, reason }).await;
     }
 }
 

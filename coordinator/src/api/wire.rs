@@ -76,6 +76,7 @@ pub(super) fn report(message: v1::join_request::Message) -> Option<Report> {
             coordinator_generation: failed.coordinator_generation.into(),
             message: bounds::cut(failed.message, bounds::REASON_BYTES_MAX),
             retryable: failed.retryable,
+            is_out_of_memory: failed.out_of_memory,
             lost_peer: bounds::cut(failed.lost_peer, bounds::NAME_BYTES_MAX),
         }),
         Message::StageBlocked(blocked) => Report::StageBlocked(StageBlocked {

@@ -159,6 +159,8 @@ pub struct StageFailed {
     pub message: String,
     /// Whether the same assignment may succeed when tried again.
     pub retryable: bool,
+    /// Whether memory did not suffice.
+    pub is_out_of_memory: bool,
     /// The worker at the other end when a link broke; empty otherwise.
     pub lost_peer: String,
 }

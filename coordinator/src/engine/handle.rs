@@ -112,6 +112,11 @@ impl Handle {
         let _ = self.events.send(event).await;
     }
 
+    /// The queue of events, for a part that needs nothing else.
+    pub fn events(&self) -> mpsc::Sender<Event> {
+        self.events.clone()
+    }
+
     /// Sends an event, unless the queue is full.
     pub fn try_send(&self, event: Event) {
         let _ = self.events.try_send(event);

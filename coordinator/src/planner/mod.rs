@@ -11,6 +11,7 @@ mod cost;
 mod ordered;
 mod problem;
 mod search;
+mod shares;
 mod solve;
 mod subsets;
 #[cfg(test)]
@@ -20,4 +21,5 @@ pub use problem::{
     HeadCost, Hole, LAYERS_MAX, LayerCost, LinkCost, Objective, Overhead, Plan, PlannedStage, PreviousStage, Problem,
     ProductCost, Rate, Refusal, ScratchCost, WORKERS_MAX, WorkerResources,
 };
+pub use shares::even_shares;
 pub use solve::{EXACT_WORKERS_MAX, plan};

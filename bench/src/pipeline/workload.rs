@@ -2,18 +2,23 @@
 
 use std::ops::Range;
 
+use grokpipe_coordinator::{
+    frames::frame_of,
+    scheduler::{MicroBatch, Slice},
+};
 use grokpipe_kernels::KV_BLOCK_TOKENS;
 use grokpipe_model::ModelConfig;
 use grokpipe_proto::{
     hidden_states,
-    v1::{Frame, SequenceOpen, SequenceSlice},
+    ids::{Generation, MicroBatchId, PlanEpoch},
+    v1::Frame,
 };
 
-use super::super::{CHUNK_ROWS, WARM_UP_STEPS, chunks, inputs};
+use crate::{CHUNK_ROWS, WARM_UP_STEPS, chunks, inputs};
 
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Test {
+pub enum Test {
     /// Sequences that decode together from their beginning on.
     Decode {
         /// How many.
@@ -39,7 +44,7 @@ pub(super) struct Step {
 
 impl Test {
     /// As bench results name it.
-    pub(super) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Decode { .. } => "decode",
             Self::Prefill { .. } => "prefill",
@@ -47,7 +52,7 @@ impl Test {
     }
 
     /// Sequences.
-    pub(super) fn batch(self) -> u32 {
+    pub fn batch(self) -> u32 {
         match self {
             Self::Decode { batch, .. } => batch,
             Self::Prefill { .. } => 1,
@@ -55,7 +60,7 @@ impl Test {
     }
 
     /// Tokens of the prompt; 0 for decodes.
-    pub(super) fn prompt(self) -> u32 {
+    pub fn prompt(self) -> u32 {
         match self {
             Self::Decode { .. } => 0,
             Self::Prefill { prompt } => prompt,
@@ -126,23 +131,23 @@ impl Test {
         let ids = inputs::token_ids(positions.start, rows, config.vocab_size);
         let tokens_a_block = KV_BLOCK_TOKENS as u32;
         let blocks = positions.start.div_ceil(tokens_a_block)..positions.end.div_ceil(tokens_a_block);
-        let slice = |(index, ids): (u32, &[u32])| SequenceSlice {
-            sequence_id: sequence + u64::from(index),
+        let slice = |(index, ids): (u32, &[u32])| Slice {
+            sequence: (sequence + u64::from(index)).into(),
             first_position: positions.start,
             token_ids: ids.to_vec(),
             new_blocks: blocks.clone().map(|block| index * self.table() + block).collect(),
-            open: (positions.start == 0).then(SequenceOpen::default),
-            ..SequenceSlice::default()
+            opens: positions.start == 0,
+            wants_token: false,
         };
         let hidden = || {
             let values = inputs::hidden_states(positions.start, rows, config.hidden_size);
             hidden_states::encode(&values, config.hidden_size)
         };
-        Frame {
-            sequences: (0..).zip(ids.chunks(a_sequence)).map(slice).collect(),
-            hidden_states: (!is_first).then(hidden),
-            ..Frame::default()
-        }
+        let slices = (0..).zip(ids.chunks(a_sequence)).map(slice).collect();
+        // Epoch, sender and number are those of whoever sends it.
+        let frame =
+            frame_of(PlanEpoch(0), Generation(0), &MicroBatch { id: MicroBatchId(0), slices, closed: Vec::new() }, &[]);
+        Frame { hidden_states: (!is_first).then(hidden), ..frame }
     }
 }
 

@@ -4,14 +4,14 @@ use std::ops::Range;
 
 use grokpipe_model::{LayerTensor, ModelConfig, TensorName, WeightSource};
 
-use super::CHUNK_ROWS;
-use crate::error::CliError;
+use crate::{BenchError, CHUNK_ROWS};
 
 /// How the bytes of experts are counted where several tokens share a step.
-pub(super) const COUNTED: &str = "as if each token chose its experts at random";
+pub const COUNTED: &str = "as if each token chose its experts at random";
 
 /// Weights that steps read and multiply with.
-pub(super) struct Reads {
+#[derive(Clone, Debug)]
+pub struct Reads {
     /// Those that every row meets.
     all: Part,
     /// Those that only rows with wanted logits meet: the last layer's beyond attention, and the head. Without the head there are none.
@@ -21,7 +21,7 @@ pub(super) struct Reads {
 }
 
 /// Some of the weights.
-#[derive(Default)]
+#[derive(Clone, Debug, Default)]
 struct Part {
     /// Bytes that a step reads, whatever its rows.
     fixed: u64,
@@ -36,12 +36,12 @@ impl Reads {
     ///
     /// # Errors
     /// When a tensor is missing.
-    pub(super) fn of(
+    pub fn of(
         config: &ModelConfig,
         weights: &dyn WeightSource,
         layers: &Range<u32>,
         has_head: bool,
-    ) -> Result<Self, CliError> {
+    ) -> Result<Self, BenchError> {
         let (mut all, mut wanted) = (Part::default(), Part::default());
         let chosen = config.num_experts_per_tok;
         for layer in layers.clone() {
@@ -70,18 +70,18 @@ impl Reads {
     }
 
     /// Bytes of a step of this many tokens, all of them wanted, if each chooses its experts at random.
-    pub(super) fn step_bytes(&self, tokens: u32) -> f64 {
+    pub fn step_bytes(&self, tokens: u32) -> f64 {
         self.part_bytes(&self.all, tokens) + self.part_bytes(&self.wanted, tokens)
     }
 
     /// Bytes of a prompt of this many tokens, chunk after chunk, of which the last token is wanted.
-    pub(super) fn prompt_bytes(&self, tokens: u32) -> f64 {
+    pub fn prompt_bytes(&self, tokens: u32) -> f64 {
         let whole = f64::from(tokens / CHUNK_ROWS) * self.part_bytes(&self.all, CHUNK_ROWS);
         whole + self.part_bytes(&self.all, tokens % CHUNK_ROWS) + self.part_bytes(&self.wanted, tokens.min(1))
     }
 
     /// Multiply-adds of this many tokens, without those of the head.
-    pub(super) fn multiply_adds(&self, tokens: u32, wanted: u32) -> f64 {
+    pub fn multiply_adds(&self, tokens: u32, wanted: u32) -> f64 {
         f64::from(tokens) * self.all.active + f64::from(wanted) * self.wanted.active
     }
 

@@ -5,44 +5,42 @@
 
 use std::ops::Range;
 
+use grokpipe_kernels::{Precision, Prefill};
 use grokpipe_proto::{snapshot::Prediction, v1::StageTiming};
 use serde_json::{Value, json};
 
-use super::{
-    super::{
-        reads::{COUNTED, Reads},
-        spread::{Spread, median},
-    },
-    workload::Test,
-};
-use crate::text::Table;
+use super::workload::Test;
+use crate::{COUNTED, Reads, Spread, median};
 
 /// One worker's part in the frames of a test, in microseconds.
 #[derive(Debug, Default)]
-pub(super) struct StageTimes {
+pub struct StageTimes {
     /// Its name.
-    pub(super) worker: String,
+    pub worker: String,
     /// What it ran.
-    pub(super) layers: Range<u32>,
-    compute: Vec<f64>,
-    queue: Vec<f64>,
-    wire: Vec<f64>,
+    pub layers: Range<u32>,
+    /// In the executor.
+    pub compute: Vec<f64>,
+    /// In the queue.
+    pub queue: Vec<f64>,
+    /// On the link that leads to it; none before a link's first answer.
+    pub wire: Vec<f64>,
 }
 
 /// One arrangement in one test.
 #[derive(Debug, Default)]
-pub(super) struct Timed {
+pub struct Timed {
     /// Seconds of each step that counts, run by run.
-    pub(super) runs: Vec<Vec<f64>>,
+    pub runs: Vec<Vec<f64>>,
     /// By worker, in the order of their layers.
-    pub(super) stages: Vec<StageTimes>,
+    pub stages: Vec<StageTimes>,
     /// Tokens a second that a plan of these workers predicts.
-    pub(super) predicted: Option<f64>,
+    pub predicted: Option<f64>,
 }
 
 impl Timed {
     /// Takes note of a frame's way.
-    pub(super) fn frame(&mut self, timings: &[StageTiming]) {
+    pub(crate) fn frame(&mut self, timings: &[StageTiming]) {
         self.stages.resize_with(timings.len().max(self.stages.len()), StageTimes::default);
         for (stage, timing) in self.stages.iter_mut().zip(timings) {
             stage.worker.clone_from(&timing.worker);
@@ -55,39 +53,41 @@ impl Timed {
     }
 
     /// Tokens a second of the runs of a test.
-    fn rates(&self, test: Test) -> Spread {
+    pub fn rates(&self, test: Test) -> Spread {
         Spread::of(self.runs.iter().map(|steps| f64::from(test.tokens()) / steps.iter().sum::<f64>()))
     }
 
-    /// What was predicted of a test, if anything was, beside what was measured.
-    fn prediction(&self, test: Test) -> Option<Prediction> {
+    /// What was predicted of a test, if anything was, and what was measured.
+    pub fn prediction(&self, test: Test) -> Option<Prediction> {
         self.predicted.map(|predicted| Prediction { predicted, measured: Some(self.rates(test).median) })
     }
 }
 
 /// Both arrangements in one test.
 #[derive(Debug)]
-pub(super) struct Tested {
+pub struct Tested {
     /// Which test.
-    pub(super) test: Test,
+    pub test: Test,
     /// One worker.
-    pub(super) alone: Timed,
+    pub alone: Timed,
     /// Several.
-    pub(super) split: Timed,
+    pub split: Timed,
 }
 
 /// What one hop costs a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct HopCost {
-    seconds: f64,
+pub struct HopCost {
+    /// Seconds.
+    pub seconds: f64,
     /// Of the step of one worker.
-    share: f64,
+    pub share: f64,
     /// The share by run.
-    spread: Spread,
+    pub spread: Spread,
 }
 
 impl Tested {
-    fn hop_cost(&self, hops: f64) -> HopCost {
+    /// What one of so many hops costs, by pairs of steps.
+    pub fn hop_cost(&self, hops: f64) -> HopCost {
         let pairs = self.alone.runs.iter().zip(&self.split.runs);
         let by_run: Vec<Vec<f64>> =
             pairs.map(|(alone, split)| alone.iter().zip(split).map(|(a, b)| (b - a) / hops).collect()).collect();
@@ -99,36 +99,36 @@ impl Tested {
 }
 
 /// Everything that was found.
-pub(super) struct Report {
+pub struct Report {
     /// Name of the model.
-    pub(super) model: String,
+    pub model: String,
     /// What the workers compute on, as they say.
-    pub(super) device: String,
+    pub device: String,
     /// Threads of each worker.
-    pub(super) threads: u32,
-    /// `exact` or `fast`.
-    pub(super) precision: &'static str,
-    /// `invariant` or `fast`, as the workers say.
-    pub(super) prefill: &'static str,
+    pub threads: u32,
+    /// How exactly products were computed.
+    pub precision: Precision,
+    /// How the workers compute steps of many rows, as they say.
+    pub prefill: Prefill,
     /// Layers of either arrangement.
-    pub(super) layers: Range<u32>,
+    pub layers: Range<u32>,
     /// Workers of the split one.
-    pub(super) workers: u32,
+    pub workers: u32,
     /// Bytes a second that a worker read at its start.
-    pub(super) bandwidth: f64,
+    pub bandwidth: f64,
     /// Bytes that steps read.
-    pub(super) reads: Reads,
+    pub reads: Reads,
     /// The tests, in order.
-    pub(super) tests: Vec<Tested>,
+    pub tests: Vec<Tested>,
     /// Frames whose hidden states were compared.
-    pub(super) compared: usize,
+    pub compared: usize,
     /// The first place where they were not the same bytes.
-    pub(super) difference: Option<String>,
+    pub difference: Option<String>,
 }
 
 impl Report {
     /// Both arrangements of every test, with their numbers of workers.
-    fn rows(&self) -> impl Iterator<Item = (Test, u32, &Timed)> {
+    pub fn rows(&self) -> impl Iterator<Item = (Test, u32, &Timed)> {
         let both = |tested: &'_ Tested| [(tested.test, 1), (tested.test, self.workers)];
         self.tests.iter().flat_map(move |tested| {
             both(tested)
@@ -138,19 +138,21 @@ impl Report {
         })
     }
 
-    fn hops(&self) -> f64 {
+    /// Hops that the split arrangement has and the other has not.
+    pub fn hops(&self) -> f64 {
         f64::from(self.workers.max(2) - 1)
     }
 
     /// Bytes that each token of a test reads.
-    fn bytes_a_token(&self, test: Test) -> f64 {
+    pub fn bytes_a_token(&self, test: Test) -> f64 {
         match test {
             Test::Decode { batch, .. } => self.reads.step_bytes(batch) / f64::from(batch),
             Test::Prefill { prompt } => self.reads.prompt_bytes(prompt) / f64::from(prompt),
         }
     }
 
-    pub(super) fn to_json(&self) -> Value {
+    /// As one JSON object.
+    pub fn to_json(&self) -> Value {
         let results = self.rows().map(|(test, workers, timed)| {
             let rates = timed.rates(test);
             let bytes = self.bytes_a_token(test);
@@ -202,8 +204,8 @@ impl Report {
                 "read_gigabytes_per_second": self.bandwidth / 1e9,
             },
             "model": self.model,
-            "precision": self.precision,
-            "prefill": self.prefill,
+            "precision": self.precision.name(),
+            "prefill": self.prefill.name(),
             "layers": [self.layers.start, self.layers.end],
             "workers": self.workers,
             "bytes_counted": COUNTED,
@@ -216,72 +218,14 @@ impl Report {
             "hidden_states_equal": self.difference.is_none(),
         })
     }
-
-    pub(super) fn render(&self) -> String {
-        let Self { model, device, precision, prefill, layers, .. } = self;
-        let Range { start, end } = layers;
-        let mut text =
-            format!("{model}, layers {start}..{end}, {device} a worker, precision {precision}, prefill {prefill}");
-        text += &format!("; memory read {:.1} GB/s when a worker started\n\n", self.bandwidth / 1e9);
-        let mut table = Table::new(&["test", "workers", "tokens/s", "least", "most", "a token", "GB/s", "of memory"]);
-        for (test, workers, timed) in self.rows() {
-            let (rates, bytes) = (timed.rates(test), self.bytes_a_token(test));
-            table.row(vec![
-                test.to_string(),
-                workers.to_string(),
-                format!("{:.2}", rates.median),
-                format!("{:.2}", rates.least),
-                format!("{:.2}", rates.most),
-                format!("{:.3} ms", 1e3 / rates.median),
-                format!("{:.1}", bytes * rates.median / 1e9),
-                format!("{:.0} %", 100.0 * bytes * rates.median / self.bandwidth),
-            ]);
-        }
-        text += &format!("{table}\nbytes are counted {COUNTED}\n\n");
-        let mut table = Table::new(&["test", "worker", "layers", "compute", "queue", "wire"]);
-        for (test, _workers, timed) in self.rows() {
-            for stage in &timed.stages {
-                let milliseconds = |values: &[f64]| format!("{:.3} ms", median(values.to_vec()) / 1e3);
-                table.row(vec![
-                    test.to_string(),
-                    stage.worker.clone(),
-                    format!("{}..{}", stage.layers.start, stage.layers.end),
-                    milliseconds(&stage.compute),
-                    milliseconds(&stage.queue),
-                    milliseconds(&stage.wire),
-                ]);
-            }
-        }
-        text += &format!("{table}\n");
-        for (test, workers, timed) in self.rows() {
-            if let Some(prediction) = timed.prediction(test) {
-                text += &format!("{test}, {workers}: {prediction}\n");
-            }
-        }
-        for tested in &self.tests {
-            let HopCost { seconds, share, spread } = tested.hop_cost(self.hops());
-            text += &format!(
-                "{}: a hop costs {:.3} ms, {:.2} % ({:.2} to {:.2} % by run)\n",
-                tested.test,
-                1e3 * seconds,
-                100.0 * share,
-                100.0 * spread.least,
-                100.0 * spread.most
-            );
-        }
-        text + &match &self.difference {
-            None => format!("hidden states: the same bytes in all {} frames\n", self.compared),
-            Some(place) => format!("hidden states differ: {place}\n"),
-        }
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use grokpipe_kernels::SyntheticWeights;
     use grokpipe_model::ModelConfig;
 
     use super::*;
-    use crate::weights::{Shape, Weights};
 
     /// Steps of one worker that waver, and of three that take 2 ms more each time.
     fn report() -> Report {
@@ -296,17 +240,18 @@ mod tests {
         let mut split = Timed { runs: plus(0.002), stages: Vec::new(), predicted: Some(8.0) };
         split.frame(&[timing("w1", 0), timing("w2", 50), timing("w3", 70)]);
         split.frame(&[timing("w1", 60), timing("w2", 50), timing("w3", 70)]);
-        let weights = Weights::synthetic(Shape::Tiny, None, None).unwrap();
+        let config = ModelConfig::grok_1();
+        let weights = SyntheticWeights::new(config.clone(), 1);
         Report {
-            model: ModelConfig::grok_1().name,
+            model: config.name.clone(),
             device: "cpu".into(),
             threads: 1,
-            precision: "fast",
-            prefill: "invariant",
+            precision: Precision::Fast,
+            prefill: Prefill::Invariant,
             layers: 0..3,
             workers: 3,
             bandwidth: 1e9,
-            reads: Reads::of(&weights.config, weights.source.as_ref(), &(0..3), false).unwrap(),
+            reads: Reads::of(&config, &weights, &(0..3), false).unwrap(),
             tests: vec![Tested {
                 test: Test::Decode { batch: 1, tokens: 3 },
                 alone: Timed { runs: plus(0.0), stages: Vec::new(), predicted: Some(8.0) },
@@ -325,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn facts_are_in_the_json_and_in_the_text() {
+    fn facts_are_in_the_json() {
         let mut report = report();
         let json = report.to_json();
         assert_eq!((&json["results"][0]["workers"], &json["results"][1]["workers"]), (&json!(1), &json!(3)));
@@ -336,15 +281,8 @@ mod tests {
         assert_eq!(json["hidden_states_equal"], true);
         assert!((json["hop_cost_percent"].as_f64().unwrap() - 1.0).abs() < 1e-6);
         assert!((json["results"][0]["tokens_per_second"].as_f64().unwrap() - 3.0 / 0.5).abs() < 1e-9);
-        assert!(report.render().contains("the same bytes in all 12 frames"), "{}", report.render());
         assert!((json["results"][0]["difference_percent"].as_f64().unwrap() + 25.0).abs() < 1e-9);
-        assert!(
-            report.render().contains("decode × 1, 1: predicted 8.0 tokens/s, measured 6.0, −25 %"),
-            "{}",
-            report.render()
-        );
         report.difference = Some("here".into());
         assert_eq!(report.to_json()["hidden_states_equal"], false);
-        assert!(report.render().contains("hidden states differ: here"));
     }
 }

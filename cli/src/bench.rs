@@ -1,29 +1,25 @@
 //! `grokpipe bench`: how fast this machine runs layers, alone and in a pipeline, and products alone, in the manner of
 //! llama-bench, and what speed costs.
+//!
+//! The crate `grokpipe-bench` measures. Here are the flags, the processes of `bench pipeline`, and what people are shown.
 
-mod inputs;
 mod kernels;
 mod pipeline;
 mod precision;
-mod reads;
-mod spread;
 mod stage;
 
-use std::{error::Error, ops::Range, path::Path};
+use std::{ops::Range, path::Path};
 
+use grokpipe_bench::{BenchError, Loading};
 use grokpipe_kernels::{Precision, Prefill};
 use grokpipe_model::ModelError;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
     config::{parse_precision, parse_prefill},
+    error::{CliError, Code},
     weights::{Shape, SyntheticArgs, Weights},
 };
-
-/// Decode steps before the ones that count: caches, clocks and page tables settle.
-const WARM_UP_STEPS: u32 = 2;
-/// Most rows of a prefill step.
-const CHUNK_ROWS: u32 = 512;
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]
@@ -71,7 +67,7 @@ enum What {
 ///
 /// # Errors
 /// What the model or the device reports.
-pub(crate) fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
+pub(crate) fn run(args: Args) -> Result<(), CliError> {
     match args.what {
         What::Stage(args) => stage::run(&args),
         What::Pipeline(args) => pipeline::run(&args),
@@ -96,11 +92,6 @@ fn parse_layers(text: &str) -> Result<Range<u32>, String> {
         .ok_or_else(|| format!("expected A..B with A below B, found {text:?}"))
 }
 
-/// The positions of a prompt, a step's at a time.
-fn chunks(prompt: u32) -> impl Iterator<Item = Range<u32>> {
-    (0..prompt).step_by(CHUNK_ROWS as usize).map(move |first| first..prompt.min(first + CHUNK_ROWS))
-}
-
 /// How far loading is, on standard error.
 fn progress_bar() -> ProgressBar {
     let bar = ProgressBar::new(0);
@@ -108,6 +99,48 @@ fn progress_bar() -> ProgressBar {
         bar.set_style(style);
     }
     bar
+}
+
+/// Shows on this bar how far loading is, and takes it away before anything is timed.
+fn show(bar: ProgressBar) -> impl FnMut(Loading) {
+    move |loading| match loading {
+        Loading::Bytes { loaded, total } => {
+            bar.set_length(total);
+            bar.set_position(loaded);
+        }
+        Loading::Done => bar.finish_and_clear(),
+    }
+}
+
+impl From<BenchError> for CliError {
+    fn from(error: BenchError) -> Self {
+        /// The headline of whatever is noticed of a failure.
+        const FAILED: &str = "the workers failed";
+        match error {
+            BenchError::Model(error) => error.into(),
+            BenchError::Kernel(error) => error.into(),
+            BenchError::Listen(error) => Self::failed("no port could be opened on 127.0.0.1").because(error),
+            BenchError::NoPrediction(refusal) => Self::failed("no prediction can be made").because(refusal),
+            BenchError::NotStarted { name, source } => {
+                Self::failed(format!("worker {name} cannot be started")).because(source)
+            }
+            BenchError::Exited { name, code, how } => {
+                let code = code.map_or(Code::Failed, Code::from_exit);
+                Self::new(code, format!("worker {name} {how}")).because("its own message, if any, stands above")
+            }
+            BenchError::NoOrders(_) | BenchError::Cancelled => Self::failed(error.to_string()),
+            BenchError::NoLink(why) => Self::failed("a worker takes no frames").because(why),
+            BenchError::StageFailed { name, message, is_out_of_memory } => {
+                let code = if is_out_of_memory { Code::OutOfMemory } else { Code::Failed };
+                Self::new(code, FAILED).because(format!("worker {name}: {message}"))
+            }
+            BenchError::Workers(why) => Self::failed(FAILED).because(why),
+            BenchError::TimedOut(_) => Self::new(Code::TimedOut, error.to_string()),
+            BenchError::HiddenStates(why) => {
+                Self::failed("the last stage handed on hidden states that no stage would take").because(why)
+            }
+        }
+    }
 }
 
 #[cfg(test)]
