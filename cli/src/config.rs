@@ -30,7 +30,7 @@ pub(crate) use self::{
     secret::{SecretText, link_key},
     sections::{
         ClusterSection, CoordinatorSection, DEVICES, KvSection, LimitsSection, ModelSection, Objective, PlanSection,
-        Split, WorkerSection, device, is_name, parse_precision, parse_prefill, precision_name, prefill_name,
+        Split, WorkerSection, device, parse_precision, parse_prefill,
     },
     units::{ByteSize, duration},
 };

@@ -8,13 +8,17 @@ use grokpipe_coordinator::{
     Coordinator, CoordinatorError, Settings, cluster::ExpectedWorker, facts::ModelFacts, request::check::RequestLimits,
 };
 use grokpipe_model::Model;
-use grokpipe_proto::{address::Address, transport::Tcp};
+use grokpipe_proto::{
+    address::Address,
+    ids::{BadName, WorkerName},
+    transport::Tcp,
+};
 use serde_json::json;
 use tracing::info;
 
 use crate::{
     common::{self, ConfigArgs},
-    config::{self, Config, SecretText, is_name},
+    config::{self, Config, SecretText},
     descriptors, doctor,
     ending::Stdin,
     error::CliError,
@@ -96,8 +100,10 @@ fn settings(config: &Config, expect: Option<&[String]>, num_layers: u32) -> Resu
         Some(names) => names.to_vec(),
         None => config.workers.iter().map(|worker| worker.name.clone()).collect(),
     };
-    if let Some(name) = names.iter().find(|name| !is_name(name)) {
-        return Err(CliError::usage(format!("{name:?} is no worker's name")).at("--expect"));
+    for name in &names {
+        let refuse =
+            |bad: BadName| CliError::usage(format!("{:?} is no worker's name", bad.found)).at("--expect").because(bad);
+        name.parse::<WorkerName>().map_err(refuse)?;
     }
     let pins = plan::pins(config, &names, num_layers);
     let expected = names.into_iter().zip(pins).map(|(name, layers)| ExpectedWorker { name, layers }).collect();

@@ -32,14 +32,15 @@ pub(crate) fn generation() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use grokpipe_proto::ids::WorkerName;
+
     use super::*;
-    use crate::config::is_name;
 
     #[test]
     fn host_names_become_worker_names() {
         for (host, name) in [("Node-1.lan\n", "node-1.lan"), ("", "worker"), ("a b_ü", "a-b_-")] {
             assert_eq!(as_name(host), name);
-            assert!(is_name(&as_name(host)));
+            assert!(as_name(host).parse::<WorkerName>().is_ok());
         }
     }
 }

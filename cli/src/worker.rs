@@ -11,6 +11,7 @@ use grokpipe_kernels::{
 use grokpipe_model::{MatrixSpec, ModelConfig, layer_matrices};
 use grokpipe_proto::{
     address::{Address, socket_addr},
+    ids::WorkerName,
     transport::Tcp,
 };
 use grokpipe_worker::{
@@ -23,7 +24,7 @@ use tracing::{info, warn};
 use crate::{
     claim::{self, Claim, Claimed},
     common::{self, ConfigArgs, parse_device},
-    config::{self, ByteSize, SecretText, WorkerSection, parse_precision, parse_prefill},
+    config::{ByteSize, SecretText, WorkerSection, parse_precision, parse_prefill},
     descriptors,
     ending::Stdin,
     error::CliError,
@@ -88,10 +89,7 @@ pub(crate) struct Args {
 }
 
 fn parse_name(text: &str) -> Result<String, String> {
-    let is_name = config::is_name(text);
-    is_name
-        .then(|| text.to_owned())
-        .ok_or_else(|| "expected 1 to 64 characters of a-z, 0-9, '.', '_' and '-'".to_owned())
+    text.parse().map(|name: WorkerName| name.to_string()).map_err(|_bad| format!("expected {}", WorkerName::EXPECTED))
 }
 
 fn parse_size(text: &str) -> Result<ByteSize, String> {

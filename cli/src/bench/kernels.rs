@@ -122,7 +122,26 @@ fn table(report: &Report) -> String {
 
 #[cfg(test)]
 mod tests {
+    use grokpipe_kernels::ProductTime;
+    use grokpipe_model::BlockType;
+
     use super::*;
+
+    #[test]
+    fn the_share_of_the_memory_and_the_kind_of_prefill_are_shown() {
+        let time = ProductTime { rows: 8, bytes: 1_000_000, seconds: 1e-3 };
+        let of_type = OfType { format: Format::Blocks(BlockType::Q8_0), bandwidth: 2e9, times: vec![time] };
+        let report = Report {
+            device: "cpu".into(),
+            precision: Precision::Fast,
+            prefill: Prefill::Invariant,
+            inputs: 1000,
+            outputs: 500,
+            times: vec![of_type],
+        };
+        assert!(table(&report).contains("50 %"), "{}", table(&report));
+        assert!(heading(&report).contains("prefill invariant"), "{}", heading(&report));
+    }
 
     #[test]
     fn inputs_are_whole_blocks() {

@@ -14,7 +14,7 @@ use self::workers::Processes;
 use super::{TestArgs, open, parse_layers, progress_bar, show};
 use crate::{
     common,
-    config::{self, SecretText, precision_name, prefill_name},
+    config::{self, SecretText},
     ending::{Stdin, shutdown_token},
     error::CliError,
     machine, paths,
@@ -130,7 +130,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         }
     };
     let threads = args.threads.to_string();
-    let (precision, prefill) = (precision_name(args.tests.precision), prefill_name(args.tests.prefill));
+    let (precision, prefill) = (args.tests.precision.name(), args.tests.prefill.name());
     let more = ["--device", &args.device, "--threads", &threads, "--precision", precision, "--prefill", prefill];
     flags.extend(more.map(OsString::from));
     flags
@@ -199,8 +199,37 @@ fn render(report: &Report) -> String {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use grokpipe_bench::pipeline::{Tested, Timed};
+    use grokpipe_kernels::{Precision, Prefill};
 
     use super::*;
+    use crate::weights::Shape;
+
+    #[test]
+    fn predictions_and_whether_bytes_are_equal_are_shown() {
+        let weights = Weights::synthetic(Shape::Tiny, None, None).unwrap();
+        let runs = [[0.1, 0.2, 0.1], [0.2, 0.3, 0.1], [0.3, 0.1, 0.1]];
+        let timed = || Timed { runs: runs.map(Vec::from).to_vec(), stages: Vec::new(), predicted: Some(8.0) };
+        let mut report = Report {
+            model: weights.config.name.clone(),
+            device: "cpu".into(),
+            threads: 1,
+            precision: Precision::Fast,
+            prefill: Prefill::Invariant,
+            layers: 0..3,
+            workers: 3,
+            bandwidth: 1e9,
+            reads: Reads::of(&weights.config, weights.source.as_ref(), &(0..3), false).unwrap(),
+            tests: vec![Tested { test: Test::Decode { batch: 1, tokens: 3 }, alone: timed(), split: timed() }],
+            compared: 12,
+            difference: None,
+        };
+        let text = render(&report);
+        assert!(text.contains("the same bytes in all 12 frames"), "{text}");
+        assert!(text.contains("decode × 1, 1: predicted 8.0 tokens/s, measured 6.0, −25 %"), "{text}");
+        report.difference = Some("here".into());
+        assert!(render(&report).contains("hidden states differ: here"));
+    }
 
     #[derive(Debug, Parser)]
     struct Line {

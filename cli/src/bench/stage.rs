@@ -118,8 +118,39 @@ fn render(report: &Report) -> String {
 
 #[cfg(test)]
 mod tests {
+    use grokpipe_bench::{
+        Reads,
+        stage::{Bandwidth, Measured, Run},
+    };
+    use grokpipe_kernels::{Precision, Prefill};
+
     use super::*;
-    use crate::error::Code;
+    use crate::{error::Code, weights::Shape};
+
+    #[test]
+    fn each_test_has_a_row() {
+        let weights = Weights::synthetic(Shape::Tiny, None, None).unwrap();
+        let run = || vec![Run { seconds: 1.0, bandwidth: 1e9 }];
+        let report = Report {
+            model: weights.config.name.clone(),
+            device: "cpu".into(),
+            threads: 1,
+            precision: Precision::Fast,
+            prefill: Prefill::Invariant,
+            layers: 0..2,
+            weights_bytes: 1000,
+            load_seconds: 1.0,
+            peak_memory: None,
+            bandwidth: Bandwidth::AroundRuns(1e9),
+            reads: Reads::of(&weights.config, weights.source.as_ref(), &(0..2), false).unwrap(),
+            results: vec![
+                Measured { test: "decode", batch: 3, prompt: 0, tokens: 12, runs: run() },
+                Measured { test: "prefill", batch: 1, prompt: 40, tokens: 40, runs: run() },
+            ],
+        };
+        let text = render(&report);
+        assert!(text.contains("decode × 3") && text.contains("prefill 40"), "{text}");
+    }
 
     #[test]
     fn sequences_longer_than_the_context_are_refused() {

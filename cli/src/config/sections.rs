@@ -9,7 +9,10 @@ use std::{
 };
 
 use grokpipe_kernels::{Precision, Prefill};
-use grokpipe_proto::address::{self, Address};
+use grokpipe_proto::{
+    address::{self, Address},
+    ids::WorkerName,
+};
 
 use super::{
     table::Table,
@@ -231,16 +234,7 @@ pub(crate) enum Objective {
 
 /// `exact` or `fast`.
 pub(crate) fn precision(text: &str) -> Option<Precision> {
-    match text.to_ascii_lowercase().as_str() {
-        "exact" => Some(Precision::Exact),
-        "fast" => Some(Precision::Fast),
-        _ => None,
-    }
-}
-
-/// The word that [`precision`] reads.
-pub(crate) fn precision_name(precision: Precision) -> &'static str {
-    precision.name()
+    [Precision::Exact, Precision::Fast].into_iter().find(|known| known.name().eq_ignore_ascii_case(text))
 }
 
 /// As [`precision`], for a flag.
@@ -253,16 +247,7 @@ pub(crate) fn parse_precision(text: &str) -> Result<Precision, String> {
 
 /// `invariant` or `fast`.
 pub(crate) fn prefill(text: &str) -> Option<Prefill> {
-    match text.to_ascii_lowercase().as_str() {
-        "invariant" => Some(Prefill::Invariant),
-        "fast" => Some(Prefill::Fast),
-        _ => None,
-    }
-}
-
-/// The word that [`prefill`] reads.
-pub(crate) fn prefill_name(prefill: Prefill) -> &'static str {
-    prefill.name()
+    [Prefill::Invariant, Prefill::Fast].into_iter().find(|known| known.name().eq_ignore_ascii_case(text))
 }
 
 /// As [`prefill`], for a flag.
@@ -366,9 +351,8 @@ impl WorkerSection {
     }
 
     pub(super) fn read(mut table: Table<'_>, index: usize) -> Result<Self, CliError> {
-        let expected = "1 to 64 characters of a-z, 0-9, '.', '_' and '-'";
-        let name = table.get("name", expected, |v| v.text().filter(|name| is_name(name)).map(str::to_owned))?;
-        let default = Self::named(name.unwrap_or_else(|| format!("w{}", index + 1)));
+        let name = table.get("name", WorkerName::EXPECTED, |v| v.text()?.parse::<WorkerName>().ok())?;
+        let default = Self::named(name.map_or_else(|| format!("w{}", index + 1), |name| name.to_string()));
         let host = table.get("host", r#""localhost" or "user@node""#, |v| v.filled().filter(|host| is_host(host)))?;
         let read = Self {
             host: host.filter(|host| host != "localhost"),
@@ -404,12 +388,6 @@ pub(crate) fn device(text: &str) -> Option<String> {
         ("gpu", Some(name)) if !name.trim().is_empty() => Some(format!("gpu:{name}")),
         _ => None,
     }
-}
-
-/// Whether a text is a worker's name.
-pub(crate) fn is_name(text: &str) -> bool {
-    (1..=64).contains(&text.len())
-        && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b))
 }
 
 /// `node` or `user@node`. Nothing that `ssh` could take for an option.

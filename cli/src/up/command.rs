@@ -12,7 +12,7 @@ use tokio::process::Command;
 use super::reach::Reach;
 use crate::{
     common::variable,
-    config::{Config, WorkerSection, precision_name, prefill_name},
+    config::{Config, WorkerSection},
     error::CliError,
     logging,
 };
@@ -191,10 +191,10 @@ fn worker_args(worker: &WorkerSection, reach: &Reach) -> Vec<String> {
         args.extend(["--memory".to_owned(), memory.0.to_string()]);
     }
     if let Some(precision) = worker.precision {
-        args.extend(["--precision".to_owned(), precision_name(precision).to_owned()]);
+        args.extend(["--precision".to_owned(), precision.name().to_owned()]);
     }
     if let Some(prefill) = worker.prefill {
-        args.extend(["--prefill".to_owned(), prefill_name(prefill).to_owned()]);
+        args.extend(["--prefill".to_owned(), prefill.name().to_owned()]);
     }
     args
 }
